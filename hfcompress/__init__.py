@@ -1,0 +1,42 @@
+"""The compression plugin for Hugging Face Transformers: prune, distil and quantize with Trainer and from_pretrained.
+
+Names are imported when they are first used, so that ``import hfcompress`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME_OF = {
+    "PruneCallback": "hfcompress.prune",
+    "DistillationConfig": "hfcompress.distill",
+    "DistillationTrainer": "hfcompress.distill",
+    "GPTQ": "hfcompress.quantize",
+    "RTN": "hfcompress.quantize",
+    "quantize": "hfcompress.quantize",
+    "compress": "hfcompress.pipeline",
+    "load_recipe": "hfcompress.recipe",
+    "Recipe": "hfcompress.recipe",
+    "drop_layers": "hfcompress.structure",
+    "inspect_checkpoint": "hfcompress.checkpoint",
+    "save_compressed": "hfcompress.checkpoint",
+    "verify_checkpoint": "hfcompress.checkpoint",
+    "Measurement": "hfcompress.evaluate",
+    "measure": "hfcompress.evaluate",
+    "write_model_card": "hfcompress.publish",
+    "HFCompressError": "hfcompress.errors",
+}
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'hfcompress' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,89 @@
+"""Progress on standard error: a live bar in a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Meter:
+    """Advance a count of steps; ``note`` is a short text shown beside the count."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description = description
+        self.total = total
+        self.done = 0
+        self.note = ""
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        console = Console(file=sys.stderr)
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(description, total=total, note="")
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        """Count ``steps`` more as done."""
+        self.advance_to(self.done + steps, note)
+
+    def advance_to(self, done: int, note: str | None = None) -> None:
+        """Set the count of steps done."""
+        self.done = done
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=self.note)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._print_line(now)
+
+    def _print_line(self, now: float) -> None:
+        self._last_line = now
+        spent = now - self._started
+        left = ""
+        if self.total and self.done:
+            left = f", {_clock(spent * max(0, self.total - self.done) / self.done)} left"
+        print(f"{self.description}: {self.done}/{self.total or '?'} in {_clock(spent)}{left}  {self.note}",
+              file=sys.stderr, flush=True)
+
+
+@contextmanager
+def meter(description: str, total: int | None = None) -> Iterator[Meter]:
+    """Show a ``Meter`` for the length of a ``with`` block."""
+    shown = Meter(description, total)
+    if shown._bar is None:
+        print(f"{description} ...", file=sys.stderr, flush=True)
+        yield shown
+        return
+    with shown._bar:
+        yield shown
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items and show how many have been worked on."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with meter(description, total) as shown:
+        for item in items:
+            yield item
+            shown.advance()

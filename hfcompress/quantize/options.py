@@ -1,0 +1,43 @@
+"""What a quantization method can be told; the fields are the recipe's options."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+FORBID_UNKNOWN = ConfigDict(extra="forbid")
+Bits = Literal[2, 3, 4, 8]
+
+
+@dataclass(frozen=True, config=FORBID_UNKNOWN)
+class RTN:
+    """Round every weight to the nearest point of its group's grid; needs no data.
+
+    bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
+    exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
+    """
+
+    needs_calibration: ClassVar[bool] = False
+
+    bits: Bits = 8
+    group_size: Annotated[int, Field(ge=8)] | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=FORBID_UNKNOWN)
+class GPTQ:
+    """Round column by column and let later columns absorb the error (Frantar et al., arXiv 2210.17323).
+
+    bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
+    damping: added to the Hessian's diagonal, as a share of its mean.
+    exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    bits: Bits = 4
+    group_size: Annotated[int, Field(ge=8)] | None = 128
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    exclude: tuple[str, ...] = ()

@@ -1,0 +1,80 @@
+"""Tiny models and a tokenizer made here, so that no test needs the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
+
+WORDS = ("the model weight layer head prune quantize distil small large fast slow good bad film scene "
+         "plot actor is was not very a an of to and in it this that").split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
+VOCABULARY_SIZE = 64
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        bos_token="<s>", eos_token="</s>", model_max_length=64,
+    )
+
+
+def tiny_llama(layers: int = 2, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A Llama of hidden size 64 with two key/value heads for four query heads."""
+    torch.manual_seed(seed)
+    options = dict(
+        vocab_size=VOCABULARY_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=4, eos_token_id=5, tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**options, **changes}))
+
+
+def tiny_bert(layers: int = 2, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A BERT classifier of hidden size 32, without dropout so that runs can be compared."""
+    torch.manual_seed(seed)
+    options = dict(
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=64, num_labels=2, pad_token_id=0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0,
+    )
+    return AutoModelForSequenceClassification.from_config(BertConfig(**{**options, **changes}))
+
+
+def token_batches(count: int = 4, rows: int = 4, length: int = 16, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Random token batches with labels, as a causal language model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(6, VOCABULARY_SIZE, (rows, length), generator=generator) for _ in range(count)]
+    return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one.clone()} for one in ids]
+
+
+@pytest.fixture
+def llama_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A saved tiny Llama with its tokenizer."""
+    folder = tmp_path / "llama"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bert_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A saved tiny BERT classifier with its tokenizer."""
+    folder = tmp_path / "bert"
+    tiny_bert().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
