@@ -43,7 +43,7 @@ def layer_stacks(model: nn.Module) -> list[LayerStack]:
     for name, module in model.named_modules():
         inside_another = any(name.startswith(stack.name + ".") for stack in stacks)
         if not inside_another and _is_stack(module):
-            stacks.append(LayerStack(name, module))  # type: ignore[arg-type]
+            stacks.append(LayerStack(name, module))
     if not stacks:
         raise ModelError(
             f"{type(model).__name__} has no stack of alike layers (a ModuleList of blocks with linear layers), "

@@ -1,0 +1,16 @@
+"""Where the layers of a model live, and changing how many there are."""
+
+from __future__ import annotations
+
+from hfcompress.structure.layers import DropLayers, drop_layers
+from hfcompress.structure.stack import LINEAR_TYPES, LayerStack, layer_stacks, linear_weights_of, stack_linears
+
+__all__ = [
+    "LINEAR_TYPES",
+    "DropLayers",
+    "LayerStack",
+    "drop_layers",
+    "layer_stacks",
+    "linear_weights_of",
+    "stack_linears",
+]
