@@ -1,0 +1,84 @@
+"""Checks that need more than one place of a recipe: the order of stages, teachers, and options of one task only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hfcompress.recipe.faults import Fault, near
+from hfcompress.recipe.options import STAGES
+
+_ONLY_FOR = {
+    ("data", "block_size"): "causal-lm",
+    ("data", "text_pair_column"): "sequence-classification",
+    ("evaluate", "prompt"): "causal-lm",
+}
+
+
+def stage_kind(raw: Any) -> str | None:
+    """Return the kind of a stage's mapping, or None where it has no known one."""
+    if not isinstance(raw, Mapping) or len(raw) != 1:
+        return None
+    kind = next(iter(raw))
+    return kind if kind in STAGES else None
+
+
+def stage_names(kinds: Sequence[str | None]) -> list[str]:
+    """Name each stage by its kind, numbered from the second of a kind on: ``distill``, ``distill-2``."""
+    names = []
+    for index, kind in enumerate(kinds):
+        count = list(kinds[: index + 1]).count(kind)
+        names.append("" if kind is None else kind if count == 1 else f"{kind}-{count}")
+    return names
+
+
+def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield what does not fit together, even where single options have faults of their own."""
+    tasks = set(_ONLY_FOR.values())
+    for (section, option), task in _ONLY_FOR.items():
+        options = raw.get(section)
+        given = isinstance(options, Mapping) and options.get(option) is not None
+        if given and isinstance(raw.get("task"), str) and raw["task"] in tasks - {task}:
+            yield Fault((section, option), f"is for {task} only; this recipe's task is {raw['task']}")
+    stages = raw.get("stages")
+    if isinstance(stages, list):
+        kinds = [stage_kind(stage) for stage in stages]
+        yield from _order_faults(kinds)
+        yield from _teacher_faults(stages, kinds)
+
+
+def _order_faults(kinds: Sequence[str | None]) -> Iterator[Fault]:
+    quantize = [index for index, kind in enumerate(kinds) if kind == "quantize"]
+    for index in quantize[1:]:
+        yield Fault(("stages", index), f"only one quantize stage is allowed, and stages[{quantize[0]}] is one")
+    if quantize and any(kind != "quantize" for kind in kinds[quantize[0] + 1 :]):
+        yield Fault(("stages", quantize[0]), "quantize must be the last stage")
+
+
+def earlier_stage(teacher: str, names: Sequence[str], index: int) -> str | None:
+    """Return the name of the stage before ``index`` that a teacher means by name or index, or None."""
+    if teacher.isdecimal() and int(teacher) < index:
+        return names[int(teacher)]
+    return teacher if teacher in names[:index] else None
+
+
+def _teacher_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
+    names = stage_names(kinds)
+    for index, (stage, kind) in enumerate(zip(stages, kinds)):
+        options = stage[kind] if kind == "distill" else None
+        teacher = options.get("teacher") if isinstance(options, Mapping) else None
+        if not isinstance(teacher, (str, int)) or isinstance(teacher, bool) or teacher == "":
+            continue
+        text = str(teacher)
+        if text == "original" or earlier_stage(text, names, index) is not None:
+            continue
+        if not text.isdecimal() and ("/" in text or text.startswith("package:") or os.path.isdir(text)):
+            continue
+        earlier = [name for name in names[:index] if name]
+        known = ", ".join(["original", *earlier])
+        if text in names or (text.isdecimal() and int(text) < len(stages)):
+            problem = f"'{text}' does not come before this stage"
+        else:
+            problem = f"there is no teacher '{text}'{near(text, ['original', *earlier])}"
+        yield Fault(("stages", index, "distill", "teacher"), f"{problem}; known: {known}, or a model id with a '/'")

@@ -1,0 +1,158 @@
+"""What a recipe can say: its stages, and the whole, as frozen, checked classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic.dataclasses import dataclass
+
+from hfcompress.prune.options import PruneOptions
+from hfcompress.quantize import GPTQ, METHODS, RTN
+from hfcompress.recipe.sections import (
+    FROZEN,
+    TASKS,
+    AtLeastOne,
+    DataSpec,
+    EvaluateSpec,
+    ModelSpec,
+    Text,
+    folder_name,
+    known_task,
+)
+from hfcompress.recipe.training import Training
+from hfcompress.structure.layers import DropLayers
+
+
+def _index_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Teacher = Annotated[
+    Text, BeforeValidator(_index_as_text), WithJsonSchema({"type": ["string", "integer"], "default": "original"})
+]
+
+
+def _check_length(steps: int | None, epochs: float | None) -> None:
+    if steps is None and epochs is None:
+        raise ValueError("give either steps or epochs")
+    if steps is not None and epochs is not None:
+        raise ValueError(f"give either steps or epochs, not both (steps={steps}, epochs={epochs:g})")
+
+
+@dataclass(frozen=True, config=FROZEN)
+class Finetune:
+    """Train on the task, if asked while pruning.
+
+    steps: optimizer steps.  epochs: passes over the training data, instead of steps.
+    prune: gradual pruning during the training.  training: fields of transformers.TrainingArguments.
+    """
+
+    steps: AtLeastOne | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    prune: PruneOptions | None = None
+    training: Training = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_length(self.steps, self.epochs)
+
+
+@dataclass(frozen=True, config=FROZEN)
+class Distill:
+    """Train towards a teacher's outputs, if asked while pruning.
+
+    teacher: ``original``, the name or index of an earlier stage, or a model id.
+    temperature: divides both models' logits.  alpha: share of the distillation loss; the task loss has the rest.
+    steps: optimizer steps.  epochs: passes over the training data, instead of steps.
+    prune: gradual pruning during the training.  training: fields of transformers.TrainingArguments.
+    """
+
+    teacher: Teacher = "original"
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    steps: AtLeastOne | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    prune: PruneOptions | None = None
+    training: Training = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_length(self.steps, self.epochs)
+
+
+@dataclass(frozen=True, config=FROZEN)
+class Quantize:
+    """Store the linear layers in few bits; the method's own options stand beside ``method`` in the YAML.
+
+    calibration_rows: training rows shown to the method.  calibration_length: tokens of one such row.
+    """
+
+    method: RTN | GPTQ
+    calibration_rows: AtLeastOne = 128
+    calibration_length: Annotated[int, Field(ge=2)] = 512
+
+
+StageOptions = DropLayers | Finetune | Distill | Quantize
+STAGES: dict[str, type[StageOptions]] = {
+    "drop_layers": DropLayers,
+    "finetune": Finetune,
+    "distill": Distill,
+    "quantize": Quantize,
+}
+
+
+@dataclass(frozen=True, config=FROZEN)
+class Stage:
+    """One step of a recipe; its name is its kind, numbered from the second of a kind on (``distill-2``)."""
+
+    kind: str
+    options: StageOptions
+    name: str
+
+
+@dataclass(frozen=True, config=FROZEN)
+class Recipe:
+    """A whole compression run.
+
+    name: of the run and its model; letters, digits, '.', '_' and '-'.  task: what the model is for.
+    seed: of everything random.  output: folder of checkpoints and results; ``runs/<name>`` when not given.
+    """
+
+    name: Annotated[str, AfterValidator(folder_name)]
+    task: Annotated[str, AfterValidator(known_task), WithJsonSchema({"enum": list(TASKS)})]
+    model: ModelSpec
+    data: DataSpec
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output: str = ""
+    evaluate: EvaluateSpec = dataclasses.field(default_factory=EvaluateSpec)
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            object.__setattr__(self, "output", f"runs/{self.name}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values; parsing them gives an equal recipe."""
+        order = ("name", "task", "model", "data", "seed", "output", "evaluate", "stages")
+        return {name: _plain(getattr(self, name)) for name in order}
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML; loading it gives an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Stage):
+        return {value.kind: _plain(value.options)}
+    if isinstance(value, Quantize):
+        name = next(name for name, method in METHODS.items() if type(value.method) is method)
+        calibration = {"calibration_rows": value.calibration_rows, "calibration_length": value.calibration_length}
+        return {"method": name, **_plain(value.method), **(calibration if value.method.needs_calibration else {})}
+    if dataclasses.is_dataclass(value):
+        pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {field.name: _plain(one) for field, one in pairs if not (one is None and field.default is None)}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

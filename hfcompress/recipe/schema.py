@@ -1,0 +1,134 @@
+"""The JSON schema of recipes, with which editors complete and check them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from hfcompress.prune.options import PruneOptions
+from hfcompress.quantize import METHODS
+from hfcompress.recipe.options import STAGES, Quantize, Recipe
+from hfcompress.recipe.sections import DataSpec, EvaluateSpec, ModelSpec, Splits
+from hfcompress.recipe.training import REFUSED, choices_of, training_types
+
+_DESCRIBED = {one.__name__: one for one in (ModelSpec, DataSpec, Splits, EvaluateSpec, PruneOptions)}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a recipe file.
+
+    The ``training`` part holds the fields of the installed transformers, and says of which version.
+    """
+    definitions: dict[str, Any] = {}
+    top = _schema_of(Recipe, definitions)
+    kinds = {kind: _stage_schema(kind, definitions) for kind in STAGES}
+    definitions["training"] = _training_schema(definitions)
+    for unused in (
+        "Stage",
+        "Distill",
+        "DropLayers",
+        "Finetune",
+        "Quantize",
+        *(one.__name__ for one in METHODS.values()),
+    ):
+        definitions.pop(unused, None)
+    for name, options in _DESCRIBED.items():
+        _describe_(definitions[name], options)
+    top["properties"]["stages"] = {
+        "description": "What is done, in order; each item has one key, the kind of stage.",
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+            "properties": kinds,
+        },
+    }
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **top,
+        "title": "hfcompress recipe",
+        "$defs": dict(sorted(definitions.items())),
+    }
+    return _without_titles(schema, keep=True)
+
+
+def _schema_of(options: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an options class; the classes it refers to are added to ``definitions``."""
+    schema = TypeAdapter(options).json_schema()
+    definitions.update(schema.pop("$defs", {}))
+    _describe_(schema, options)
+    return schema
+
+
+def _describe_(schema: dict[str, Any], options: type) -> None:
+    """Take descriptions from the class's docstring: its first line, and ``field: text`` after it."""
+    summary, _, notes = (options.__doc__ or "").partition("\n")
+    schema["description"] = summary.strip()
+    names = [field.name for field in dataclasses.fields(options)]
+    heading = re.compile(rf"\b((?:{'|'.join(names)})(?:, (?:{'|'.join(names)}))*): ")
+    parts = heading.split(" ".join(notes.split()))
+    for heads, text in zip(parts[1::2], parts[2::2]):
+        for name in heads.split(", "):
+            schema["properties"][name]["description"] = text.strip().rstrip(".;")
+
+
+def _stage_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    schema = _schema_of(STAGES[kind], definitions)
+    if kind == "quantize":
+        return _quantize_schema(schema, definitions)
+    if "training" in schema["properties"]:
+        schema["properties"]["training"] = {"$ref": "#/$defs/training"}
+    return schema
+
+
+def _quantize_schema(own: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """One alternative per method, each with the method's own options beside ``method``."""
+    alternatives = []
+    for name, method in METHODS.items():
+        schema = _schema_of(method, definitions)
+        properties = {"method": {"const": name, "description": schema["description"]}, **schema["properties"]}
+        if method.needs_calibration:
+            calibration = {option: rules for option, rules in own["properties"].items() if option != "method"}
+            properties.update(calibration)
+        required = ["method", *schema.get("required", [])]
+        alternatives.append({**schema, "properties": properties, "required": required})
+    return {"description": (Quantize.__doc__ or "").splitlines()[0], "oneOf": alternatives}
+
+
+def _training_schema(definitions: dict[str, Any]) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    help_of = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(TrainingArguments)}
+    properties = {}
+    for name, hint in training_types().items():
+        if name in REFUSED:
+            continue
+        choices = choices_of(hint)
+        schema: dict[str, Any] = TypeAdapter(hint).json_schema() if choices is None else {"enum": choices}
+        definitions.update(schema.pop("$defs", {}))
+        properties[name] = {**schema, **({"description": help_of[name]} if help_of[name] else {})}
+    return {
+        "description": "Fields of transformers.TrainingArguments.",
+        "$comment": f"transformers {version('transformers')}",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def _without_titles(schema: Any, keep: bool = False) -> Any:
+    """Drop the titles that pydantic makes from names."""
+    if isinstance(schema, dict):
+        return {
+            key: _without_titles(one)
+            for key, one in schema.items()
+            if keep or key != "title" or not isinstance(one, str)
+        }
+    return [_without_titles(one) for one in schema] if isinstance(schema, list) else schema

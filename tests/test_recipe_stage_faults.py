@@ -1,0 +1,120 @@
+"""What is wrong with a stage, its training options or the order of stages is said in exact words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hfcompress.quantize import METHODS
+from tests.test_recipe import PLAIN, with_stages
+from tests.test_recipe_faults import faults
+
+STAGE_FAULTS = [
+    ("finetun: {steps: 1}", "stages[0]: unknown stage 'finetun' (finetune?)"),
+    ("mystery: {}", "stages[0]: unknown stage 'mystery'; known: drop_layers, finetune, distill, quantize"),
+    ("finetune", "stages[0]: must be a mapping from the stage's kind to its options, not 'finetune'"),
+    ("{}", "stages[0]: must have one key, the stage's kind, but has none (indent options below the kind)"),
+    ("finetune:\n    steps: 1",
+     "stages[0]: must have one key, the stage's kind, but has finetune, steps (indent options below the kind)"),
+    ("finetune:", "stages[0].finetune: give either steps or epochs"),
+    ("finetune: 5", "stages[0].finetune: must be a mapping of options, not 5"),
+    ("finetune: {steps: 1, epochs: 2}",
+     "stages[0].finetune: give either steps or epochs, not both (steps=1, epochs=2)"),
+    ("finetune: {steps: 0}", "stages[0].finetune.steps: must be at least 1, not 0"),
+    ("finetune: {epochs: .inf}", "stages[0].finetune.epochs: must be a finite number, not inf"),
+    ("distill: {steps: 1, alpha: 1.5}", "stages[0].distill.alpha: must be at most 1, not 1.5"),
+    ("distill: {steps: 1, temperature: 0}", "stages[0].distill.temperature: must be greater than 0, not 0"),
+    ("distill: {steps: 1, teacher: [a]}", "stages[0].distill.teacher: must be text, not a list"),
+    ("distill: {steps: 1, teacher: orignal}",
+     "stages[0].distill.teacher: there is no teacher 'orignal' (original?); known: original, "
+     "or a model id with a '/'"),
+    ("distill: {steps: 1, teacher: 0}",
+     "stages[0].distill.teacher: '0' does not come before this stage; known: original, or a model id with a '/'"),
+    ("distill: {steps: 1, teacher: 7}",
+     "stages[0].distill.teacher: there is no teacher '7'; known: original, or a model id with a '/'"),
+    ("drop_layers: {}", "stages[0].drop_layers: give either keep (how many layers) or layers (which ones)"),
+    ("drop_layers: {layers: [0, -1]}", "stages[0].drop_layers.layers[1]: must be at least 0, not -1"),
+    ("drop_layers: {keep: true}", "stages[0].drop_layers.keep: must be a whole number, not true"),
+    ("quantize:", f"stages[0].quantize: 'method' is missing; known: {', '.join(METHODS)}"),
+    ("quantize: {method: gptqq}", f"stages[0].quantize.method: 'gptqq' is not one of {', '.join(METHODS)} (gptq?)"),
+    ("quantize: {method: [a]}", f"stages[0].quantize.method: a list is not one of {', '.join(METHODS)}"),
+    ("quantize: {method: gptq, calibration_row: 1}",
+     "stages[0].quantize: unknown option 'calibration_row' (calibration_rows?)"),
+    ("quantize: {method: gptq, calibration_rows: 0}",
+     "stages[0].quantize.calibration_rows: must be at least 1, not 0"),
+    ("quantize: {method: gptq, bits: '4'}", "stages[0].quantize.bits: '4' is not one of 2, 3, 4, 8"),
+    ("quantize: {method: rtn, calibration_rows: 8}",
+     "stages[0].quantize.calibration_rows: method rtn needs no calibration data: remove this"),
+    ("quantize: {method: rtn, damping: 0.1}",
+     "stages[0].quantize: unknown option 'damping'; known: bits, exclude, group_size, method"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "expected"), STAGE_FAULTS, ids=[stage for stage, _ in STAGE_FAULTS])
+def test_a_fault_in_a_stage(tmp_path: Path, stage: str, expected: str) -> None:
+    assert faults(tmp_path, with_stages(stage)) == [f"line 6, {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ("[]", "must not be empty"),
+        ("{a: 1}", "must be a list, not a mapping"),
+        ("", "must be a list, but is empty"),
+    ],
+)
+def test_stages_are_a_list(tmp_path: Path, stages: str, expected: str) -> None:
+    text = PLAIN[: PLAIN.index("stages:")] + f"stages: {stages}\n"
+    assert faults(tmp_path, text) == [f"line 5, stages: {expected}"]
+
+
+TRAINING_FAULTS = [
+    ("output_dir: x", ".output_dir: is set by the recipe's output"),
+    ("seed: 1", ".seed: is set by the recipe's seed"),
+    ("max_steps: 5", ".max_steps: use steps of the stage"),
+    ("num_train_epochs: 5", ".num_train_epochs: use epochs of the stage"),
+    ("hub_token: x", ".hub_token: a token does not belong in a file; log in with 'hf auth login'"),
+    ("evaluation_strategy: epoch", ": unknown option 'evaluation_strategy' (eval_strategy?)"),
+    ("zzz: 1", ": unknown option 'zzz'; see transformers.TrainingArguments"),
+    ("learning_rate: fast", ".learning_rate: must be a number, not 'fast'"),
+    ("learning_rate: true", ".learning_rate: must be a number, not true"),
+    ("learning_rate:", ".learning_rate: must be a number, but is empty"),
+    ("bf16: 3", ".bf16: must be true or false, not 3"),
+    ("logging_steps: [1]", ".logging_steps: must be a number, not a list"),
+    ("report_to: 5", ".report_to: must be text or a list of text, not 5"),
+    ("fsdp_config: 5", ".fsdp_config: must be a mapping or text, not 5"),
+    ("save_strategy: epochs", ".save_strategy: 'epochs' is not one of no, steps, epoch, best (epoch?)"),
+    ("label_names: [1]", ".label_names[0]: must be text, not 1: put it in quotes"),
+]
+
+
+@pytest.mark.parametrize(("option", "expected"), TRAINING_FAULTS, ids=[option for option, _ in TRAINING_FAULTS])
+def test_a_fault_in_training(tmp_path: Path, option: str, expected: str) -> None:
+    text = with_stages(f"finetune:\n      steps: 1\n      training:\n        {option}\n        fp16: true")
+    assert faults(tmp_path, text) == [f"line 9, stages[0].finetune.training{expected}"]
+
+
+def test_training_is_a_mapping(tmp_path: Path) -> None:
+    found = faults(tmp_path, with_stages("finetune: {steps: 1, training: [a]}"))
+    assert found == ["line 6, stages[0].finetune.training: must be a mapping, not a list"]
+
+
+def test_quantize_comes_last_and_once(tmp_path: Path) -> None:
+    text = with_stages("quantize: {method: rtn}", "finetune: {steps: 1}", "quantize: {method: rtn}")
+    assert faults(tmp_path, text) == [
+        "line 6, stages[0]: quantize must be the last stage",
+        "line 8, stages[2]: only one quantize stage is allowed, and stages[0] is one",
+    ]
+
+
+def test_cross_checks_are_made_although_options_have_faults(tmp_path: Path) -> None:
+    text = with_stages("quantize: {method: rtn, bits: 5}", "distill: {steps: x, teacher: finetune}",
+                       "finetune: {steps: 1}")  # fmt: skip
+    assert faults(tmp_path, text) == [
+        "line 6, stages[0].quantize.bits: 5 is not one of 2, 3, 4, 8",
+        "line 6, stages[0]: quantize must be the last stage",
+        "line 7, stages[1].distill.steps: must be a whole number, not 'x'",
+        "line 7, stages[1].distill.teacher: 'finetune' does not come before this stage; "
+        "known: original, quantize, or a model id with a '/'",
+    ]
