@@ -1,0 +1,166 @@
+"""Hessians of the linear layers inside one layer, shared where the inputs are the same tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfcompress.calibration.hessian import accumulate_hessian_
+from hfcompress.calibration.record import RecordedBatch
+from hfcompress.calibration.running import watching
+from hfcompress.errors import ModelError
+
+
+@dataclass(frozen=True)
+class InputHessian:
+    """What the linear layers ``names`` saw in common.
+
+    hessian: (in, in) float32, the Gram matrix of their inputs over ``tokens`` tokens.
+    """
+
+    names: tuple[str, ...]
+    hessian: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens count: (batch, tokens) masks for the stack's own hidden states and for the encoder's."""
+
+    own: Tensor | None
+    context: Tensor | None
+
+
+class _DivergedError(Exception):
+    """Linear layers that shared an input in one batch did not in another; never leaves this module."""
+
+
+def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the inputs as (tokens, in) rows; padding is dropped where the mask's shape fits.
+
+    inputs: (batch, tokens, ..., in) or (batch * tokens, in).  mask: (batch, tokens), nonzero for tokens that count.
+    """
+    if mask is None or mask.dim() != 2:
+        return inputs.reshape(-1, inputs.shape[-1])
+    keep = mask.to(inputs.device).bool()
+    if inputs.shape[:-1] == (keep.numel(),):
+        return inputs[keep.flatten()]
+    if inputs.dim() > 2 and inputs.shape[:2] == keep.shape:
+        return inputs[keep].reshape(-1, inputs.shape[-1])
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+class _Observer:
+    """Accumulates the Hessians of linear layers while their layer runs."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], share: bool) -> None:
+        self.linears = linears
+        self.share = share
+        self.owner: dict[str, str] = {}
+        self.hessians: dict[str, Tensor] = {}
+        self.tokens: Counter[str] = Counter()
+        self.first_batch: dict[str, int] = {}
+        self.batch = -1
+        self.masks = TokenMasks(None, None)
+        self.context: set[int] = set()
+        self.seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+
+    def start(self, masks: TokenMasks, context: set[int]) -> None:
+        """Begin a batch.  context: addresses of the tensors that count by the context mask."""
+        self.batch += 1
+        self.masks = masks
+        self.context = context
+        self.seen = {}
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """Return the forward pre-hook of one linear layer."""
+
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.see(name, args[0])
+
+        return see
+
+    def see(self, name: str, inputs: Tensor) -> None:
+        """Count one call of a linear layer; inputs: (..., in)."""
+        key = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs._version)
+        # The tensor is kept until the batch ends, or its address could be given to another one.
+        first, _ = self.seen.setdefault(key, (name, inputs))
+        if name not in self.owner:
+            joins = self.share and self.first_batch.get(first) in (None, self.batch)
+            self.owner[name] = first if joins else name
+            self.first_batch[name] = self.batch
+        owner = self.owner[name]
+        rows = real_tokens(inputs, self.masks.context if inputs.data_ptr() in self.context else self.masks.own)
+        self.tokens[name] += len(rows)
+        if owner == name:
+            if name not in self.hessians:
+                width = inputs.shape[-1]
+                self.hessians[name] = torch.zeros(width, width, dtype=torch.float32, device=inputs.device)
+            accumulate_hessian_(self.hessians[name], rows)
+        elif first != owner:
+            raise _DivergedError
+
+    def result(self) -> list[InputHessian]:
+        """Return one Hessian per distinct input; raises _DivergedError when siblings saw unlike counts of tokens."""
+        if any(self.tokens[name] != self.tokens[owner] for name, owner in self.owner.items()):
+            raise _DivergedError
+        groups: dict[str, list[str]] = {}
+        for name in self.linears:
+            if self.tokens[name]:
+                groups.setdefault(self.owner[name], []).append(name)
+        return [InputHessian(tuple(names), self.hessians[key], self.tokens[key]) for key, names in groups.items()]
+
+
+def observe_layer(
+    layer: nn.Module,
+    index: int,
+    batches: Sequence[RecordedBatch],
+    masks: Sequence[TokenMasks],
+    linears: Mapping[str, nn.Module],
+) -> list[InputHessian]:
+    """Run a layer over all batches and return the Hessians of some of its linear layers.
+
+    Linear layers that always see the same tensor share one Hessian; those that see no token are in none.
+    """
+    try:
+        return _observe(layer, index, batches, masks, linears, share=True)
+    except _DivergedError:
+        return _observe(layer, index, batches, masks, linears, share=False)
+
+
+def _observe(
+    layer: nn.Module,
+    index: int,
+    batches: Sequence[RecordedBatch],
+    masks: Sequence[TokenMasks],
+    linears: Mapping[str, nn.Module],
+    share: bool,
+) -> list[InputHessian]:
+    observer = _Observer(linears, share)
+    handles = [module.register_forward_pre_hook(observer.hook(name)) for name, module in linears.items()]
+    try:
+        with watching(layer):
+            for recorded, mask in zip(batches, masks):
+                call = recorded.calls.get(index)
+                if call is not None and recorded.hidden is not None:
+                    observer.start(mask, call.context_pointers())
+                    call.run(layer, recorded.hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return observer.result()
+
+
+def refuse_non_finite(name: str, found: Iterable[InputHessian]) -> None:
+    """Raise ModelError when a linear layer of ``name`` saw NaN or infinite inputs."""
+    for one in found:
+        if not bool(torch.isfinite(one.hessian).all()):
+            raise ModelError(
+                f"{name}: the inputs of {', '.join(one.names)} hold NaN or infinite values on the calibration data. "
+                "Check the model in this dtype (float16 overflows where bfloat16 does not) and the data."
+            )
