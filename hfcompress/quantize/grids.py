@@ -1,0 +1,67 @@
+"""How the scale of a group of weights is chosen, and how large the error of a choice is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfcompress.packed.packing import code_range
+
+SHRINK_FACTORS = tuple(1.1 - 0.025 * step for step in range(25))
+
+
+def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scales as they come back from storage in ``dtype``: float32, never zero."""
+    stored = scale.to(dtype).float()
+    return torch.where(scale == 0, 1.0, stored.clamp_min(torch.finfo(dtype).tiny))
+
+
+def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``codes * scale`` in float32, rounded as a product in ``dtype`` is."""
+    product = codes * scale
+    return product if dtype == torch.float32 else product.to(dtype).float()
+
+
+def absmax_scale(weight: Tensor, bits: int, dtype: torch.dtype, dim: int = -1) -> Tensor:
+    """Return the symmetric scale that spreads the codes from one end of the values to the other.
+
+    The largest absolute value is divided by (2**bits - 1) / 2, the middle between the lowest and the highest code's
+    size, so that both ends clip alike.  weight: float32.  Returns float32 of the same shape with ``dim`` of size 1.
+    """
+    return storable_scale(weight.abs().amax(dim, keepdim=True) / ((2**bits - 1) / 2), dtype)
+
+
+def search_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return the scale of each output row that gives the smallest weighted squared rounding error on a grid.
+
+    The grid is the absmax scale times each of ``SHRINK_FACTORS``.  columns: (in, out) float32, one group of input
+    columns.  importance: (in,), the weight of an error in each column.  Returns (out,) float32.
+    """
+    low, high = code_range(bits)
+    widest = columns.abs().amax(0) / ((2**bits - 1) / 2)
+    best = storable_scale(widest, dtype)
+    smallest = torch.full_like(best, torch.inf)
+    steps, nearest = torch.empty_like(columns), torch.empty_like(columns)
+    for factor in SHRINK_FACTORS:
+        scale = storable_scale(widest * factor, dtype)
+        torch.div(columns, scale, out=steps)
+        torch.round(steps, out=nearest).clamp_(low, high).sub_(steps).square_()
+        error = torch.mv(nearest.T, importance) * scale.square()
+        better = error < smallest
+        smallest = torch.where(better, error, smallest)
+        best = torch.where(better, scale, best)
+    return best
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
+    """Return sqrt(tr(D H D^T) / tr(W H W^T)) for D = W - Q; without a Hessian the Frobenius norms' ratio.
+
+    weight, quantized: (out, in).  hessian: (in, in).  An all-zero weight has error 0.
+    """
+    weight = weight.float()
+    difference = weight - quantized.float()
+    error, size = (
+        float((matrix if hessian is None else matrix @ hessian).mul(matrix).sum(dtype=torch.float64))
+        for matrix in (difference, weight)
+    )
+    return (max(error, 0.0) / size) ** 0.5 if size > 0 else 0.0

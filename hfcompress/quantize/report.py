@@ -1,0 +1,39 @@
+"""What quantization did, one row per linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One quantized linear layer.
+
+    group_size: input columns per scale; None is one scale per output row.  requested_group_size: what was asked for.
+    relative_error: sqrt(tr(D H D^T) / tr(W H W^T)) on the calibration data, or the Frobenius norms' ratio where
+    there is none.  damping: what the Hessian needed, as a share of its mean diagonal; None without a Hessian.
+    tokens: calibration tokens that the layer saw.
+    """
+
+    name: str
+    bits: int
+    group_size: int | None
+    requested_group_size: int | None
+    relative_error: float
+    damping: float | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """method: its name in ``METHODS``.  rows: in the order of the model.  seconds: of the whole run."""
+
+    method: str
+    rows: tuple[QuantizedLinear, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as JSON takes them."""
+        return {"method": self.method, "seconds": self.seconds, "rows": [asdict(row) for row in self.rows]}
