@@ -1,0 +1,130 @@
+"""Save a compressed model so that ``from_pretrained`` loads it, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hfcompress.checkpoint.atomic import MARKER, new_folder, refuse_foreign, refuse_full_disk
+from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
+from hfcompress.errors import CheckpointError, ModelError
+from hfcompress.packed.format import packed_linears
+from hfcompress.progress import quiet_bars
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """Where a checkpoint was saved, in which format, and what its verification showed (None: not asked for)."""
+
+    folder: Path
+    format: str
+    verification: Verification | None
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    folder: str | Path,
+    processor: Any = None,
+    *,
+    verify: bool = False,
+    inputs: dict[str, Tensor] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> SavedCheckpoint:
+    """Save a model (and its processor) as a checkpoint that stock ``from_pretrained`` loads.
+
+    The folder appears only when everything in it is written and, with ``verify``, has been reloaded in a fresh
+    process to the same logits.  inputs: what verification feeds the model; random tokens unless given.
+    extra_files: text files by name, written into the same folder.
+    Raises OutputError for a folder that hfcompress did not write, ModelError for NaN weights, CheckpointError when the
+    model's config cannot describe its shapes, the disk is full, or the reload differs.  Then nothing has changed.
+    """
+    folder = Path(folder)
+    refuse_foreign(folder)
+    refuse_nan(model)
+    _refuse_inexpressible(model)
+    refuse_full_disk(folder, _bytes_of(model))
+    probe = Probe.of(model, inputs) if verify else None
+    form = "compressed-tensors pack-quantized" if packed_linears(model) else "plain"
+    verification = None
+    with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
+        model.save_pretrained(scratch)
+        if processor is not None:
+            processor.save_pretrained(scratch)
+        for name, text in (extra_files or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        if probe is not None:
+            verification = verify_checkpoint(scratch, probe)
+        facts = {
+            "hfcompress": version("hfcompress"),
+            "format": form,
+            "verified": asdict(verification) if verification else None,
+        }
+        (scratch / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return SavedCheckpoint(folder, form, verification)
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raise ModelError, naming the tensor, when a weight is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"Weight '{name}' holds NaN or infinite values; such a model is neither compressed nor saved. "
+                "Nothing was changed."
+            )
+
+
+def _refuse_inexpressible(model: PreTrainedModel) -> None:
+    """Raise CheckpointError unless a model built from the config has the same tensors in the same shapes."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        twin = type(model)(config)
+    expected = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
+    actual = logical_shapes(model)
+    for name in sorted({*expected, *actual}):
+        if expected.get(name) != actual.get(name):
+            raise CheckpointError(
+                f"Tensor '{name}' has shape {actual.get(name)}, but from this config {type(model).__name__} builds "
+                f"{expected.get(name)}, so from_pretrained could not load it. Nothing was written."
+            )
+
+
+def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor by name, a packed weight as the (out, in) weight that it stands for."""
+    packed = packed_linears(model)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (module.out_features, module.in_features) for name, module in packed.items()
+    }
+    hidden = {f"{name}.{part}" for name in packed for part in ("weight_packed", "weight_scale", "weight_shape")}
+    shapes.update({name: tuple(value.shape) for name, value in model.state_dict().items() if name not in hidden})
+    return shapes
+
+
+def _bytes_of(model: nn.Module) -> int:
+    seen = {value.data_ptr(): value.numel() * value.element_size() for value in model.state_dict().values()}
+    return sum(seen.values())
+
+
+@contextmanager
+def _cache_on(model: PreTrainedModel) -> Iterator[None]:
+    """The Trainer switches ``use_cache`` off; a decoder saved like that would generate slowly for everyone."""
+    config = model.config.get_text_config()
+    if not (model.can_generate() and getattr(config, "use_cache", None) is False):
+        yield
+        return
+    config.use_cache = True
+    try:
+        yield
+    finally:
+        config.use_cache = False

@@ -1,0 +1,39 @@
+"""Reload a checkpoint with stock Transformers and compare its logits.  Run as a script; imports nothing of ours.
+
+Usage: stock_reload.py CHECKPOINT CLASS PROBE.  PROBE is a safetensors file with the inputs (``input.*``) and the
+logits that the model gave in memory.  Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+def main(folder: str, class_name: str, probe_file: str) -> None:
+    """Compare and print: the largest difference of a logit, the largest logit, and the seconds that loading took."""
+    probe = load_file(probe_file)
+    expected = probe["logits"]
+    inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
+    started = time.perf_counter()
+    model = getattr(transformers, class_name).from_pretrained(folder).eval()
+    seconds = time.perf_counter() - started
+    with torch.inference_mode():
+        logits = model(**inputs)["logits"]
+    result = {
+        "max_logit_difference": float((logits.double() - expected.double()).abs().max()),
+        "max_logit": float(expected.abs().max()),
+        "seconds": round(seconds, 2),
+        "class": class_name,
+        "hfcompress_imported": "hfcompress" in sys.modules,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

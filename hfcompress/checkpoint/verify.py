@@ -1,0 +1,113 @@
+"""Prove that a checkpoint reloads to the same model, in a process that has never seen hfcompress."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CheckpointError
+
+# The same kernels run on the same bits, so only the order of sums may differ: a few units in the last place.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageClassification",
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the reload showed.  max_logit_difference: absolute; tolerance: what was allowed, of the largest logit."""
+
+    max_logit_difference: float
+    max_logit: float
+    seconds: float
+    loaded_by: str
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs, and the logits that the model in memory gives for them."""
+
+    inputs: dict[str, Tensor]
+    logits: Tensor
+    loaded_by: str
+    tolerance: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Probe:
+        """Run the model once.  inputs: two rows of fixed random tokens unless given."""
+        inputs = inputs or _random_tokens(model)
+        was_training = model.training
+        model.eval()
+        with torch.inference_mode():
+            logits = model(**{name: value.to(model.device) for name, value in inputs.items()})["logits"].cpu()
+        model.train(was_training)
+        return cls(inputs, logits.clone(), auto_class_of(model), TOLERANCE.get(model.dtype, 1e-5))
+
+
+def _random_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        raise CheckpointError(
+            f"{type(model).__name__} takes {model.main_input_name}; give verify its inputs=, as the model takes them."
+        )
+    size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, size, (2, 32), generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def auto_class_of(model: PreTrainedModel) -> str:
+    """Return the name of the Auto class that loads this model, or the model's own class."""
+    for name in AUTO_CLASSES:
+        mapping: Any = getattr(transformers, name)._model_mapping
+        if type(model.config) in mapping and mapping[type(model.config)] is type(model):
+            return name
+    return type(model).__name__
+
+
+def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
+    """Reload a checkpoint in a fresh process with stock Transformers and compare logits.
+
+    Raises CheckpointError when it does not load, or when a logit differs by more than the tolerance of its dtype
+    times the largest logit.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        probe_file = Path(scratch) / "probe.safetensors"
+        tensors = {f"input.{name}": value.contiguous() for name, value in probe.inputs.items()}
+        save_file({**tensors, "logits": probe.logits.contiguous()}, probe_file)
+        script = Path(__file__).with_name("stock_reload.py")
+        command = [sys.executable, str(script), str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
+        # PYTHONSAFEPATH keeps the script's own folder off the import path.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+    if run.returncode != 0:
+        tail = "\n".join(run.stderr.strip().splitlines()[-3:])
+        raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}")
+    found = json.loads(run.stdout.strip().splitlines()[-1])
+    if not found["max_logit_difference"] <= probe.tolerance * found["max_logit"]:
+        raise CheckpointError(
+            f"{folder} reloads to a different model: logits differ by {found['max_logit_difference']:.2e} "
+            f"(largest logit {found['max_logit']:.2e}, allowed share {probe.tolerance:g})."
+        )
+    return Verification(
+        found["max_logit_difference"], found["max_logit"], found["seconds"], probe.loaded_by, probe.tolerance
+    )

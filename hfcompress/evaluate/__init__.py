@@ -1,0 +1,24 @@
+"""What a model is worth: task metrics, size, speed and memory, put together as a ``Measurement``."""
+
+from __future__ import annotations
+
+from hfcompress.evaluate.measurement import Measurement, describe_machine, measure
+from hfcompress.evaluate.memory import peak_memory_bytes
+from hfcompress.evaluate.metrics import METRICS, load_metric
+from hfcompress.evaluate.quality import evaluate_model
+from hfcompress.evaluate.size import StoredSize, model_size
+from hfcompress.evaluate.speed import decode_speed, forward_speed
+
+__all__ = [
+    "METRICS",
+    "Measurement",
+    "StoredSize",
+    "decode_speed",
+    "describe_machine",
+    "evaluate_model",
+    "forward_speed",
+    "load_metric",
+    "measure",
+    "model_size",
+    "peak_memory_bytes",
+]

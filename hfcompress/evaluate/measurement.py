@@ -1,0 +1,170 @@
+"""One set of measured facts about a model: size, quality, speed and memory, and on what they were taken."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfcompress.errors import DataError
+from hfcompress.evaluate.memory import peak_memory_bytes, reset_peak_memory
+from hfcompress.evaluate.modes import device_of, dtype_of
+from hfcompress.evaluate.quality import evaluate_model
+from hfcompress.evaluate.size import StoredSize, model_size
+from hfcompress.evaluate.speed import DECODE_KIND, decode_speed, forward_kind, forward_speed, greedy
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on one model; None is what was not.
+
+    bytes_on_disk: of the weight files.  metrics: name to value.  speed_kind: what ``tokens_per_second`` counts, such
+    as ``decode, batch 1``.  peak_memory_bytes: resident memory of the whole process while measuring.  continuation:
+    what the model wrote after the prompt.  rows, tokens: what the metrics were taken on, padding left out.
+    """
+
+    parameters: int
+    nonzero: int
+    bytes_on_disk: int | None
+    metrics: dict[str, float]
+    tokens_per_second: float | None
+    speed_kind: str | None
+    peak_memory_bytes: int | None
+    continuation: str | None
+    dtype: str
+    device: str
+    machine: dict[str, Any]
+    rows: int
+    tokens: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the parameters that are zero."""
+        return 1 - self.nonzero / self.parameters if self.parameters else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
+        """Build from what ``to_dict`` gave. Raises DataError that names missing and unknown fields."""
+        known = {field.name for field in fields(cls)}
+        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        if missing or unknown:
+            faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
+                unknown
+            )
+            raise DataError(f"A measurement {' and '.join(faults)}.")
+        return cls(**values)
+
+
+class _Counted:
+    """Batches that pass through and are counted; the first one is kept to time a forward pass on."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        self.batches = batches
+        self.total = len(batches) if isinstance(batches, Sized) else None
+        self.first: Mapping[str, Tensor] | None = None
+        self.rows = self.tokens = 0
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        for batch in self.batches:
+            self.first = batch if self.first is None else self.first
+            self.rows += len(next(iter(batch.values()), ()))
+            if "attention_mask" in batch:
+                self.tokens += int(batch["attention_mask"].sum())
+            elif "input_ids" in batch:
+                self.tokens += batch["input_ids"].numel()
+            yield batch
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return processor, cores, threads in use, platform and the versions that a number depends on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    packages = ("torch", "transformers", "hfcompress")
+    return {
+        "cpu": named.group(1).strip() if named else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return None
+
+
+def _speed(
+    model: nn.Module, first: Mapping[str, Tensor] | None, prompt_ids: Tensor | None, new_tokens: int
+) -> tuple[float | None, str | None]:
+    """Time decoding where there is a prompt, else a forward pass; (None, None) for inputs that are not tokens."""
+    if prompt_ids is not None:
+        return decode_speed(model, prompt_ids, new_tokens), DECODE_KIND
+    if first is not None and "input_ids" in first:
+        return forward_speed(model, first), forward_kind(first)
+    return None, None
+
+
+def measure(
+    model: nn.Module,
+    *,
+    batches: Iterable[Mapping[str, Tensor]],
+    metrics: Sequence[str],
+    tokenizer: Any = None,
+    prompt: str | None = None,
+    new_tokens: int = 48,
+    stored: StoredSize | None = None,
+    description: str = "measure",
+) -> Measurement:
+    """Measure a model's size, quality, speed and memory.
+
+    batches: dicts of tensors with labels (see ``evaluate_model``).  prompt: with ``tokenizer``, what a generating
+    model continues by ``new_tokens`` tokens, which are timed and kept; others are timed on the first batch.
+    stored: what ``inspect_checkpoint`` counted in the model's folder; None counts the tensors in memory, and then the
+    size on disk is not measured. The memory peak starts at the call where the system allows (Linux), else at the
+    process's start. Raises what ``evaluate_model`` raises.
+    """
+    reset_peak_memory()
+    counted = _Counted(batches)
+    values = evaluate_model(model, counted, metrics, description, counted.total)
+    prompt_ids, continuation = None, None
+    can_generate = getattr(model, "can_generate", None)
+    if prompt and tokenizer is not None and can_generate is not None and can_generate():
+        prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        continuation = tokenizer.decode(greedy(model, prompt_ids, new_tokens), skip_special_tokens=True)
+    speed, kind = _speed(model, counted.first, prompt_ids, new_tokens)
+    peak = peak_memory_bytes()
+    size = stored if stored is not None else model_size(model)
+    return Measurement(
+        parameters=size.parameters,
+        nonzero=size.nonzero,
+        bytes_on_disk=size.bytes_on_disk,
+        metrics=values,
+        tokens_per_second=speed,
+        speed_kind=kind,
+        peak_memory_bytes=peak,
+        continuation=continuation,
+        dtype=str(dtype_of(model)).removeprefix("torch."),
+        device=str(device_of(model)),
+        machine=describe_machine(),
+        rows=counted.rows,
+        tokens=counted.tokens,
+    )

@@ -1,0 +1,30 @@
+"""How many parameters a model in memory has, and how many of them are not zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hfcompress.packed import packed_linears
+
+
+@dataclass(frozen=True)
+class StoredSize:
+    """What a checkpoint holds; bytes_on_disk: of its weight files, None for a model that was not stored."""
+
+    parameters: int
+    nonzero: int
+    bytes_on_disk: int | None = None
+
+
+def model_size(model: nn.Module) -> StoredSize:
+    """Count a model's parameters; tied ones count once, a packed weight by its logical shape (out x in)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    total = sum(parameter.numel() for parameter in parameters)
+    nonzero = sum(int(torch.count_nonzero(parameter.detach())) for parameter in parameters)
+    for module in {id(module): module for module in packed_linears(model).values()}.values():
+        total += module.out_features * module.in_features
+        nonzero += int(torch.count_nonzero(module.codes()))
+    return StoredSize(total, nonzero)

@@ -1,0 +1,175 @@
+"""A checkpoint appears whole or not at all, and reloads to the same model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from hfcompress.checkpoint import Probe, save_compressed, verify_checkpoint
+from hfcompress.checkpoint.atomic import refuse_full_disk
+from hfcompress.errors import CheckpointError, ModelError, OutputError
+from tests.conftest import tiny_bert, tiny_llama
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_verified_in_a_process_without_hfcompress(make, dtype, tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    model = make()
+    for parameter in model.parameters():  # not .to(): a checkpoint's reader keeps rotary frequencies in float32
+        parameter.data = parameter.data.to(dtype)
+    saved = save_compressed(model, tmp_path / "out", tokenizer, verify=True)
+    assert saved.verification is not None
+    assert saved.verification.max_logit_difference == 0.0
+    assert saved.verification.loaded_by in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    assert json.loads((tmp_path / "out" / "hfcompress.json").read_text())["verified"]["max_logit"] > 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_same_files_as_save_pretrained(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_compressed(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "plain")
+    ours = listing(tmp_path / "ours")
+    ours.pop("hfcompress.json")
+    assert ours == listing(tmp_path / "plain")
+
+
+def test_a_checkpoint_of_another_model_is_not_verified(tmp_path: Path) -> None:
+    save_compressed(tiny_llama(seed=0), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="reloads to a different model: logits differ by"):
+        verify_checkpoint(tmp_path / "out", Probe.of(tiny_llama(seed=1)))
+
+
+def test_a_checkpoint_that_does_not_load_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    plain = model.save_pretrained
+
+    def damaged(folder, **options):
+        plain(folder, **options)
+        weights = Path(folder) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+
+    monkeypatch.setattr(model, "save_pretrained", damaged)
+    with pytest.raises(CheckpointError, match="does not load with AutoModelForCausalLM"):
+        save_compressed(model, tmp_path / "out", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_is_on_in_the_saved_config_and_off_again_in_memory(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config.use_cache = False  # as the Trainer leaves it
+    save_compressed(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
+    assert model.config.use_cache is False
+
+
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_compressed(model, tmp_path / "out")
+    elements = (tmp_path / "out" / "model.safetensors").stat().st_size / 4
+    assert elements < sum(p.numel() for p in model.parameters()) * 1.1
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
+
+
+def test_nan_weight_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"'bert\.encoder\.layer\.1\.output\.dense\.weight' holds NaN"):
+        save_compressed(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_that_the_config_cannot_say_are_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' has shape \(64, 96\)"):
+        save_compressed(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="exists and was not written by hfcompress"):
+        save_compressed(tiny_llama(), tmp_path / "out")
+    assert listing(tmp_path) == {"out/thesis.txt": b"years of work"}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        save_compressed(tiny_llama(), tmp_path / "file")
+
+
+def test_our_own_folder_is_replaced(tmp_path: Path) -> None:
+    save_compressed(tiny_llama(seed=0), tmp_path / "out", extra_files={"old.txt": "x"})
+    save_compressed(tiny_llama(seed=1), tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(reloaded.model.norm.weight, tiny_llama(seed=1).model.norm.weight)
+    assert torch.equal(reloaded.model.embed_tokens.weight, tiny_llama(seed=1).model.embed_tokens.weight)
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+from tests.conftest import tiny_llama
+from hfcompress import HFCompressError, save_compressed
+model = tiny_llama(seed=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    save_compressed(model, {folder!r})
+except HFCompressError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+    """The kernel refuses to write past 50 kB, as a full disk would."""
+    save_compressed(tiny_llama(seed=0), tmp_path / "out")
+    before = listing(tmp_path)
+    root = str(Path(__file__).parent.parent)
+    code = FULL_DISK.format(root=root, folder=str(tmp_path / "out"))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "could not be written" in run.stdout
+    assert "Nothing was changed" in run.stdout
+    assert listing(tmp_path) == before
+
+
+def test_a_full_disk_is_known_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"needs 1000000000 MB, but its disk has \d+ MB left"):
+        refuse_full_disk(tmp_path / "not" / "there", 10**15)
+    refuse_full_disk(tmp_path, 1)
+
+
+def test_an_image_model_needs_its_inputs(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    model = ViTForImageClassification(config)
+    with pytest.raises(CheckpointError, match="takes pixel_values; give verify its inputs="):
+        save_compressed(model, tmp_path / "out", verify=True)
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    saved = save_compressed(model, tmp_path / "out", verify=True, inputs=inputs)
+    assert saved.verification is not None
+    assert saved.verification.loaded_by == "AutoModelForImageClassification"
+
+
+def test_reloads_as_the_task_model(bert_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(bert_dir)
+    save_compressed(model, tmp_path / "out", verify=True)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert type(reloaded) is type(model)
