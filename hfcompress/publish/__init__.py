@@ -1,0 +1,19 @@
+"""What others get to see of a compressed model: its card, its picture and its tables."""
+
+from __future__ import annotations
+
+from hfcompress.publish.card import write_model_card
+from hfcompress.publish.facts import Facts, load_facts
+from hfcompress.publish.plots import plot_size_against_quality
+from hfcompress.publish.tables import inspection_tables, measurement_table, print_result, stage_table
+
+__all__ = [
+    "Facts",
+    "inspection_tables",
+    "load_facts",
+    "measurement_table",
+    "plot_size_against_quality",
+    "print_result",
+    "stage_table",
+    "write_model_card",
+]

@@ -1,0 +1,166 @@
+"""The measured facts of a checkpoint, read from its ``measurements.json``; cards and plots show nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfcompress.errors import CheckpointError, DataError
+from hfcompress.evaluate import Measurement
+
+FILE_NAME = "measurements.json"
+_NUMBER, _OBJECT = (int, float), (dict,)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "hfcompress": (str,), "name": (str,), "task": (str,), "created": (str,), "base_model": (str,),
+    "base_model_license": (str, type(None)), "data": _OBJECT, "recipe": _OBJECT, "seed": (int, type(None)),
+    "stages": (list,), "loads_without_hfcompress": (bool,), "verification": _OBJECT,
+    "quantization_report": (list, dict, type(None)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage: what it did and what was measured after it.  seconds: how long it took, None if not measured."""
+
+    name: str
+    summary: str
+    seconds: float | None
+    measurement: Measurement
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One reload in a fresh process: how far its logits were from the saved model's, and the largest one."""
+
+    max_logit_difference: float
+    max_logit: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a model card may say. The last stage was measured on the reloaded checkpoint in a fresh process.
+
+    verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report: a row per layer.
+    """
+
+    version: str
+    name: str
+    task: str
+    created: str
+    base_model: str
+    base_model_license: str | None
+    data: dict[str, Any]
+    recipe: dict[str, Any]
+    seed: int | None
+    stages: tuple[StageFacts, ...]
+    loads_without_hfcompress: bool
+    verification: dict[str, Verification]
+    quantization_report: tuple[dict[str, Any], ...]
+
+    @property
+    def before(self) -> Measurement:
+        """The measurement of the model that the run started from."""
+        return self.stages[0].measurement
+
+    @property
+    def after(self) -> Measurement:
+        """The measurement of the final checkpoint."""
+        return self.stages[-1].measurement
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics of any stage, in the order of their first appearance."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.measurement.metrics))
+
+
+def load_facts(folder: str | Path) -> Facts:
+    """Read and check a checkpoint folder's ``measurements.json``.
+
+    Raises CheckpointError when there is no such file, DataError that lists all faults of a wrong one.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {FILE_NAME}, so nothing is known about its quality. "
+                              "`hfcompress run` writes it; `hfcompress eval` measures a checkpoint.")  # fmt: skip
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}.") from error
+    return facts_from(values, str(path))
+
+
+def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
+    """Build checked facts from the plain values of ``measurements.json``; raises DataError that lists all faults."""
+    if not isinstance(values, dict):
+        raise DataError(f"{where} holds a {type(values).__name__}, not a mapping.")
+    faults = _faults(values, _KINDS)
+    stages: list[StageFacts] = []
+    if not faults:
+        for index, stage in enumerate(values["stages"]):
+            try:
+                stages.append(_stage(stage))
+            except (DataError, TypeError) as error:
+                faults.append(f"stages[{index}]: {error}")
+        for name, found in _verified(values).items():
+            if not isinstance(found, dict) or not isinstance(found.get("max_logit_difference"), _NUMBER):
+                faults.append(f"verification.{name}: needs max_logit_difference, a number")
+        if not values["stages"]:
+            faults.append("stages: is empty")
+    if faults:
+        raise DataError(f"{where} has {len(faults)} fault{'s' * (len(faults) > 1)}: {'; '.join(faults)}.")
+    report = values["quantization_report"] or []
+    return Facts(
+        version=values["hfcompress"],
+        stages=tuple(stages),
+        verification={
+            name: Verification(found["max_logit_difference"], found.get("max_logit"), found.get("seconds"))
+            for name, found in _verified(values).items()
+        },
+        quantization_report=tuple(report["rows"] if isinstance(report, dict) else report),
+        **{name: values[name] for name in ("name", "task", "created", "base_model", "base_model_license", "data",
+                                           "recipe", "seed", "loads_without_hfcompress")},
+    )  # fmt: skip
+
+
+def _verified(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the reloads that took place; null stands for one that did not."""
+    return {name: found for name, found in values["verification"].items() if found is not None}
+
+
+def _faults(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> list[str]:
+    faults = []
+    for name, allowed in kinds.items():
+        if name not in values:
+            faults.append(f"{name}: is missing")
+        elif not isinstance(values[name], allowed) or (isinstance(values[name], bool) and bool not in allowed):
+            kind = " or ".join("null" if one is type(None) else one.__name__ for one in allowed)
+            faults.append(f"{name}: is a {type(values[name]).__name__}, not {kind}")
+    return faults
+
+
+_STAGE_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "summary": (str,), "seconds": (*_NUMBER, type(None)), "measurement": _OBJECT,
+}  # fmt: skip
+_OPTIONAL_NUMBER = (*_NUMBER, type(None))
+_MEASUREMENT_KINDS: dict[str, tuple[type, ...]] = {
+    "parameters": (int,), "nonzero": (int,), "bytes_on_disk": (int, type(None)), "metrics": _OBJECT,
+    "tokens_per_second": _OPTIONAL_NUMBER, "peak_memory_bytes": (int, type(None)), "machine": _OBJECT,
+    "rows": (int,), "tokens": (int,), "dtype": (str,), "device": (str,),
+}  # fmt: skip
+
+
+def _stage(values: Any) -> StageFacts:
+    if not isinstance(values, dict):
+        raise DataError(f"is a {type(values).__name__}, not a mapping")
+    faults = _faults(values, _STAGE_KINDS)
+    if not faults:
+        faults = [f"measurement.{fault}" for fault in _faults(values["measurement"], _MEASUREMENT_KINDS)]
+    if faults:
+        raise DataError(", ".join(faults))
+    return StageFacts(
+        values["name"], values["summary"], values["seconds"], Measurement.from_dict(values["measurement"])
+    )

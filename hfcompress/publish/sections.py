@@ -1,0 +1,174 @@
+"""The sentences and tables of a model card, each made from measured facts alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfcompress.evaluate import Measurement
+from hfcompress.publish.facts import Facts
+from hfcompress.publish.markdown import code, fenced, table
+from hfcompress.publish.numbers import NOT_MEASURED, duration, megabytes, metric, percent, times
+from hfcompress.publish.tables import speed_note, stage_cells, stage_headers
+
+_REPORT_COLUMNS = {
+    "name": "layer", "bits": "bits", "group_size": "group size", "relative_error": "relative error",
+    "damping": "damping", "tokens": "calibration tokens", "seconds": "seconds",
+}  # fmt: skip
+_MACHINE = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "platform": "{}", "python": "Python {}",
+            "torch": "torch {}", "transformers": "transformers {}", "hfcompress": "hfcompress {}"}  # fmt: skip
+
+
+def headline(facts: Facts) -> str:
+    """Say in one bold sentence how much smaller the model is and what that did to its quality."""
+    before, after = facts.before, facts.after
+    pieces = [_change("on disk", before.bytes_on_disk, after.bytes_on_disk)]
+    if before.bytes_on_disk is None or after.bytes_on_disk is None:
+        pieces.append(f"{after.parameters / 1e6:,.1f} M parameters instead of {before.parameters / 1e6:,.1f} M")
+    for name in facts.metric_names:
+        values = metric(name, before.metrics.get(name)), metric(name, after.metrics.get(name))
+        pieces.append(f"{name} {values[0]} before and {values[1]} after")
+    return f"**{'; '.join(piece for piece in pieces if piece)}.**"
+
+
+def _change(where: str, before: int | None, after: int | None) -> str:
+    if not before or not after:
+        return ""
+    sizes = f"({megabytes(before)} before, {megabytes(after)} after)"
+    if before == after:
+        return f"As large as before {where} {sizes}"
+    if before < after:
+        return f"{times(after, before)} times larger {where} {sizes}"
+    return f"{times(before, after)} times smaller {where} {sizes}"
+
+
+def data_name(facts: Facts) -> str:
+    """Return what the recipe calls its data: an id with its configuration, or the names of the files."""
+    data = facts.data
+    if data.get("id"):
+        return " ".join(str(part) for part in (data["id"], data.get("name")) if part)
+    files = data.get("files") or []
+    listed = [path for paths in files.values() for path in paths] if isinstance(files, dict) else files
+    return ", ".join(str(path).rpartition("/")[2] for path in ([listed] if isinstance(listed, str) else listed))
+
+
+def description(facts: Facts) -> str:
+    """Say what the model was made from, when, and on what it was measured."""
+    stages = ", ".join(code(stage.name) for stage in facts.stages[1:])
+    made = f"Made on {facts.created} from {code(facts.base_model)}" + (f" by {stages}" if stages else "")
+    license_note = (
+        "" if facts.base_model_license else " The base model's licence is not known here: look it up before use."
+    )
+    return f"{made}, with hfcompress {facts.version}. {_measured_on(facts)}{license_note}"
+
+
+def _measured_on(facts: Facts) -> str:
+    after = facts.after
+    tokens = f" ({after.tokens:,} tokens)" if after.tokens else ""
+    data = data_name(facts)
+    source = f"held-out rows of {code(data)}" if data else "held-out rows"
+    reloaded = "those of the last stage were taken after reloading the checkpoint."
+    return f"The metrics are of {after.rows:,} {source}{tokens}; {reloaded}"
+
+
+def verification(facts: Facts) -> str:
+    """Say how the reloads in fresh processes compared with the model that was saved."""
+    found = []
+    for name, one in facts.verification.items():
+        by = "stock Transformers" if name == "stock" else name
+        largest = "" if one.max_logit is None else f" where the largest logit is {one.max_logit:.3g}"
+        took = "" if one.seconds is None else f", in {duration(one.seconds)}"
+        found.append(f"with {by}: max logit difference {one.max_logit_difference:.3g}{largest}{took}")
+    return f"verified by reloading in a fresh process {'; '.join(found)}" if found else f"reload: {NOT_MEASURED}"
+
+
+def stages_markdown(facts: Facts) -> str:
+    """Return the table of what was measured after each stage."""
+    return table(stage_headers(facts), [stage_cells(facts, stage) for stage in facts.stages])
+
+
+def table_notes(facts: Facts) -> str:
+    """Explain the columns of the table of stages."""
+    sparsity = f"{percent(facts.after.sparsity)} of the final model's parameters are zero."
+    return (
+        f"1 MB is 10^6 bytes. Size on disk is of the weight files. tokens/s: {speed_note(facts)}. Peak memory is the "
+        f"resident memory of the whole process while measuring. {sparsity}"
+    )
+
+
+def continuation(facts: Facts) -> dict[str, str] | None:
+    """Return the prompt and what the final model wrote after it, or None when it wrote nothing."""
+    if not facts.after.continuation:
+        return None
+    prompt = (facts.recipe.get("evaluate") or {}).get("prompt")
+    return {"prompt": f" {code(prompt)}" if prompt else "", "text": fenced(facts.after.continuation)}
+
+
+def report(facts: Facts) -> dict[str, Any]:
+    """Return table, count and summary of the error of each quantized layer; the table is empty without a report."""
+    rows = facts.quantization_report
+    names = [name for name in _REPORT_COLUMNS if any(name in row for row in rows)]
+    lines = [[_report_cell(row, name) for name in names] for row in rows]
+    errors = [(row["relative_error"], row["name"]) for row in rows if row.get("relative_error") is not None]
+    summary = ""
+    if errors:
+        low, high = min(errors), max(errors)
+        summary = (
+            f"Relative error of a layer's output on the calibration data (of its weight, without such data): from "
+            f"{low[0]:.4f} ({code(low[1])}) to {high[0]:.4f} ({code(high[1])})."
+        )
+    return {
+        "report_table": table([_REPORT_COLUMNS[name] for name in names], lines) if rows else "",
+        "report_rows": len(rows),
+        "report_summary": summary,
+    }
+
+
+def _report_cell(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "row" if name == "group_size" else NOT_MEASURED if name == "relative_error" else "none"
+    if name in ("relative_error", "damping"):
+        return f"{value:.4f}" if name == "relative_error" else f"{value:g}"
+    return f"{value:,.1f}" if name == "seconds" else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def not_measured(facts: Facts) -> list[str]:
+    """List what the card says nothing about: gaps of each stage, then what no number here covers."""
+    gaps = [
+        f"{stage.name}: {', '.join(missing)}."
+        for stage in facts.stages
+        if (missing := _gaps(facts, stage.measurement))
+    ]
+    metrics = ", ".join(facts.metric_names) or "the numbers above"
+    data = data_name(facts)
+    return [
+        *gaps,
+        f"Any quality other than {metrics}{f' on {code(data)}' if data else ''}: other tasks, domains and languages, "
+        "bias and safety.",
+        "Speed and memory on other machines, devices, batch sizes and lengths than those named here.",
+    ]
+
+
+def _gaps(facts: Facts, found: Measurement) -> list[str]:
+    values = {
+        "size on disk": found.bytes_on_disk,
+        **{name: found.metrics.get(name) for name in facts.metric_names},
+        "tokens/s": found.tokens_per_second,
+        "peak memory": found.peak_memory_bytes,
+    }
+    return [name for name, value in values.items() if value is None]
+
+
+def environment(facts: Facts) -> str:
+    """Say on what each stage was measured, one line for each different machine, device or dtype."""
+    places: dict[str, list[str]] = {}
+    for stage in facts.stages:
+        found = stage.measurement
+        known = [
+            text.format(found.machine[key]) for key, text in _MACHINE.items() if found.machine.get(key) is not None
+        ]
+        place = ", ".join([*known, f"device {found.device}", f"dtype {found.dtype}"])
+        places.setdefault(place, []).append(stage.name)
+    if len(places) == 1:
+        return f"All stages: {next(iter(places))}."
+    return "\n".join(f"- {', '.join(names)}: {place}." for place, names in places.items())

@@ -1,0 +1,128 @@
+"""Tables for the terminal: what each stage changed, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hfcompress.checkpoint.inspect import CheckpointSummary, Part
+from hfcompress.evaluate import Measurement
+from hfcompress.publish.facts import Facts, StageFacts
+from hfcompress.publish.numbers import NOT_MEASURED, megabytes, metric, millions, percent, rate
+
+NONE = "-"
+
+
+def speed_note(facts: Facts) -> str:
+    """Say what the column of tokens a second counts: one kind for all stages, or each stage's own."""
+    kinds = {stage.name: stage.measurement.speed_kind for stage in facts.stages if stage.measurement.speed_kind}
+    if len(set(kinds.values())) > 1:
+        return "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    return next(iter(kinds.values()), NOT_MEASURED)
+
+
+def stage_headers(facts: Facts) -> list[str]:
+    """Return the titles of the columns that ``stage_cells`` fills."""
+    return ["stage", "parameters", "non-zeros", "size on disk", *facts.metric_names, "tokens/s", "peak memory"]
+
+
+def stage_cells(facts: Facts, stage: StageFacts) -> list[str]:
+    """Return one stage's row: every cell is a number of its measurement or ``not measured``."""
+    found = stage.measurement
+    return [
+        stage.name,
+        millions(found.parameters),
+        millions(found.nonzero),
+        megabytes(found.bytes_on_disk),
+        *(metric(name, found.metrics.get(name)) for name in facts.metric_names),
+        rate(found.tokens_per_second),
+        megabytes(found.peak_memory_bytes),
+    ]
+
+
+def stage_table(facts: Facts) -> Table:
+    """Return the table of stages, for ``rich.print``; it fits 100 columns with two metrics."""
+    table = Table(title=facts.name, caption=f"tokens/s: {speed_note(facts)}", title_justify="left")
+    table.caption_justify = "left"
+    for position, header in enumerate(stage_headers(facts)):
+        table.add_column(header, justify="right" if position else "left")
+    for stage in facts.stages:
+        table.add_row(*stage_cells(facts, stage), style="bold" if stage is facts.stages[-1] else None)
+    return table
+
+
+def print_result(folder: Path, facts: Facts, console: Console) -> None:
+    """Print the table of stages and where the checkpoint lies."""
+    console.print(stage_table(facts))
+    loads = "stock Transformers loads it" if facts.loads_without_hfcompress else "it loads after `import hfcompress`"
+    console.print(f"{folder}: {loads}; its model card is {folder / 'README.md'}", soft_wrap=True)
+
+
+def measurement_table(found: Measurement) -> Table:
+    """Return one measurement as a table of names and values."""
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right", overflow="fold")
+    rows = {
+        "parameters": millions(found.parameters),
+        "non-zeros": millions(found.nonzero),
+        "sparsity": percent(found.sparsity),
+        "size on disk": megabytes(found.bytes_on_disk),
+        **{name: metric(name, value) for name, value in found.metrics.items()},
+        "rows, tokens": f"{found.rows:,}, {found.tokens:,}",
+        f"tokens/s ({found.speed_kind})" if found.speed_kind else "tokens/s": rate(found.tokens_per_second),
+        "peak memory": megabytes(found.peak_memory_bytes),
+        "dtype, device": f"{found.dtype}, {found.device}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def inspection_tables(summary: CheckpointSummary) -> list[Table]:
+    """Return what ``inspect_checkpoint`` found as three tables: the checkpoint, its parts and its layers."""
+    whole = Table(show_header=False)
+    whole.add_column(style="bold")
+    whole.add_column(overflow="fold")
+    groups = [
+        f"int{group.bits}, {f'group size {group.group_size}' if group.group_size else 'one scale per row'}"
+        for group in summary.groups
+    ]
+    rows = {
+        "folder": summary.folder,
+        "architecture": ", ".join(summary.architectures) or "not named",
+        "model type": summary.model_type or "not named",
+        "format": summary.format + (f" ({'; '.join(groups)})" if groups else ""),
+        "files": f"{len(summary.files)}, {megabytes(summary.bytes_on_disk)}",
+        "parameters": f"{millions(summary.parameters)} ({summary.parameters:,})",
+        "zeros": f"{percent(summary.sparsity)} ({summary.parameters - summary.nonzero:,})",
+        "bits per weight": f"{summary.total.bits_per_weight:.2f}",
+        "recipe.yaml": "present" if summary.has_recipe else "absent",
+        "measurements.json": "present" if summary.has_measurements else "absent",
+    }
+    for name, value in rows.items():
+        whole.add_row(name, value)
+    tables = [whole, _parts_table("parts", (*summary.parts, summary.total))]
+    if summary.layers:
+        tables.append(_parts_table("layers", summary.layers))
+    return tables
+
+
+def _parts_table(title: str, parts: tuple[Part, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for position, header in enumerate(("", "parameters", "non-zeros", "sparsity", "bits/weight", "size", "dtype")):
+        table.add_column(header, justify="right" if 0 < position < 6 else "left")
+    for part in parts:
+        table.add_row(
+            part.name,
+            millions(part.parameters),
+            millions(part.nonzero),
+            percent(part.sparsity),
+            f"{part.bits_per_weight:.2f}" if part.parameters else NONE,
+            megabytes(part.bytes),
+            ", ".join(part.dtypes) or NONE,
+            style="bold" if part.name == "total" else None,
+        )
+    return table
