@@ -27,7 +27,7 @@ _HOME_OF = {
     "write_model_card": "hfcompress.publish",
     "HFCompressError": "hfcompress.errors",
 }
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

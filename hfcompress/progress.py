@@ -26,6 +26,7 @@ class Meter:
         self.description = description
         self.total = total
         self.done = 0
+        self._done_before = 0
         self.note = ""
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
@@ -57,14 +58,24 @@ class Meter:
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line(now)
 
+    def begin(self, total: int, done: int) -> None:
+        """Set the total once it is known, and what an earlier run had done already."""
+        self.total, self.done, self._done_before = total, done, done
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done)
+
     def _print_line(self, now: float) -> None:
         self._last_line = now
         spent = now - self._started
         left = ""
-        if self.total and self.done:
-            left = f", {_clock(spent * max(0, self.total - self.done) / self.done)} left"
-        print(f"{self.description}: {self.done}/{self.total or '?'} in {_clock(spent)}{left}  {self.note}",
-              file=sys.stderr, flush=True)
+        done_here = self.done - self._done_before
+        if self.total and done_here:
+            left = f", {_clock(spent * max(0, self.total - self.done) / done_here)} left"
+        print(
+            f"{self.description}: {self.done}/{self.total or '?'} in {_clock(spent)}{left}  {self.note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
@@ -87,3 +98,22 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         for item in items:
             yield item
             shown.advance()
+
+
+@contextmanager
+def quiet_bars(quiet: bool = True) -> Iterator[None]:
+    """Hide the libraries' own bars for work of a second or two; downloads and conversions keep theirs."""
+    import datasets
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not (quiet and shown):
+        yield
+        return
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        datasets.enable_progress_bars()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -21,7 +22,7 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise HFCompressError(f"temperature={self.temperature} must be above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise HFCompressError(f"temperature={self.temperature} must be above 0 and finite.")
         if not 0 <= self.alpha <= 1:
             raise HFCompressError(f"alpha={self.alpha} must lie between 0 and 1.")

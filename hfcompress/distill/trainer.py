@@ -91,13 +91,14 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return ``alpha * KD + (1 - alpha) * task loss`` in training, the task loss alone in evaluation."""
-        teacher_only = self._teacher_only_columns()
-        for_student = {name: value for name, value in inputs.items() if name not in teacher_only}
+        for_student = self._for_student(inputs)
         if not model.training:
             return super().compute_loss(model, for_student, return_outputs)
         counted = self._has_label(inputs)
         # A mean over this micro-batch whatever the head does, then weighted by its share of the whole step.
-        task_mean, outputs = super().compute_loss(model, dict(for_student), return_outputs=True)
+        task_mean, outputs = super().compute_loss(model, for_student, return_outputs=True)
+        # The mean over no labels is 0 / 0.
+        task_mean = torch.where(counted.any(), task_mean, 0)
         items = num_items_in_batch if num_items_in_batch is not None else counted.sum()
         # DDP averages gradients over processes, and items are counted over all of them.
         scale = self.accelerator.num_processes / items
@@ -107,6 +108,20 @@ class DistillationTrainer(Trainer):
         loss = self.args.alpha * kd_loss + (1 - self.args.alpha) * task_loss
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """Evaluate the student on its own columns, as the plain Trainer does."""
+        return super().prediction_step(model, self._for_student(inputs), prediction_loss_only, ignore_keys)
+
+    def _for_student(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        teacher_only = self._teacher_only_columns()
+        return {name: value for name, value in inputs.items() if name not in teacher_only}
+
     def _teacher_only_columns(self) -> set[str]:
         """Return the input columns that the teacher takes and the student does not."""
         assert isinstance(self.model, nn.Module)
@@ -114,7 +129,10 @@ class DistillationTrainer(Trainer):
 
     def _kd_sum(self, student_logits: Tensor, inputs: dict[str, Any], counted: Tensor) -> Tensor:
         teacher_device = self.teacher_model.device
-        accepted = _parameters(self.teacher_model) - {"labels"}
+        accepted = _parameters(self.teacher_model)
+        # An encoder-decoder makes its decoder's inputs from the labels; nobody else needs the teacher's task loss.
+        if not self.teacher_model.config.is_encoder_decoder or "decoder_input_ids" in inputs:
+            accepted = accepted - {"labels"}
         moved = {k: v.to(teacher_device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k in accepted}
         with torch.no_grad():
             teacher_logits = self.teacher_model(**moved)["logits"]
@@ -148,7 +166,7 @@ def _refuse_mismatch(student: nn.Module, teacher: nn.Module) -> None:
     for model, role in ((student, "model"), (teacher, "teacher_model")):
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"{role} must be a transformers PreTrainedModel, not a {type(model).__name__}.")
-        problem = getattr(model.config, "problem_type", None)
+        problem = getattr(model.config, "problem_type", None) or ("regression" if _classes(model) == 1 else None)
         if problem in ("regression", "multi_label_classification"):
             raise ModelError(
                 f"{role} is a {problem} model; the KL of its logits means nothing. Classify or model text."

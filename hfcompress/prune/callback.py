@@ -147,7 +147,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _refuse_sharding(args: TrainingArguments) -> None:
-    if args.deepspeed or getattr(args, "fsdp", None):
+    from accelerate.state import DistributedType, PartialState
+
+    # A launcher can choose sharding behind the arguments' back: `accelerate launch --use_fsdp`.
+    launched = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if launched or args.deepspeed or getattr(args, "fsdp", None):
         raise HFCompressError(
             "PruneCallback needs whole weights on every device, but FSDP or DeepSpeed shards them. "
             "Train with DDP or on one device."

@@ -90,7 +90,8 @@ def clear_moments_(optimizer: Any, weights: Mapping[str, nn.Parameter], masks: M
     for name, mask in masks.items():
         weight = weights[name]
         for value in state.get(weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
+            # 8-bit optimizers keep codes, whose 0 is not the number 0.
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                 value.mul_(mask)
 
 

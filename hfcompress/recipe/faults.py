@@ -150,7 +150,7 @@ def _field_types(options: type) -> dict[str, Any]:
 
 def _hint_of(hint: Any, key: Any) -> Any:
     """Return the hint of what lies under ``key``, or None where that is not known."""
-    one = members(hint)[0] if members(hint) else None
+    one: Any = members(hint)[0] if members(hint) else None
     if isinstance(one, type) and dataclasses.is_dataclass(one):
         return _field_types(one).get(key)
     arguments = typing.get_args(one)

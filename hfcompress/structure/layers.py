@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress.errors import ModelError
-from hfcompress.structure.stack import layer_stacks
+from hfcompress.structure.stack import LayerStack, layer_stacks
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -55,8 +57,8 @@ def drop_layers(model: PreTrainedModel, method: DropLayers) -> list[int]:
     """Remove layers from the model's stack in place and return the indices that stayed.
 
     The config is changed with the modules (layer count, per-layer lists, cache indices), so that the model reloads
-    with plain ``from_pretrained``.  Raises ModelError, before anything changed, for a model with several stacks or
-    whose config cannot say how many layers there are.
+    with plain ``from_pretrained``.  Raises ModelError, before anything changed, for a model with several stacks,
+    whose config cannot say how many layers there are, or whose layers cannot stand where they would come to stand.
     """
     stacks = layer_stacks(model)
     if len(stacks) != 1:
@@ -71,8 +73,8 @@ def drop_layers(model: PreTrainedModel, method: DropLayers) -> list[int]:
             f"The stack {stack.name} has {total} layers but the config's num_hidden_layers is "
             f"{getattr(config, 'num_hidden_layers', None)}; a shorter model could not be reloaded."
         )
-    _set_per_layer_lists(config, total, kept)
-    config.num_hidden_layers = len(kept)
+    _refuse_unlike_places(model, stack, kept)
+    _shorten_(config, total, kept)
     layers = nn.ModuleList(stack.layers[index] for index in kept)
     parent, _, name = stack.name.rpartition(".")
     setattr(model.get_submodule(parent), name, layers)
@@ -83,8 +85,25 @@ def drop_layers(model: PreTrainedModel, method: DropLayers) -> list[int]:
     return kept
 
 
-def _set_per_layer_lists(config: PreTrainedConfig, total: int, kept: list[int]) -> None:
-    """Shorten the config's lists that hold one entry per layer, such as ``layer_types``."""
+def _refuse_unlike_places(model: PreTrainedModel, stack: LayerStack, kept: list[int]) -> None:
+    """Compare each kept layer's tensor names with those of the layer that a reload will build in its place."""
+    config = copy.deepcopy(model.config)
+    _shorten_(config.get_text_config(), len(stack), kept)
+    with torch.device("meta"):
+        places = type(model)(config).get_submodule(stack.name)
+    for new, old in enumerate(kept):
+        differing = set(places.get_submodule(str(new)).state_dict()) ^ set(stack.layers[old].state_dict())
+        if differing:
+            raise ModelError(
+                f"In {type(model).__name__}, layer {old} cannot become layer {new}: only one of the two has "
+                f"{', '.join(sorted(differing))}. Keep layer {new} itself."
+            )
+
+
+def _shorten_(config: PreTrainedConfig, total: int, kept: list[int]) -> None:
+    """Set the layer count and shorten the lists with one entry per layer, such as ``layer_types``."""
     for name, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == total:
+        # By name too: a list of three end-of-text tokens says nothing of a model's three layers.
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == total:
             setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)

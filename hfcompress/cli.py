@@ -1,0 +1,161 @@
+"""The ``hfcompress`` command: thin, each command one call and one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hfcompress.errors import HFCompressError
+
+app = typer.Typer(
+    help="Compress Hugging Face models: prune, distil, quantize, measure and document.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+DEMO_RECIPE = "smollm2_python_docs"
+
+RecipePath = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Override: stages.1.distill.steps=50; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of this recipe.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard an unfinished or finished run and begin anew.")]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    changes: Changes = None,
+    resume: Resume = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: stages, measurements, verified checkpoint, model card."""
+    from hfcompress.recipe import load_recipe
+
+    _run(load_recipe(recipe, changes or []), resume, restart, as_json)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of about a minute.")] = False,
+    resume: Resume = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the bundled recipe on SmolLM2-135M and Python's documentation, with no network."""
+    from hfcompress.recipe import load_recipe
+
+    changes = QUICK if quick else []
+    _run(load_recipe(DEMO_RECIPE, changes), resume, restart or quick, as_json)
+
+
+QUICK = [
+    "output=runs/smollm2-python-docs-quick",
+    "stages.1.distill.steps=3",
+    "stages.1.distill.training.per_device_train_batch_size=1",
+    "stages.2.quantize.calibration_rows=4",
+    "stages.2.quantize.calibration_length=128",
+    "evaluate.max_rows=4",
+    "evaluate.new_tokens=16",
+]
+
+
+def _run(recipe: Any, resume: bool, restart: bool, as_json: bool) -> None:
+    from hfcompress.pipeline import compress
+    from hfcompress.publish import load_facts, print_result
+
+    folder = compress(recipe, resume=resume, restart=restart)
+    if as_json:
+        _print_json(json.loads((folder / "measurements.json").read_text(encoding="utf-8")))
+    else:
+        print_result(folder, load_facts(folder), Console())
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a bundled recipe.")] = None,
+    changes: Changes = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe, all faults at once, without running it."""
+    from hfcompress.recipe import load_recipe, recipe_schema
+
+    if schema:
+        _print_json(recipe_schema())
+        return
+    if recipe is None:
+        raise HFCompressError("Name a recipe to check, or use --schema.")
+    checked = load_recipe(recipe, changes or [])
+    if as_json:
+        _print_json(checked.to_dict())
+    else:
+        print(
+            f"{recipe} is valid: {checked.task}, {len(checked.stages)} stages "
+            f"({', '.join(stage.name for stage in checked.stages)})."
+        )
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe with the data and metrics; default: the folder's own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the measurement to this JSON file.")] = None,
+    without_metrics: Annotated[bool, typer.Option(help="Measure size, speed and memory alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no table.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a checkpoint: task metrics, size, speed and peak memory."""
+    from hfcompress.checkpoint.atomic import write_text
+    from hfcompress.measuring import evaluate_folder
+    from hfcompress.publish import measurement_table
+    from hfcompress.recipe import load_recipe
+
+    named = recipe or str(folder / "recipe.yaml")
+    measured = evaluate_folder(folder, load_recipe(named), f"measure {folder.name}", not without_metrics)
+    if output is not None:
+        write_text(output, json.dumps(measured.to_dict(), indent=2) + "\n")
+    if as_json:
+        _print_json(measured.to_dict())
+    elif not quiet:
+        Console().print(measurement_table(measured))
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: AsJson = False) -> None:
+    """Show what a checkpoint holds: parameters, zeros, bits and bytes per part and layer."""
+    from hfcompress.checkpoint import inspect_checkpoint
+    from hfcompress.publish import inspection_tables
+
+    summary = inspect_checkpoint(folder)
+    if as_json:
+        _print_json(summary.to_dict())
+    else:
+        for table in inspection_tables(summary):
+            Console().print(table)
+
+
+def main() -> None:
+    """Run the command; a user's error is one clear message and exit status 1, without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except HFCompressError as error:
+        print(f"hfcompress: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("hfcompress: interrupted; the same command with --resume goes on.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,163 @@
+"""Open the data that a recipe names, and split it into parts that never overlap."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+
+from hfcompress.bundled import is_packaged, packaged_documents
+from hfcompress.errors import DataError, did_you_mean
+from hfcompress.progress import quiet_bars
+from hfcompress.recipe import DataSpec
+
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    # The convention of tab-separated corpora (GLUE among them): a quotation mark is a character like any other.
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+    ".md": ("text", {"sample_by": "document"}),
+}
+HELD_OUT_NAMES = ("validation", "dev", "test")
+
+
+def load_splits(spec: DataSpec, seed: int, needs_calibration: bool) -> DatasetDict:
+    """Return the splits ``train``, ``held_out`` and, if needed, ``calibration``, as raw rows.
+
+    A held-out part is taken from the data's own held-out split where there is one, else cut from the training rows;
+    the calibration part is always cut from the training rows.  Rows are shuffled with ``seed`` before a cut, and a
+    row goes to one part only.  Raises DataError for missing files, columns, splits, or a part without rows.
+    """
+    raw = _open(spec)
+    train = _only(raw, spec.splits.train if spec.splits else None, ("train",), "train")
+    named = spec.splits.held_out if spec.splits else None
+    has_own = named is not None or any(name in raw for name in HELD_OUT_NAMES)
+    parts = DatasetDict()
+    if has_own:
+        parts["held_out"] = _only(raw, named, HELD_OUT_NAMES, "held-out")
+    train = train.shuffle(seed=seed)
+    if not has_own:
+        train, parts["held_out"] = _cut(train, spec.held_out_share, "held-out")
+    if needs_calibration:
+        train, parts["calibration"] = _cut(train, spec.held_out_share, "calibration")
+    if spec.max_train_rows is not None:
+        train = train.select(range(min(spec.max_train_rows, len(train))))
+    parts["train"] = train
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise DataError(f"The {name} part of {describe(spec)} has 0 rows.")
+    return parts
+
+
+def require_columns(rows: Dataset, columns: Iterable[str], spec: DataSpec) -> None:
+    """Raise DataError, naming the columns that exist, unless every named one does."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise DataError(
+                f"{describe(spec)} has no column '{column}'. {did_you_mean(column, rows.column_names)}"
+                f"Its columns: {', '.join(rows.column_names)}."
+            )
+
+
+def describe(spec: DataSpec) -> str:
+    """Return a short name of the data for messages and cards."""
+    if spec.id is not None:
+        return f"Data '{spec.id}'"
+    return f"Data in {', '.join(str(path) for paths in _files_by_split(spec).values() for path in paths)}"
+
+
+def data_digest(spec: DataSpec) -> str:
+    """Return a digest of the data's content: of the files, of the package's text, or of id and revision."""
+    digest = hashlib.sha256()
+    if spec.id is None:
+        for split, paths in sorted(_files_by_split(spec).items()):
+            digest.update(split.encode())
+            for path in paths:
+                digest.update(path.read_bytes())
+    elif is_packaged(spec.id):
+        digest.update(repr(packaged_documents(spec.id)).encode())
+    else:
+        digest.update(f"{spec.id}@{spec.revision}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
+    files = spec.files
+    if not isinstance(files, dict):
+        files = {"train": files}  # type: ignore[dict-item]
+    listed = {split: [named] if isinstance(named, str) else list(named) for split, named in files.items()}
+    return {split: [Path(name).expanduser() for name in names] for split, names in listed.items()}
+
+
+def _open(spec: DataSpec) -> DatasetDict:
+    if spec.id is None:
+        return DatasetDict({split: _read_files(paths) for split, paths in _files_by_split(spec).items()})
+    if is_packaged(spec.id):
+        documents = packaged_documents(spec.id)
+        rows = {"title": list(documents), spec.text_column: list(documents.values())}
+        return DatasetDict({"train": Dataset.from_dict(rows)})
+    try:
+        return load_dataset(spec.id, spec.name, revision=spec.revision)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"Data '{spec.id}' cannot be opened: it is neither on the Hub as this machine reaches it, nor a local "
+            f"path (local files go under data.files). {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read_files(paths: list[Path]) -> Dataset:
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"No such data file: {path}.")
+        if path.suffix not in READERS:
+            raise DataError(f"{path}: '{path.suffix}' files cannot be read. Known: {', '.join(READERS)}.")
+    suffixes = {path.suffix for path in paths}
+    if len(suffixes) != 1:
+        raise DataError(f"The files of one split must be of one kind, not {', '.join(sorted(suffixes))}.")
+    builder, options = READERS[suffixes.pop()]
+    try:
+        with quiet_bars():
+            return load_dataset(builder, data_files=[str(path) for path in paths], split="train", **options)
+    except Exception as error:  # the readers raise many kinds; each means that the file is not what its name says
+        raise DataError(f"{paths[0]} cannot be read as {builder}: {error}") from error
+
+
+def _only(raw: DatasetDict, name: str | None, usual: Iterable[str], role: str) -> Dataset:
+    if name is not None:
+        if name not in raw:
+            raise DataError(f"The data have no split '{name}' ({role}); they have {', '.join(raw)}.")
+        return raw[name]
+    for candidate in usual:
+        if candidate in raw:
+            return raw[candidate]
+    raise DataError(f"The data have no {role} split named {' or '.join(usual)}; they have {', '.join(raw)}.")
+
+
+def _cut(rows: Dataset, share: float, role: str) -> tuple[Dataset, Dataset]:
+    """Cut the last ``share`` of the rows off, at least one; documents without rows to spare are an error."""
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise DataError(
+            f"{len(rows)} rows are too few to cut a {role} part off; give more data or a split of its own."
+        )
+    return rows.select(range(len(rows) - count)), rows.select(range(len(rows) - count, len(rows)))
+
+
+def label_names(rows: Dataset, column: str) -> list[str]:
+    """Return the names of the labels in the order of their numbers."""
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = sorted(set(rows[column]), key=lambda value: (isinstance(value, str), value))
+    if any(isinstance(value, float) for value in values):
+        raise DataError(f"Column '{column}' holds numbers with fractions; classification needs classes.")
+    if values and isinstance(values[0], int) and values != list(range(len(values))):
+        raise DataError(f"Labels in column '{column}' must be 0 to {len(values) - 1} without a gap, not {values[:9]}.")
+    return [str(value) for value in values]

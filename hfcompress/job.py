@@ -1,0 +1,159 @@
+"""A job: the model's folder, its tokenizer and its data, as the stages of a recipe see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, DatasetDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfcompress import data as opening_data
+from hfcompress import opening
+from hfcompress.devices import fast_bfloat16
+from hfcompress.errors import DataError, ModelError
+from hfcompress.recipe import ModelSpec, Quantize, Recipe
+from hfcompress.tasks import TASKS, Task, batches
+
+Dtype = Literal["auto", "float32", "fast"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The recipe's model and data, opened once and encoded when first used."""
+
+    recipe: Recipe
+
+    @property
+    def task(self) -> Task:
+        """Return the recipe's task."""
+        return TASKS[self.recipe.task]
+
+    @cached_property
+    def processor(self) -> Any:
+        """Return the original model's tokenizer."""
+        return opening.open_processor(self.recipe.model)
+
+    @cached_property
+    def raw(self) -> DatasetDict:
+        """Return the raw splits, with their columns checked."""
+        recipe = self.recipe
+        needs_calibration = any(
+            isinstance(stage.options, Quantize) and stage.options.method.needs_calibration for stage in recipe.stages
+        )
+        splits = opening_data.load_splits(recipe.data, recipe.seed, needs_calibration)
+        for part in splits.values():
+            opening_data.require_columns(part, self.task.columns(recipe.data), recipe.data)
+        return splits
+
+    @cached_property
+    def data_labels(self) -> list[str] | None:
+        """Return the class names found in the training data, None for tasks without classes."""
+        if self.recipe.task != "sequence-classification":
+            return None
+        return opening_data.label_names(self.raw["train"], self.recipe.data.label_column)
+
+    @cached_property
+    def head_is_new(self) -> bool:
+        """Tell whether the model has no trained head for the task, so that its first answers are random."""
+        return self.data_labels is not None and not opening.has_trained_head(opening.open_config(self.recipe.model))
+
+    def open_original(self) -> PreTrainedModel:
+        """Open the recipe's model; see ``opening.open_model`` for the errors."""
+        return opening.open_model(self.recipe.model, self.task, self.data_labels)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's view: ``folder`` holds the checkpoint it starts from; ``work`` is its own scratch folder."""
+
+    source: Source
+    folder: Path
+    work: Path
+    finished: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the recipe."""
+        return self.source.recipe
+
+    @property
+    def task(self) -> Task:
+        """Return the recipe's task."""
+        return self.source.task
+
+    @property
+    def processor(self) -> Any:
+        """Return the tokenizer."""
+        return self.source.processor
+
+    def open_model(self, dtype: Dtype = "auto", folder: Path | None = None) -> PreTrainedModel:
+        """Open the checkpoint this stage starts from, or another stage's.
+
+        dtype: ``auto`` is as it was saved; ``fast`` too, but in float32 where bfloat16 products are slow.
+        """
+        return self._open(str(folder or self.folder), dtype)
+
+    def _open(self, name: str, dtype: Dtype) -> PreTrainedModel:
+        if dtype == "fast":
+            slow = opening.open_config(ModelSpec(id=name)).dtype == torch.bfloat16 and not fast_bfloat16()
+            dtype = "float32" if slow else "auto"
+        return opening.open_model(ModelSpec(id=name, dtype=dtype), self.task)
+
+    def saved_dtype(self) -> Any:
+        """Return the dtype that the checkpoint this stage starts from is saved in."""
+        return opening.open_config(ModelSpec(id=str(self.folder))).dtype
+
+    def teacher(self, name: str) -> PreTrainedModel:
+        """Open a teacher: ``original``, an earlier stage by name or index, or any model id."""
+        stages = {str(index): stage.name for index, stage in enumerate(self.recipe.stages)}
+        folder = self.finished.get(stages.get(name, name))
+        return self._open(name if folder is None else str(folder), "fast")
+
+    def encoded(self, part: str) -> Dataset:
+        """Return one part of the data as token rows with labels."""
+        labels = None
+        if self.source.data_labels is not None:
+            config = opening.open_config(ModelSpec(id=str(self.folder)))
+            labels = opening.head_labels(config, self.source.data_labels)
+        return self.task.encode(self.source.raw[part], self.processor, self.recipe.data, labels)
+
+    def held_out_batches(self) -> list[dict[str, Tensor]]:
+        """Return the batches that every measurement of this recipe uses."""
+        rows = self.encoded("held_out")
+        limit = self.recipe.evaluate.max_rows
+        rows = rows.select(range(min(len(rows), limit))) if limit else rows
+        return batches(rows, self.task.collator(self.processor), self.recipe.evaluate.batch_size)
+
+    def calibration_batches(self, count: int, length: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
+        """Return calibration batches.  Raises DataError when the calibration part fills no row."""
+        rows = self.task.calibration_rows(
+            self.source.raw["calibration"], self.processor, self.recipe.data, count, length
+        )
+        if len(rows) == 0:
+            raise DataError(
+                f"Calibration has 0 rows: its text has less than {length} tokens (calibration_length). "
+                "Give more text, a larger data.held_out_share or a smaller calibration_length."
+            )
+        return batches(rows, self.task.collator(self.processor), batch_size)
+
+    def after(self, name: str, folder: Path, work: Path) -> Job:
+        """Return the job of the next stage, which starts from the checkpoint of stage ``name``."""
+        return replace(self, folder=folder, work=work, finished={**self.finished, name: folder})
+
+
+def check_before_work(source: Source) -> None:
+    """Open everything a recipe names, so that a fault shows before the first stage and not hours into it."""
+    recipe = source.recipe
+    source.raw  # noqa: B018  (opens the data and checks its columns)
+    first = recipe.stages[0]
+    if source.data_labels is not None and len(source.data_labels) < 2:
+        raise DataError(f"The training data have only one label, {source.data_labels}; there is nothing to classify.")
+    if source.head_is_new and first.kind != "finetune":
+        raise ModelError(
+            f"Model '{recipe.model.id}' has no trained classification head. Begin the recipe with a finetune stage."
+        )

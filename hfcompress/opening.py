@@ -1,0 +1,141 @@
+"""Open models and processors from the Hub, a local folder or a package; check them before any long work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hfcompress.bundled import is_packaged, packaged_model
+from hfcompress.checkpoint import read_header, refuse_nan, weight_files
+from hfcompress.errors import ModelError
+from hfcompress.progress import quiet_bars
+from hfcompress.recipe import ModelSpec
+from hfcompress.tasks import Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_model(spec: ModelSpec, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+    """Open the model for a task, in evaluation mode, with its weights checked.
+
+    labels: class names of the data; a model without a trained head gets a new one with these.
+    Raises ModelError when there is no such model, when its head has other labels, or when a weight is NaN or infinite;
+    CheckpointError when a file of a local folder is damaged.
+    """
+    config = open_config(spec)
+    where, options = _location(spec)
+    if "gguf_file" in options:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if labels is not None:
+        _fit_head(config, spec, task, labels)
+        options["config"] = config
+    auto_class = getattr(transformers, task.auto_class)
+    dtype = DTYPES.get(spec.dtype, "auto")
+    try:
+        with quiet_bars(os.path.isdir(where) and "gguf_file" not in options):
+            model = auto_class.from_pretrained(where, dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"Model '{spec.id}' cannot be opened for {task.name}: {error}") from error
+    if "gguf_file" in options and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it names the file, which the dense model no longer needs
+    refuse_nan(model)
+    return model.eval()
+
+
+def open_processor(spec: ModelSpec) -> Any:
+    """Open the model's tokenizer.  Raises ModelError when it has none."""
+    where, options = _location(spec)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Model '{spec.id}' has no tokenizer that can be opened: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _location(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """Return what from_pretrained takes as name, and its options."""
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if is_packaged(spec.id):
+        packaged = packaged_model(spec.id)
+        if packaged.gguf_file is not None:
+            options["gguf_file"] = packaged.gguf_file
+        return str(packaged.path()), options
+    folder = Path(spec.id).expanduser()
+    if folder.is_dir():
+        for file in weight_files(folder):
+            read_header(file)
+        return str(folder), options
+    if spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1:
+        raise ModelError(f"No such model folder: {spec.id}.")
+    return spec.id, {**options, "revision": spec.revision or "main"}
+
+
+def open_config(spec: ModelSpec) -> PreTrainedConfig:
+    """Open the model's config.  Raises ModelError when there is no such model."""
+    where, options = _location(spec)
+    try:
+        return AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"No model '{spec.id}': it is not a folder here, and the Hub, as this machine reaches it, does not give "
+            f"it. ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _fit_head(config: PreTrainedConfig, spec: ModelSpec, task: Task, labels: list[str]) -> None:
+    """Give an untrained head the data's labels, in place; refuse a trained head that has others."""
+    if not has_trained_head(config):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+        return
+    if config.num_labels != len(labels):
+        raise ModelError(
+            f"Model '{spec.id}' has a trained head of {config.num_labels} labels, but the data have {len(labels)}: "
+            f"{', '.join(labels[:9])}. Use data with the model's labels, or a model without a head."
+        )
+
+
+def has_trained_head(config: PreTrainedConfig) -> bool:
+    """Tell whether a classifier's checkpoint holds its head, from the class that saved it."""
+    return any("ForSequenceClassification" in name for name in config.architectures or [])
+
+
+def head_labels(config: PreTrainedConfig, of_data: list[str]) -> list[str]:
+    """Return the label names in the order of the model's classes.
+
+    A trained head's own names win where they are the data's names, or numbers' default names (LABEL_0, ...) give way.
+    """
+    own = list((config.id2label or {}).values())
+    return own if has_trained_head(config) and set(own) == set(of_data) else of_data
+
+
+def model_digest(spec: ModelSpec) -> str:
+    """Return a digest of a local model's weights, or of its id and revision."""
+    digest = hashlib.sha256()
+    where, options = _location(spec)
+    if not os.path.isdir(where):
+        digest.update(f"{where}@{options['revision']}".encode())
+        return digest.hexdigest()[:16]
+    gguf = options.get("gguf_file")
+    for file in [Path(where) / gguf] if gguf else weight_files(Path(where)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def license_of(spec: ModelSpec) -> str | None:
+    """Return the licence that the metadata of a local model's card names; None where there is none to read."""
+    card = Path(spec.id).expanduser() / "README.md"
+    if not card.is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    named = ModelCard.load(card).data.license
+    return named if isinstance(named, str) else None

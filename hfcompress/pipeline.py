@@ -1,0 +1,139 @@
+"""The main path: a recipe in, a smaller, verified and documented checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hfcompress import opening
+from hfcompress.bundled import is_packaged, packaged_model
+from hfcompress.checkpoint import save_compressed
+from hfcompress.checkpoint.atomic import MARKER, new_folder, write_text
+from hfcompress.errors import HFCompressError
+from hfcompress.job import Job, Source, check_before_work
+from hfcompress.publish import write_model_card
+from hfcompress.recipe import ModelSpec, Recipe, Stage
+from hfcompress.stages import Outcome, run_stage
+from hfcompress.workspace import STAGE, Workspace
+
+ORIGINAL = "original"
+
+
+def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> Path:
+    """Run a recipe and return its output folder: checkpoint, model card, measurements and recipe.
+
+    resume goes on with an unfinished run of the same recipe; restart discards an unfinished or finished one.
+    Every row of the measurements is taken in a fresh process on the checkpoint as it lies on disk.
+    Raises HFCompressError for whatever is wrong with the recipe, model, data or output, before the first stage where
+    that can be known.
+    """
+    source = Source(recipe)
+    check_before_work(source)
+    space = Workspace.open(recipe, resume=resume, restart=restart)
+    job = Job(source, space.stage_folder(0, ORIGINAL), space.work_folder(ORIGINAL))
+    stages: list[Stage | None] = [None, *recipe.stages]
+    for position, stage in enumerate(stages):
+        name = stage.name if stage else ORIGINAL
+        folder = space.stage_folder(position, name)
+        if space.facts_of(position, name) is None:
+            _run_and_save(space, position, stage, job, is_last=position == len(stages) - 1)
+        _measure_once(space, folder, name, with_metrics=stage is not None or not source.head_is_new)
+        job = job.after(name, folder, _work_of_next(space, recipe, position))
+    return _publish(space, source, job.folder)
+
+
+def _work_of_next(space: Workspace, recipe: Recipe, position: int) -> Path:
+    following = recipe.stages[position : position + 1]
+    return space.work_folder(following[0].name if following else ORIGINAL)
+
+
+def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job, is_last: bool) -> None:
+    """Run a stage and leave its checkpoint, with the facts of the stage in the same atomic step."""
+    started = time.monotonic()
+    name = stage.name if stage else ORIGINAL
+    outcome = run_stage(stage, job) if stage else Outcome(job.source.open_original(), "as it was opened")
+    facts = {
+        "fingerprint": space.fingerprint(position),
+        "summary": outcome.summary,
+        "seconds": round(time.monotonic() - started, 1),
+        "report": outcome.report,
+    }
+    save_compressed(
+        outcome.model,
+        space.stage_folder(position, name),
+        job.processor,
+        verify=is_last,
+        extra_files={STAGE: json.dumps(facts, indent=2) + "\n"},
+    )
+    shutil.rmtree(space.work_folder(name), ignore_errors=True)
+
+
+def _measure_once(space: Workspace, folder: Path, name: str, with_metrics: bool) -> None:
+    """Measure a stage's checkpoint in a fresh process, unless that has been done."""
+    file = space.measurement_file(name)
+    if file.is_file():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    recipe_file = space.folder / "recipe.yaml"
+    write_text(recipe_file, space.recipe.to_yaml())
+    command = [sys.executable, "-m", "hfcompress", "eval", str(folder), "--recipe", str(recipe_file)]
+    command += ["--output", str(file), "--quiet", *([] if with_metrics else ["--without-metrics"])]
+    done = subprocess.run(command, check=False)
+    if done.returncode != 0:
+        raise HFCompressError(f"Measuring {folder} in a fresh process failed; its message stands above.")
+
+
+def _publish(space: Workspace, source: Source, folder: Path) -> Path:
+    """Put the last checkpoint, its measurements and its card into the output folder, in one step."""
+    output = Path(space.recipe.output)
+    with new_folder(output) as scratch:
+        for file in folder.iterdir():
+            if file.name != STAGE:
+                shutil.copy2(file, scratch / file.name)
+        facts = _facts(space, source, folder)
+        (scratch / "measurements.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (scratch / "recipe.yaml").write_text(space.recipe.to_yaml(), encoding="utf-8")
+        write_model_card(scratch)
+    space.remove()
+    return output
+
+
+def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
+    """Gather what the card says, all of it recorded or measured on the way."""
+    recipe = space.recipe
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    rows, report = [], None
+    for position, name in enumerate([ORIGINAL, *(stage.name for stage in recipe.stages)]):
+        facts = space.facts_of(position, name)
+        assert facts is not None
+        measured = json.loads(space.measurement_file(name).read_text(encoding="utf-8"))
+        rows.append({"name": name, **{k: facts[k] for k in ("summary", "seconds")}, "measurement": measured})
+        report = facts["report"]["rows"] if facts["report"] else report
+    return {
+        "hfcompress": version("hfcompress"),
+        "name": recipe.name,
+        "task": recipe.task,
+        "created": datetime.now(timezone.utc).date().isoformat(),
+        **_base_model(recipe.model),
+        "data": recipe.to_dict()["data"],
+        "recipe": recipe.to_dict(),
+        "seed": recipe.seed,
+        "stages": rows,
+        "loads_without_hfcompress": marker["verified"] is not None,
+        "verification": {"stock": marker["verified"]},
+        "quantization_report": report,
+    }
+
+
+def _base_model(spec: ModelSpec) -> dict[str, str | None]:
+    if is_packaged(spec.id):
+        packaged = packaged_model(spec.id)
+        return {"base_model": packaged.hub_id, "base_model_license": packaged.license}
+    return {"base_model": spec.id, "base_model_license": opening.license_of(spec)}

@@ -1,0 +1,53 @@
+"""Language modelling: text packed into rows of equal length, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import default_data_collator
+
+from hfcompress.errors import DataError
+from hfcompress.recipe import DataSpec
+from hfcompress.tasks.base import Task
+
+DEFAULT_BLOCK_SIZE = 256
+
+
+class CausalLM(Task):
+    """Predict each token from those before it."""
+
+    name = "causal-lm"
+    auto_class = "AutoModelForCausalLM"
+    metrics = ("perplexity",)
+
+    def columns(self, spec: DataSpec) -> list[str]:
+        """Return the text column."""
+        return [spec.text_column]
+
+    def encode(self, rows: Dataset, processor: Any, spec: DataSpec, labels: list[str] | None) -> Dataset:
+        """Pack all documents, with the end token between them, into rows of ``block_size`` tokens."""
+        length = spec.block_size or DEFAULT_BLOCK_SIZE
+        blocks = pack(rows[spec.text_column], processor, length)
+        if not blocks:
+            raise DataError(
+                f"One part of the text has less than {length} tokens (data.block_size), so it fills no row. "
+                "Give more text or a smaller block_size."
+            )
+        return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+    def collator(self, processor: Any) -> Any:
+        """Return transformers' default collator: all rows have the same length."""
+        return default_data_collator
+
+    def calibration_rows(self, rows: Dataset, processor: Any, spec: DataSpec, count: int, length: int) -> Dataset:
+        """Pack the documents into rows of ``length`` tokens; the last, shorter rest is dropped."""
+        return Dataset.from_dict({"input_ids": pack(rows[spec.text_column], processor, length)[:count]})
+
+
+def pack(texts: Any, tokenizer: Any, length: int) -> list[list[int]]:
+    """Return rows of exactly ``length`` token ids from all texts in order, an end token after each."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = [token for ids in encoded for token in (*ids, *end)]
+    return [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]

