@@ -22,7 +22,10 @@ def run_in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _start(rank: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
+    # Two processes with all the cores' threads each slow each other many times.
+    torch.set_num_threads(1)
     os.environ.update(
+        OMP_NUM_THREADS="1",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(WORLD_SIZE),
@@ -30,8 +33,6 @@ def _start(rank: int, port: int, work: Callable[..., None], arguments: tuple) ->
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    # Two processes with all the cores' threads each slow each other many times.
-    torch.set_num_threads(1)
     try:
         work(*arguments)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,12 +29,14 @@ Rows = list[dict[str, Tensor]]
 TEMPERATURE, ALPHA = 1.7, 0.3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost these tiny models more than they save."""
+@pytest.fixture(scope="module", autouse=True)
+def _quick_trainers() -> Iterator[None]:
+    """Spare each tiny run what costs more than itself: threads, and a garbage collection over all that is imported."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

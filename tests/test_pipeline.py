@@ -134,7 +134,7 @@ def test_killed_and_resumed_ends_with_the_same_files(moment: str, finished: Path
     recipe_file.write_text(recipe.to_yaml())
     kill_when(start(recipe_file), (tmp_path / "out.partial" / moment).exists)
     assert not output.exists()
-    with pytest.raises(OutputError, match="unfinished run of this recipe. Use --resume"):
+    with pytest.raises(OutputError, match=r"unfinished run of this recipe\. Use --resume"):
         compress(recipe)
     assert start(recipe_file, "resume").wait() == 0
     expected, actual = weights_of(finished), weights_of(output)

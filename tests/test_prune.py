@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -35,12 +36,14 @@ from tests.distributed import WORLD_SIZE, run_in_two_processes
 Rows = list[dict[str, Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost these tiny models more than they save."""
+@pytest.fixture(scope="module", autouse=True)
+def _quick_trainers() -> Iterator[None]:
+    """Spare each tiny run what costs more than itself: threads, and a garbage collection over all that is imported."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

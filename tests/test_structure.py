@@ -295,6 +295,16 @@ def test_model_without_a_stack_is_refused() -> None:
         layer_stacks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
 
+def test_stack_inside_a_layer_is_part_of_the_layer() -> None:
+    # experts, as mixtures of them hold
+    experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}) for _ in range(2)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(experts)})
+    assert [(stack.name, len(stack)) for stack in layer_stacks(model)] == [("layers", 2)]
+    assert list(stack_linears(model)) == [
+        f"layers.{layer}.experts.{expert}" for layer in (0, 1) for expert in range(3)
+    ]
+
+
 # modernbert's first layer alone has no norm before attention, so no other can come first
 @pytest.mark.parametrize(
     ("name", "selection"),

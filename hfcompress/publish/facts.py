@@ -63,8 +63,8 @@ class Facts:
 
     @property
     def before(self) -> Measurement:
-        """The measurement of the model that the run started from."""
-        return self.stages[0].measurement
+        """The measurement of the first model that could do the task: a new head's random answers are not measured."""
+        return next((stage for stage in self.stages if stage.measurement.metrics), self.stages[0]).measurement
 
     @property
     def after(self) -> Measurement:
