@@ -9,12 +9,12 @@ import importlib
 from typing import Any
 
 _HOME_OF = {
-    "PruneCallback": "hfcompress.prune",
-    "DistillationConfig": "hfcompress.distill",
-    "DistillationTrainer": "hfcompress.distill",
-    "GPTQ": "hfcompress.quantize",
-    "RTN": "hfcompress.quantize",
-    "quantize": "hfcompress.quantize",
+    "PruneCallback": "hfcompress.pruning",
+    "DistillationConfig": "hfcompress.distillation",
+    "DistillationTrainer": "hfcompress.distillation",
+    "GPTQ": "hfcompress.quantization",
+    "RTN": "hfcompress.quantization",
+    "quantize": "hfcompress.quantization",
     "compress": "hfcompress.pipeline",
     "load_recipe": "hfcompress.recipe",
     "Recipe": "hfcompress.recipe",

@@ -72,9 +72,11 @@ QUICK = [
 
 
 def _run(recipe: Any, resume: bool, restart: bool, as_json: bool) -> None:
+    from hfcompress.devices import keep_freed_memory
     from hfcompress.pipeline import compress
     from hfcompress.publish import load_facts, print_result
 
+    keep_freed_memory()
     folder = compress(recipe, resume=resume, restart=restart)
     if as_json:
         _print_json(json.loads((folder / "measurements.json").read_text(encoding="utf-8")))
@@ -120,10 +122,12 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: task metrics, size, speed and peak memory."""
     from hfcompress.checkpoint.atomic import write_text
+    from hfcompress.devices import keep_freed_memory
     from hfcompress.measuring import evaluate_folder
     from hfcompress.publish import measurement_table
     from hfcompress.recipe import load_recipe
 
+    keep_freed_memory()
     named = recipe or str(folder / "recipe.yaml")
     measured = evaluate_folder(folder, load_recipe(named), f"measure {folder.name}", not without_metrics)
     if output is not None:
@@ -151,8 +155,6 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 def main() -> None:
     """Run the command; a user's error is one clear message and exit status 1, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Logits of a large vocabulary come and go by the 100 MB; with huge pages that takes half the time (Linux, torch).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app(standalone_mode=True)
     except HFCompressError as error:

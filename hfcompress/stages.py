@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hfcompress.distill import DistillationConfig, DistillationTrainer
+from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.job import Job
-from hfcompress.prune import PruneCallback, PruneOptions
-from hfcompress.quantize import quantize
+from hfcompress.pruning import PruneCallback, PruneOptions
+from hfcompress.quantization import quantize
 from hfcompress.recipe import Distill, Finetune, Quantize, Stage
 from hfcompress.structure import DropLayers, drop_layers
 from hfcompress.training import train, training_options

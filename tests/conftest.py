@@ -13,11 +13,48 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-WORDS = ("the model weight layer head prune quantize distil small large fast slow good bad film scene "
-         "plot actor is was not very a an of to and in it this that").split()
+WORDS = [
+    "the",
+    "model",
+    "weight",
+    "layer",
+    "head",
+    "prune",
+    "quantize",
+    "distil",
+    "small",
+    "large",
+    "fast",
+    "slow",
+    "good",
+    "bad",
+    "film",
+    "scene",
+    "plot",
+    "actor",
+    "is",
+    "was",
+    "not",
+    "very",
+    "a",
+    "an",
+    "of",
+    "to",
+    "and",
+    "in",
+    "it",
+    "this",
+    "that",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 VOCABULARY_SIZE = 64
 
@@ -28,30 +65,52 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        bos_token="<s>", eos_token="</s>", model_max_length=64,
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=64,
     )
 
 
 def tiny_llama(layers: int = 2, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A Llama of hidden size 64 with two key/value heads for four query heads."""
     torch.manual_seed(seed)
-    options = dict(
-        vocab_size=VOCABULARY_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
-        bos_token_id=4, eos_token_id=5, tie_word_embeddings=True,
-    )
+    options = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 4,
+        "eos_token_id": 5,
+        "tie_word_embeddings": True,
+    }
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**options, **changes}))
 
 
 def tiny_bert(layers: int = 2, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A BERT classifier of hidden size 32, without dropout so that runs can be compared."""
     torch.manual_seed(seed)
-    options = dict(
-        vocab_size=VOCABULARY_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=64, num_labels=2, pad_token_id=0,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0,
-    )
+    options = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "num_labels": 2,
+        "pad_token_id": 0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": 0.0,
+    }
     return AutoModelForSequenceClassification.from_config(BertConfig(**{**options, **changes}))
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hfcompress.errors import ModelError
 from hfcompress.packed import code_range
-from hfcompress.quantize.gptq import GPTQResult, factor_hessian, gptq, gptq_siblings, round_columns
-from hfcompress.quantize.grids import absmax_scale, relative_error, search_scale, storable_scale
-from hfcompress.quantize.rtn import round_to_nearest
+from hfcompress.quantization.gptq import GPTQResult, factor_hessian, gptq, gptq_siblings, round_columns
+from hfcompress.quantization.grids import absmax_scale, relative_error, search_scale, storable_scale
+from hfcompress.quantization.rtn import round_to_nearest
 
 GRIDS = [(2, 32), (3, 16), (4, 8), (4, 32), (4, None), (8, None)]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hfcompress.recipe import text as recipe_text
-from hfcompress.prune.options import PruneOptions
-from hfcompress.quantize import GPTQ, METHODS, RTN
+from hfcompress.pruning.options import PruneOptions
+from hfcompress.quantization import GPTQ, METHODS, RTN
 from hfcompress.recipe import (
     STAGES,
     Distill,
@@ -21,6 +20,7 @@ from hfcompress.recipe import (
     parse_recipe,
     recipe_differences,
 )
+from hfcompress.recipe import text as recipe_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BUNDLED = sorted(RECIPES.rglob("*.yaml"))

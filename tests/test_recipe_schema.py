@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hfcompress.quantize import METHODS
+from hfcompress.quantization import METHODS
 from hfcompress.recipe import (
     STAGES,
     Recipe,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hfcompress.quantize import METHODS
+from hfcompress.quantization import METHODS
 from tests.test_recipe import PLAIN, with_stages
 from tests.test_recipe_faults import faults
 

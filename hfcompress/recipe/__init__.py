@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfcompress.errors import RecipeError, did_you_mean
-from hfcompress.quantize import METHODS, RTN
+from hfcompress.quantization import METHODS, RTN
 from hfcompress.recipe.checks import cross_faults, earlier_stage, stage_kind, stage_names
 from hfcompress.recipe.faults import Fault, near, not_a, not_one_of, place, read_options, recipe_error, shown
 from hfcompress.recipe.faults import Path as Place

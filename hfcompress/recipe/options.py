@@ -10,8 +10,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
-from hfcompress.prune.options import PruneOptions
-from hfcompress.quantize import GPTQ, METHODS, RTN
+from hfcompress.pruning.options import PruneOptions
+from hfcompress.quantization import GPTQ, METHODS, RTN
 from hfcompress.recipe.sections import (
     FROZEN,
     TASKS,

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from hfcompress.prune.options import PruneOptions
-from hfcompress.quantize import METHODS
+from hfcompress.pruning.options import PruneOptions
+from hfcompress.quantization import METHODS
 from hfcompress.recipe.options import STAGES, Quantize, Recipe
 from hfcompress.recipe.sections import DataSpec, EvaluateSpec, ModelSpec, Splits
 from hfcompress.recipe.training import REFUSED, choices_of, training_types

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfcompress.errors import ModelError
 from hfcompress.packed.packing import code_range
-from hfcompress.quantize.grids import dequantized, relative_error, search_scale
+from hfcompress.quantization.grids import dequantized, relative_error, search_scale
 
 CHANNEL_BLOCK = 128
 INNER_BLOCK = 16

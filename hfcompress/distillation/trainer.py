@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hfcompress.distill.config import DistillationConfig
-from hfcompress.distill.losses import forward_kl
+from hfcompress.distillation.config import DistillationConfig
+from hfcompress.distillation.losses import forward_kl
 from hfcompress.errors import ModelError
 
 IGNORED = -100

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hfcompress.packed.packing import code_range
-from hfcompress.quantize.grids import absmax_scale
+from hfcompress.quantization.grids import absmax_scale
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.errors import ModelError
-from hfcompress.prune.criteria import CRITERIA
-from hfcompress.prune.select import smallest
+from hfcompress.pruning.criteria import CRITERIA
+from hfcompress.pruning.select import smallest
 from hfcompress.structure import layer_stacks, stack_linears
 
 Masks = dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfcompress.distill.config import DistillationConfig
-from hfcompress.distill.trainer import DistillationTrainer
+from hfcompress.distillation.config import DistillationConfig
+from hfcompress.distillation.trainer import DistillationTrainer
 
 __all__ = ["DistillationConfig", "DistillationTrainer"]

@@ -12,9 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hfcompress.errors import HFCompressError, did_you_mean
-from hfcompress.prune import masks as masking
-from hfcompress.prune.options import PruneOptions
-from hfcompress.prune.schedules import SCHEDULES
+from hfcompress.pruning import masks as masking
+from hfcompress.pruning.options import PruneOptions
+from hfcompress.pruning.schedules import SCHEDULES
 
 logger = logging.get_logger(__name__)
 DEFAULT_UPDATES = 50

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from hfcompress.errors import HFCompressError, ModelError
-from hfcompress.prune import PruneCallback, PruneOptions
-from hfcompress.prune.masks import clear_moments_, prunable_weights, sparsity_by_layer
-from hfcompress.prune.schedules import SCHEDULES
-from hfcompress.prune.select import smallest
+from hfcompress.pruning import PruneCallback, PruneOptions
+from hfcompress.pruning.masks import clear_moments_, prunable_weights, sparsity_by_layer
+from hfcompress.pruning.schedules import SCHEDULES
+from hfcompress.pruning.select import smallest
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 

@@ -14,12 +14,12 @@ from hfcompress.calibration import InputHessian, LayerVisit, walk_layers
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.packed import PackedLinear, compressed_tensors_config
 from hfcompress.progress import meter
-from hfcompress.quantize.gptq import gptq_siblings
-from hfcompress.quantize.grids import dequantized, relative_error
-from hfcompress.quantize.options import GPTQ, RTN
-from hfcompress.quantize.plan import PlannedLinear, check_calibration, plan_linears
-from hfcompress.quantize.report import QuantizationReport, QuantizedLinear
-from hfcompress.quantize.rtn import round_to_nearest
+from hfcompress.quantization.gptq import gptq_siblings
+from hfcompress.quantization.grids import dequantized, relative_error
+from hfcompress.quantization.options import GPTQ, RTN
+from hfcompress.quantization.plan import PlannedLinear, check_calibration, plan_linears
+from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
+from hfcompress.quantization.rtn import round_to_nearest
 from hfcompress.structure.stack import layer_stacks
 
 Rows = list[QuantizedLinear]

@@ -6,6 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hfcompress.prune.criteria.magnitude import magnitude
+from hfcompress.pruning.criteria.magnitude import magnitude
 
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude}

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hfcompress.distill import DistillationConfig, DistillationTrainer, losses
-from hfcompress.distill.losses import forward_kl
+from hfcompress.distillation import DistillationConfig, DistillationTrainer, losses
+from hfcompress.distillation.losses import forward_kl
 from hfcompress.errors import HFCompressError, ModelError
-from hfcompress.prune import PruneCallback
+from hfcompress.pruning import PruneCallback
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 

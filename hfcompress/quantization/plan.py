@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import DataError, ModelError, did_you_mean
 from hfcompress.packed import packed_linears
-from hfcompress.quantize.options import GPTQ, RTN
+from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.structure.stack import stack_linears
 
 GROUP_MULTIPLE = 8
