@@ -18,6 +18,7 @@ _HOME_OF = {
     "compress": "hfcompress.pipeline",
     "load_recipe": "hfcompress.recipe",
     "Recipe": "hfcompress.recipe",
+    "DropLayers": "hfcompress.structure",
     "drop_layers": "hfcompress.structure",
     "inspect_checkpoint": "hfcompress.checkpoint",
     "save_compressed": "hfcompress.checkpoint",

@@ -77,7 +77,10 @@ def _run(recipe: Any, resume: bool, restart: bool, as_json: bool) -> None:
     from hfcompress.publish import load_facts, print_result
 
     keep_freed_memory()
-    folder = compress(recipe, resume=resume, restart=restart)
+    try:
+        folder = compress(recipe, resume=resume, restart=restart)
+    except KeyboardInterrupt:
+        raise HFCompressError("Interrupted. Finished work is kept; the same command with --resume goes on.") from None
     if as_json:
         _print_json(json.loads((folder / "measurements.json").read_text(encoding="utf-8")))
     else:
@@ -160,6 +163,3 @@ def main() -> None:
     except HFCompressError as error:
         print(f"hfcompress: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("hfcompress: interrupted; the same command with --resume goes on.", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -58,13 +58,41 @@ class Source:
         return opening_data.label_names(self.raw["train"], self.recipe.data.label_column)
 
     @cached_property
+    def labels(self) -> list[str] | None:
+        """Return the class names in the order of the model's head; raise ModelError when they don't fit it."""
+        if self.data_labels is None:
+            return None
+        return opening.head_labels(self.recipe.model, self.data_labels)
+
+    @cached_property
+    def _encoded(self) -> dict[str, Dataset]:
+        return {}
+
+    def encoded(self, part: str) -> Dataset:
+        """Return one part of the data as token rows with labels, made once."""
+        if part not in self._encoded:
+            self._encoded[part] = self.task.encode(self.raw[part], self.processor, self.recipe.data, self.labels)
+        return self._encoded[part]
+
+    def calibration_rows(self, options: Quantize) -> Dataset:
+        """Return the rows for calibration.  Raises DataError when that part of the data fills no row."""
+        count, length = options.calibration_rows, options.calibration_length
+        rows = self.task.calibration_rows(self.raw["calibration"], self.processor, self.recipe.data, count, length)
+        if len(rows) == 0:
+            raise DataError(
+                f"Calibration has 0 rows: its text has less than {length} tokens (calibration_length). "
+                "Give more text, a larger data.held_out_share or a smaller calibration_length."
+            )
+        return rows
+
+    @cached_property
     def head_is_new(self) -> bool:
         """Tell whether the model has no trained head for the task, so that its first answers are random."""
         return self.data_labels is not None and not opening.has_trained_head(opening.open_config(self.recipe.model))
 
     def open_original(self) -> PreTrainedModel:
         """Open the recipe's model; see ``opening.open_model`` for the errors."""
-        return opening.open_model(self.recipe.model, self.task, self.data_labels)
+        return opening.open_model(self.recipe.model, self.task, self.labels)
 
 
 @dataclass(frozen=True)
@@ -114,32 +142,16 @@ class Job:
         folder = self.finished.get(stages.get(name, name))
         return self._open(name if folder is None else str(folder), "fast")
 
-    def encoded(self, part: str) -> Dataset:
-        """Return one part of the data as token rows with labels."""
-        labels = None
-        if self.source.data_labels is not None:
-            config = opening.open_config(ModelSpec(id=str(self.folder)))
-            labels = opening.head_labels(config, self.source.data_labels)
-        return self.task.encode(self.source.raw[part], self.processor, self.recipe.data, labels)
-
     def held_out_batches(self) -> list[dict[str, Tensor]]:
         """Return the batches that every measurement of this recipe uses."""
-        rows = self.encoded("held_out")
+        rows = self.source.encoded("held_out")
         limit = self.recipe.evaluate.max_rows
         rows = rows.select(range(min(len(rows), limit))) if limit else rows
         return batches(rows, self.task.collator(self.processor), self.recipe.evaluate.batch_size)
 
-    def calibration_batches(self, count: int, length: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
-        """Return calibration batches.  Raises DataError when the calibration part fills no row."""
-        rows = self.task.calibration_rows(
-            self.source.raw["calibration"], self.processor, self.recipe.data, count, length
-        )
-        if len(rows) == 0:
-            raise DataError(
-                f"Calibration has 0 rows: its text has less than {length} tokens (calibration_length). "
-                "Give more text, a larger data.held_out_share or a smaller calibration_length."
-            )
-        return batches(rows, self.task.collator(self.processor), batch_size)
+    def calibration_batches(self, options: Quantize, batch_size: int = 8) -> list[dict[str, Tensor]]:
+        """Return calibration batches of unlabelled rows."""
+        return batches(self.source.calibration_rows(options), self.task.collator(self.processor), batch_size)
 
     def after(self, name: str, folder: Path, work: Path) -> Job:
         """Return the job of the next stage, which starts from the checkpoint of stage ``name``."""
@@ -149,11 +161,15 @@ class Job:
 def check_before_work(source: Source) -> None:
     """Open everything a recipe names, so that a fault shows before the first stage and not hours into it."""
     recipe = source.recipe
-    source.raw  # noqa: B018  (opens the data and checks its columns)
-    first = recipe.stages[0]
+    opening.open_config(recipe.model)
     if source.data_labels is not None and len(source.data_labels) < 2:
         raise DataError(f"The training data have only one label, {source.data_labels}; there is nothing to classify.")
-    if source.head_is_new and first.kind != "finetune":
+    if source.head_is_new and recipe.stages[0].kind != "finetune":
         raise ModelError(
             f"Model '{recipe.model.id}' has no trained classification head. Begin the recipe with a finetune stage."
         )
+    for part in ("train", "held_out"):
+        source.encoded(part)
+    for stage in recipe.stages:
+        if isinstance(stage.options, Quantize) and stage.options.method.needs_calibration:
+            source.calibration_rows(stage.options)

@@ -24,16 +24,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def open_model(spec: ModelSpec, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
     """Open the model for a task, in evaluation mode, with its weights checked.
 
-    labels: class names of the data; a model without a trained head gets a new one with these.
-    Raises ModelError when there is no such model, when its head has other labels, or when a weight is NaN or infinite;
-    CheckpointError when a file of a local folder is damaged.
+    labels: class names in the order of the head, see ``head_labels``; None leaves the config's own.
+    Raises ModelError when there is no such model or a weight is NaN or infinite; CheckpointError when a file of a
+    local folder is damaged.
     """
     config = open_config(spec)
     where, options = _location(spec)
     if "gguf_file" in options:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if labels is not None:
-        _fit_head(config, spec, task, labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
         options["config"] = config
     auto_class = getattr(transformers, task.auto_class)
     dtype = DTYPES.get(spec.dtype, "auto")
@@ -90,31 +91,27 @@ def open_config(spec: ModelSpec) -> PreTrainedConfig:
         ) from error
 
 
-def _fit_head(config: PreTrainedConfig, spec: ModelSpec, task: Task, labels: list[str]) -> None:
-    """Give an untrained head the data's labels, in place; refuse a trained head that has others."""
-    if not has_trained_head(config):
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
-        return
-    if config.num_labels != len(labels):
-        raise ModelError(
-            f"Model '{spec.id}' has a trained head of {config.num_labels} labels, but the data have {len(labels)}: "
-            f"{', '.join(labels[:9])}. Use data with the model's labels, or a model without a head."
-        )
-
-
 def has_trained_head(config: PreTrainedConfig) -> bool:
     """Tell whether a classifier's checkpoint holds its head, from the class that saved it."""
     return any("ForSequenceClassification" in name for name in config.architectures or [])
 
 
-def head_labels(config: PreTrainedConfig, of_data: list[str]) -> list[str]:
-    """Return the label names in the order of the model's classes.
+def head_labels(spec: ModelSpec, of_data: list[str]) -> list[str]:
+    """Return the class names in the order of the model's head, or the data's where the head is new.
 
-    A trained head's own names win where they are the data's names, or numbers' default names (LABEL_0, ...) give way.
+    A trained head's own names win where they are the data's names; default names (LABEL_0, ...) give way.
+    Raises ModelError when a trained head has another number of classes.
     """
+    config = open_config(spec)
+    if not has_trained_head(config):
+        return of_data
+    if config.num_labels != len(of_data):
+        raise ModelError(
+            f"Model '{spec.id}' has a trained head of {config.num_labels} labels, but the data have {len(of_data)}: "
+            f"{', '.join(of_data[:9])}. Use data with the model's labels, or a model without a head."
+        )
     own = list((config.id2label or {}).values())
-    return own if has_trained_head(config) and set(own) == set(of_data) else of_data
+    return own if set(own) == set(of_data) else of_data
 
 
 def model_digest(spec: ModelSpec) -> str:

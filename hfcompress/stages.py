@@ -71,7 +71,7 @@ def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
     method = options.method
     calibration = None
     if method.needs_calibration:
-        calibration = job.calibration_batches(options.calibration_rows, options.calibration_length)
+        calibration = job.calibration_batches(options)
     report = quantize(model, method, calibration)
     per = "row" if method.group_size is None else f"{method.group_size} columns"
     summary = f"{type(method).__name__}, {method.bits} bits, a scale per {per}"
@@ -88,8 +88,8 @@ _RUNNERS: dict[str, Callable[[Job, Any, str], Outcome]] = {
 
 def _data_of(job: Job) -> dict[str, Any]:
     return {
-        "train_dataset": job.encoded("train"),
-        "eval_dataset": job.encoded("held_out"),
+        "train_dataset": job.source.encoded("train"),
+        "eval_dataset": job.source.encoded("held_out"),
         "data_collator": job.task.collator(job.processor),
     }
 

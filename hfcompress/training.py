@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfcompress.devices import fast_bfloat16
-from hfcompress.progress import Meter, meter
+from hfcompress.progress import Meter, meter, quiet_bars
 from hfcompress.recipe import Distill, Finetune
 
 WHOLE = "hfcompress_whole"
@@ -39,7 +39,7 @@ def train(trainer: Trainer, description: str) -> None:
     checkpoint = last_whole_checkpoint(work)
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else None
     trainer.add_callback(_MarkWhole)
-    with meter(description, total) as shown:
+    with meter(description, total) as shown, quiet_bars():
         trainer.add_callback(_ShowProgress(shown))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

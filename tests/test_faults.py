@@ -237,7 +237,7 @@ def test_five_faults_on_the_command_line(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["run", "nowhere.yaml"], "hfcompress: No such recipe 'nowhere.yaml'."),
-        (["inspect", "nowhere"], "hfcompress: nowhere has no config.json"),
+        (["inspect", "nowhere"], "hfcompress: nowhere is not a folder."),
         (["validate"], "hfcompress: Name a recipe to check, or use --schema."),
         (["eval", "nowhere"], "hfcompress: No such recipe 'nowhere/recipe.yaml'."),
     ],

@@ -120,11 +120,11 @@ def kill_when(process: subprocess.Popen[bytes], reached, patience: float = 120) 
 @pytest.mark.parametrize(
     "moment",
     [
-        "stages/00-original",
+        pytest.param("stages/00-original", marks=pytest.mark.slow),
         "training/distill/checkpoint-4",
-        "training/distill/checkpoint-4/hfcompress_whole",
+        pytest.param("training/distill/checkpoint-4/hfcompress_whole", marks=pytest.mark.slow),
         "stages/02-distill",
-        "stages/03-quantize",
+        pytest.param("stages/03-quantize", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_ends_with_the_same_files(moment: str, finished: Path, sources: Path, tmp_path: Path):
@@ -189,3 +189,22 @@ def test_classification_from_an_encoder_without_a_head(tmp_path: Path, tokenizer
     layers = inspect_checkpoint(folder).layers
     share = 1 - sum(layer.nonzero for layer in layers) / sum(layer.parameters for layer in layers)
     assert share > 0.75
+
+
+def test_interrupted_from_the_keyboard_says_how_to_go_on(sources: Path, tmp_path: Path) -> None:
+    recipe = language_recipe(sources / "llama", sources / "text.jsonl", tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "hfcompress", "run", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    marker = tmp_path / "out.partial/training/distill/checkpoint-2"
+    while not marker.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert messages.rstrip().endswith("Interrupted. Finished work is kept; the same command with --resume goes on.")
+    assert "Traceback" not in messages
+    resumed = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=True)
+    assert [stage["name"] for stage in json.loads(resumed.stdout)["stages"]][-1] == "quantize"
+    assert (tmp_path / "out" / "README.md").is_file()

@@ -176,7 +176,7 @@ def test_every_number_in_the_table_is_in_the_measurements() -> None:
     for stage in values["stages"]:
         found = stage["measurement"]
         numbers = [found[key] / 1e6 for key in ("parameters", "nonzero", "bytes_on_disk", "peak_memory_bytes")]
-        known |= {f"{number:,.1f}" for number in numbers}
+        known |= {f"{number:,.1f}" if number < 1000 else f"{number:,.0f}" for number in numbers}
         known |= {f"{found['metrics']['perplexity']:.2f}", f"{found['tokens_per_second']:.1f}"}
     shown = re.findall(r"\d[\d.,]*", stages_markdown(facts_from(values)))
     assert len(shown) == 6 * len(values["stages"])

@@ -195,7 +195,17 @@ def test_group_sizes_that_do_not_divide_fall_back_and_say_so() -> None:
 
 @pytest.mark.parametrize(
     ("in_features", "requested", "fitting"),
-    [(64, 128, 64), (128, 128, 128), (576, 128, 96), (100, 20, 20), (100, 64, None), (64, None, None), (200, 128, 40)],
+    [
+        (64, 128, 64),
+        (128, 128, 128),
+        (576, 128, 64),
+        (96, 128, 32),
+        (288, 256, 32),
+        (100, 20, 20),
+        (100, 64, None),
+        (64, None, None),
+        (200, 128, 40),
+    ],
 )
 def test_fitting_group_sizes(in_features: int, requested: int | None, fitting: int | None) -> None:
     assert fitting_group_size(in_features, requested) == fitting

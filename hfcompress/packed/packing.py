@@ -45,7 +45,27 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     low, high = code_range(bits)
     if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
         raise ValueError(f"codes of {bits} bits lie in [{low}, {high}], not [{int(codes.min())}, {int(codes.max())}]")
+    if 8 % bits == 0:
+        return _pack_bytes(codes, bits)
+    return _pack_straddling(codes, bits)
+
+
+def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Fill each byte, lowest bits first; words are little-endian in memory."""
     rows, columns = codes.shape
+    low, _ = code_range(bits)
+    stored = torch.zeros(rows, packed_width(columns, bits) * WORD_BITS // bits, dtype=torch.uint8, device=codes.device)
+    stored[:, :columns] = codes.to(torch.int16) - low
+    parts = stored.view(rows, -1, 8 // bits)
+    packed = parts[..., 0].clone()
+    for index in range(1, 8 // bits):
+        packed |= parts[..., index] << (index * bits)
+    return packed.view(torch.int32)
+
+
+def _pack_straddling(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
+    low, _ = code_range(bits)
     spans = -(-columns // WORD_BITS)
     values = torch.zeros(rows, spans * WORD_BITS, dtype=torch.int64, device=codes.device)
     values[:, :columns] = codes.long() - low

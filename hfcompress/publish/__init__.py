@@ -5,7 +5,8 @@ from __future__ import annotations
 from hfcompress.publish.card import write_model_card
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.plots import plot_size_against_quality
-from hfcompress.publish.tables import inspection_tables, measurement_table, print_result, stage_table
+from hfcompress.publish.result import print_result
+from hfcompress.publish.tables import inspection_tables, measurement_table, stage_table
 
 __all__ = [
     "Facts",

@@ -14,9 +14,11 @@ def millions(count: int | None) -> str:
 
 
 def megabytes(size: int | None) -> str:
-    """Write bytes as MB (10^6 bytes), small ones in kB."""
+    """Write bytes as MB (10^6 bytes), without decimals from 1,000 MB on; small ones in kB."""
     if size is None:
         return NOT_MEASURED
+    if size >= 1_000_000_000:
+        return f"{size / 1e6:,.0f} MB"
     return f"{size / 1e6:,.1f} MB" if size >= 1_000_000 else f"{size / 1e3:,.1f} kB"
 
 

@@ -96,11 +96,15 @@ def table_notes(facts: Facts) -> str:
 
 
 def continuation(facts: Facts) -> dict[str, str] | None:
-    """Return the prompt and what the final model wrote after it, or None when it wrote nothing."""
-    if not facts.after.continuation:
+    """Return the prompt and what the first and the final model wrote after it, or None when they wrote nothing."""
+    if not facts.after.continuation or not facts.before.continuation:
         return None
     prompt = (facts.recipe.get("evaluate") or {}).get("prompt")
-    return {"prompt": f" {code(prompt)}" if prompt else "", "text": fenced(facts.after.continuation)}
+    return {
+        "prompt": f" {code(prompt)}" if prompt else "",
+        "before": fenced(facts.before.continuation),
+        "after": fenced(facts.after.continuation),
+    }
 
 
 def report(facts: Facts) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hfcompress.checkpoint.inspect import CheckpointSummary, Part
@@ -43,21 +41,17 @@ def stage_cells(facts: Facts, stage: StageFacts) -> list[str]:
 
 
 def stage_table(facts: Facts) -> Table:
-    """Return the table of stages, for ``rich.print``; it fits 100 columns with two metrics."""
-    table = Table(title=facts.name, caption=f"tokens/s: {speed_note(facts)}", title_justify="left")
+    """Return the table of stages, for ``rich.print``; it fits 80 columns with one metric, 100 with two."""
+    table = Table(title=facts.name, caption=f"tokens/s: {speed_note(facts)}", title_justify="left", box=SIMPLE_HEAD)
     table.caption_justify = "left"
+    rows = [stage_cells(facts, stage) for stage in facts.stages]
     for position, header in enumerate(stage_headers(facts)):
-        table.add_column(header, justify="right" if position else "left")
-    for stage in facts.stages:
-        table.add_row(*stage_cells(facts, stage), style="bold" if stage is facts.stages[-1] else None)
+        # Headers may break between words; no word and no cell is cut.
+        widest = max(len(text) for text in (*header.split(), *(row[position] for row in rows)))
+        table.add_column(header, justify="right" if position else "left", min_width=widest)
+    for row in rows:
+        table.add_row(*row, style="bold" if row is rows[-1] else None)
     return table
-
-
-def print_result(folder: Path, facts: Facts, console: Console) -> None:
-    """Print the table of stages and where the checkpoint lies."""
-    console.print(stage_table(facts))
-    loads = "stock Transformers loads it" if facts.loads_without_hfcompress else "it loads after `import hfcompress`"
-    console.print(f"{folder}: {loads}; its model card is {folder / 'README.md'}", soft_wrap=True)
 
 
 def measurement_table(found: Measurement) -> Table:

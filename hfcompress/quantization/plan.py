@@ -19,6 +19,7 @@ from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.structure.stack import stack_linears
 
 GROUP_MULTIPLE = 8
+SMALLEST_HALF = 32
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,17 @@ class PlannedLinear:
 
 
 def fitting_group_size(in_features: int, requested: int | None) -> int | None:
-    """Return ``requested`` if it divides ``in_features``, or else the largest smaller divisor that is a multiple of 8.
+    """Return ``requested`` if it divides ``in_features``, or else a smaller size that does.
 
-    None is one scale per row: what was asked for, or the only choice left.
+    Halves of what was requested come first, down to 32: serving engines have kernels for them.  Then the largest
+    divisor that is a multiple of 8.  None is one scale per row: what was asked for, or the only choice left.
     """
     if requested is None:
         return None
     if in_features % requested == 0:
         return requested
-    sizes = range(min(requested, in_features), 0, -1)
+    halves = [requested // 2**times for times in range(1, requested.bit_length()) if requested % 2**times == 0]
+    sizes = [*(half for half in halves if half >= SMALLEST_HALF), *range(min(requested, in_features), 0, -1)]
     return next((size for size in sizes if size % GROUP_MULTIPLE == 0 and in_features % size == 0), None)
 
 

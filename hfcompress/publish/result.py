@@ -1,0 +1,30 @@
+"""What the end of a run looks like in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from hfcompress.publish.facts import Facts
+from hfcompress.publish.loading import loading_lines
+from hfcompress.publish.sections import headline
+from hfcompress.publish.tables import stage_table
+
+
+def print_result(folder: Path, facts: Facts, console: Console) -> None:
+    """Print what the run cost and gave: the table, the change, a text before and after, and how to load it."""
+    console.print(stage_table(facts))
+    console.print(headline(facts).strip("*"))
+    prompt = (facts.recipe.get("evaluate") or {}).get("prompt")
+    if facts.before.continuation and facts.after.continuation:
+        console.print(f"\n{prompt!r} goes on, before and after:")
+        for found in (facts.before, facts.after):
+            console.print(Padding(Text(str(found.continuation).strip()), (0, 0, 0, 2)), style="italic")
+    loads = "Load it with stock Transformers" if facts.loads_without_hfcompress else "Load it"
+    console.print(f"\n{loads}:")
+    lines = loading_lines(facts.task, str(folder), facts.loads_without_hfcompress)
+    console.print(Padding(Text(lines), (0, 0, 0, 2)), soft_wrap=True)
+    console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True, highlight=False)

@@ -1,0 +1,57 @@
+"""What must hold on a GPU as it does on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hfcompress
+from hfcompress.pruning.masks import prunable_weights, sparsity_of
+from tests.conftest import tiny_llama, token_batches
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; this machine has none"),
+]
+
+
+@pytest.mark.parametrize(
+    "method", [hfcompress.RTN(bits=8), hfcompress.GPTQ(bits=4, group_size=32)], ids=["rtn", "gptq"]
+)
+def test_quantized_on_the_gpu_reloads_on_the_cpu(method: hfcompress.RTN, tmp_path: Path) -> None:
+    model = tiny_llama().cuda()
+    batches = [{name: value.cuda() for name, value in batch.items()} for batch in token_batches()]
+    hfcompress.quantize(model, method, calibration=batches)
+    inputs = token_batches(count=1)[0]["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=inputs.cuda()).logits.cpu()
+        model.save_pretrained(tmp_path)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=inputs).logits
+    assert torch.allclose(logits, reloaded, atol=1e-4)
+
+
+def test_pruning_and_distilling_on_the_gpu(tmp_path: Path) -> None:
+    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(32, rows=1)]
+    options = {"output_dir": str(tmp_path), "max_steps": 8, "save_strategy": "no", "disable_tqdm": True}
+    student = tiny_llama(layers=1)
+    Trainer(
+        model=student,
+        args=TrainingArguments(**options, bf16=True),
+        train_dataset=rows,
+        callbacks=[hfcompress.PruneCallback(sparsity=0.75)],
+    ).train()
+    weights = prunable_weights(student)
+    assert sparsity_of(weights) == pytest.approx(0.75, abs=1e-4)
+    trainer = hfcompress.DistillationTrainer(
+        model=student,
+        teacher_model=tiny_llama(),
+        args=hfcompress.DistillationConfig(**options),
+        train_dataset=rows,
+        callbacks=[hfcompress.PruneCallback(sparsity=0.75)],
+    )
+    trainer.train()
+    assert trainer.teacher_model.device.type == "cuda"
+    assert sparsity_of(weights) >= 0.75 - 1e-4
