@@ -54,8 +54,17 @@ def packaged_model(name: str) -> PackagedModel:
 
 
 def packaged_documents(name: str) -> dict[str, str]:
-    """Return documents by title.  ``package:pydoc-topics`` is the language reference that Python's help() shows."""
+    """Return documents by title.  ``package:pydoc-topics`` is the language reference that Python's help() shows.
+
+    A topic whose whole text stands inside another one is left out, so that no split holds text of another split.
+    """
     look_up({"pydoc-topics": True}, name.removeprefix(PREFIX), "text package", DataError)
     from pydoc_data import topics
 
-    return dict(sorted(topics.topics.items()))
+    words = {title: " ".join(text.split()) for title, text in topics.topics.items()}
+    repeated = {
+        title
+        for title, text in words.items()
+        if any(title != other and text in whole and (text != whole or title > other) for other, whole in words.items())
+    }
+    return {title: text for title, text in sorted(topics.topics.items()) if title not in repeated}

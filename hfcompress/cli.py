@@ -57,7 +57,7 @@ def demo(
     from hfcompress.recipe import load_recipe
 
     changes = QUICK if quick else []
-    _run(load_recipe(DEMO_RECIPE, changes), resume, restart or quick, as_json)
+    _run(load_recipe(DEMO_RECIPE, changes), resume, restart or (quick and not resume), as_json)
 
 
 QUICK = [
@@ -76,6 +76,8 @@ def _run(recipe: Any, resume: bool, restart: bool, as_json: bool) -> None:
     from hfcompress.pipeline import compress
     from hfcompress.publish import load_facts, print_result
 
+    if resume and restart:
+        raise HFCompressError("--resume goes on with a run and --restart discards it; use one of them.")
     keep_freed_memory()
     try:
         folder = compress(recipe, resume=resume, restart=restart)

@@ -7,6 +7,7 @@ from pathlib import Path
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.evaluate import Measurement, StoredSize, measure
 from hfcompress.job import Job, Source
+from hfcompress.progress import say
 from hfcompress.recipe import Recipe
 
 
@@ -17,6 +18,7 @@ def evaluate_folder(
 
     with_metrics: False measures size, speed and memory alone, for a model whose head has not been trained yet.
     """
+    say(f"{description}: opening the model")
     job = Job(Source(recipe), folder, folder)
     model = job.open_model("fast")
     summary = inspect_checkpoint(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import read_header, refuse_nan, weight_files
-from hfcompress.errors import ModelError
+from hfcompress.errors import MissingDependencyError, ModelError
 from hfcompress.progress import quiet_bars
 from hfcompress.recipe import ModelSpec
 from hfcompress.tasks import Task
@@ -30,23 +31,39 @@ def open_model(spec: ModelSpec, task: Task, labels: list[str] | None = None) -> 
     """
     config = open_config(spec)
     where, options = _location(spec)
-    if "gguf_file" in options:
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True
+    else:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
+        if not has_trained_head(config):
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {name: index for index, name in enumerate(labels)}
         options["config"] = config
     auto_class = getattr(transformers, task.auto_class)
     dtype = DTYPES.get(spec.dtype, "auto")
     try:
         with quiet_bars(os.path.isdir(where) and "gguf_file" not in options):
-            model = auto_class.from_pretrained(where, dtype=dtype, **options)
+            model, loaded = auto_class.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+    except ImportError as error:
+        raise MissingDependencyError(f"Model '{spec.id}' needs another package: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"Model '{spec.id}' cannot be opened for {task.name}: {error}") from error
+    _refuse_missing(spec, task, config, loaded["missing_keys"])
     if "gguf_file" in options and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # it names the file, which the dense model no longer needs
     refuse_nan(model)
     return model.eval()
+
+
+def _refuse_missing(spec: ModelSpec, task: Task, config: PreTrainedConfig, missing: Iterable[str]) -> None:
+    """Raise ModelError for weights that the checkpoint lacks: they would be random.  A new classifier's may be."""
+    names = sorted(missing)
+    if names and (task.auto_class != "AutoModelForSequenceClassification" or has_trained_head(config)):
+        raise ModelError(
+            f"Model '{spec.id}' lacks {len(names)} weights of a {task.name} model, among them "
+            f"{', '.join(names[:3])}; they would be random. Is it a checkpoint for this task?"
+        )
 
 
 def open_processor(spec: ModelSpec) -> Any:
@@ -99,8 +116,8 @@ def has_trained_head(config: PreTrainedConfig) -> bool:
 def head_labels(spec: ModelSpec, of_data: list[str]) -> list[str]:
     """Return the class names in the order of the model's head, or the data's where the head is new.
 
-    A trained head's own names win where they are the data's names; default names (LABEL_0, ...) give way.
-    Raises ModelError when a trained head has another number of classes.
+    A trained head's own names win where they are the data's names.  Numbers on either side stand for the head's order.
+    Raises ModelError when a trained head has another number of classes, or other names.
     """
     config = open_config(spec)
     if not has_trained_head(config):
@@ -111,7 +128,15 @@ def head_labels(spec: ModelSpec, of_data: list[str]) -> list[str]:
             f"{', '.join(of_data[:9])}. Use data with the model's labels, or a model without a head."
         )
     own = list((config.id2label or {}).values())
-    return own if set(own) == set(of_data) else of_data
+    if set(own) == set(of_data):
+        return own
+    numbered = [str(index) for index in range(len(own))]
+    if of_data == numbered or own in (numbered, [f"LABEL_{index}" for index in range(len(own))]):
+        return of_data
+    raise ModelError(
+        f"Model '{spec.id}' has labels {', '.join(own[:9])}, but the data have {', '.join(of_data[:9])}, and which is "
+        "which cannot be known. Rename the data's labels to the model's, or number them as the model does."
+    )
 
 
 def model_digest(spec: ModelSpec) -> str:

@@ -12,16 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from hfcompress import opening
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.atomic import MARKER, new_folder, write_text
 from hfcompress.errors import HFCompressError
 from hfcompress.job import Job, Source, check_before_work
+from hfcompress.progress import say
 from hfcompress.publish import write_model_card
 from hfcompress.recipe import ModelSpec, Recipe, Stage
 from hfcompress.stages import Outcome, run_stage
-from hfcompress.workspace import STAGE, Workspace
+from hfcompress.workspace import STAGE, Workspace, is_finished
 
 ORIGINAL = "original"
 
@@ -34,6 +37,9 @@ def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> 
     Raises HFCompressError for whatever is wrong with the recipe, model, data or output, before the first stage where
     that can be known.
     """
+    if resume and is_finished(recipe):
+        return Path(recipe.output)
+    say("checking the model and the data")
     source = Source(recipe)
     check_before_work(source)
     space = Workspace.open(recipe, resume=resume, restart=restart)
@@ -44,7 +50,7 @@ def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> 
         folder = space.stage_folder(position, name)
         if space.facts_of(position, name) is None:
             _run_and_save(space, position, stage, job, is_last=position == len(stages) - 1)
-        _measure_once(space, folder, name, with_metrics=stage is not None or not source.head_is_new)
+        _measure_once(space, position, folder, with_metrics=stage is not None or not source.head_is_new)
         job = job.after(name, folder, _work_of_next(space, recipe, position))
     return _publish(space, source, job.folder)
 
@@ -58,6 +64,8 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     """Run a stage and leave its checkpoint, with the facts of the stage in the same atomic step."""
     started = time.monotonic()
     name = stage.name if stage else ORIGINAL
+    say(f"stage {position} of {len(space.recipe.stages)}, {name}: opening the model")
+    set_seed(space.recipe.seed)  # a new head is random, too
     outcome = run_stage(stage, job) if stage else Outcome(job.source.open_original(), "as it was opened")
     facts = {
         "fingerprint": space.fingerprint(position),
@@ -65,6 +73,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
         "seconds": round(time.monotonic() - started, 1),
         "report": outcome.report,
     }
+    say(f"{name}: saving" + (" and verifying in a fresh process" if is_last else ""))
     save_compressed(
         outcome.model,
         space.stage_folder(position, name),
@@ -75,9 +84,9 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     shutil.rmtree(space.work_folder(name), ignore_errors=True)
 
 
-def _measure_once(space: Workspace, folder: Path, name: str, with_metrics: bool) -> None:
+def _measure_once(space: Workspace, position: int, folder: Path, with_metrics: bool) -> None:
     """Measure a stage's checkpoint in a fresh process, unless that has been done."""
-    file = space.measurement_file(name)
+    file = space.measurement_file(position, folder.name.partition("-")[2])
     if file.is_file():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +103,7 @@ def _publish(space: Workspace, source: Source, folder: Path) -> Path:
     """Put the last checkpoint, its measurements and its card into the output folder, in one step."""
     output = Path(space.recipe.output)
     with new_folder(output) as scratch:
-        for file in folder.iterdir():
-            if file.name != STAGE:
-                shutil.copy2(file, scratch / file.name)
+        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE))
         facts = _facts(space, source, folder)
         (scratch / "measurements.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (scratch / "recipe.yaml").write_text(space.recipe.to_yaml(), encoding="utf-8")
@@ -113,7 +120,7 @@ def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
     for position, name in enumerate([ORIGINAL, *(stage.name for stage in recipe.stages)]):
         facts = space.facts_of(position, name)
         assert facts is not None
-        measured = json.loads(space.measurement_file(name).read_text(encoding="utf-8"))
+        measured = json.loads(space.measurement_file(position, name).read_text(encoding="utf-8"))
         rows.append({"name": name, **{k: facts[k] for k in ("summary", "seconds")}, "measurement": measured})
         report = facts["report"]["rows"] if facts["report"] else report
     return {

@@ -78,12 +78,17 @@ class Meter:
         )
 
 
+def say(what: str) -> None:
+    """Print what is going on now, for steps that cannot be counted."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def meter(description: str, total: int | None = None) -> Iterator[Meter]:
     """Show a ``Meter`` for the length of a ``with`` block."""
     shown = Meter(description, total)
     if shown._bar is None:
-        print(f"{description} ...", file=sys.stderr, flush=True)
+        say(description)
         yield shown
         return
     with shown._bar:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.job import Job
 from hfcompress.pruning import PruneCallback, PruneOptions
+from hfcompress.pruning.masks import prunable_weights, sparsity_of
 from hfcompress.quantization import quantize
 from hfcompress.recipe import Distill, Finetune, Quantize, Stage
 from hfcompress.structure import DropLayers, drop_layers
@@ -99,8 +101,12 @@ def _pruning(options: PruneOptions | None) -> list[TrainerCallback]:
 
 
 def _trained(trainer: Trainer, pruning: PruneOptions | None) -> str:
-    pruned = "" if pruning is None else f", pruned to {pruning.sparsity:.0%} of the targeted weights"
-    return f"{trainer.state.global_step} steps{pruned}"
+    steps = f"{trainer.state.global_step} steps"
+    if pruning is None:
+        return steps
+    assert isinstance(trainer.model, nn.Module)
+    reached = sparsity_of(prunable_weights(trainer.model, pruning.targets, pruning.exclude))
+    return f"{steps}, {reached:.1%} of the targeted weights pruned"
 
 
 def _in_saved_dtype(model: PreTrainedModel, job: Job) -> PreTrainedModel:

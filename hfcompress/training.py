@@ -26,7 +26,7 @@ def training_options(options: Finetune | Distill, work: Path, seed: int) -> dict
         "save_total_limit": 2,
         "logging_steps": 5,
         "report_to": "none",
-        "bf16": fast_bfloat16(),
+        "bf16": fast_bfloat16() and not options.training.get("fp16"),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return {**defaults, **options.training, **length, "disable_tqdm": True, "output_dir": str(work)}

@@ -47,7 +47,7 @@ class Workspace:
             space._go_on(resume)
         else:
             refuse_foreign_workspace(space.folder)
-            shutil.rmtree(space.folder, ignore_errors=True)
+            _remove_workspace(space.folder)
             space.folder.mkdir(parents=True)
             write_text(space.folder / RUN, json.dumps(space._began_with(), indent=2) + "\n")
         return space
@@ -82,9 +82,9 @@ class Workspace:
         """Return where a stage's Trainer keeps its checkpoints."""
         return self.folder / "training" / name
 
-    def measurement_file(self, name: str) -> Path:
-        """Return where the measurement of a stage is."""
-        return self.folder / "measurements" / f"{name}.json"
+    def measurement_file(self, position: int, name: str) -> Path:
+        """Return where the measurement of a stage is, one file for each thing that may have been measured."""
+        return self.folder / "measurements" / f"{name}-{self.fingerprint(position)}.json"
 
     def fingerprint(self, position: int) -> str:
         """Return a digest of everything that decides the weights after this stage."""
@@ -104,7 +104,33 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove the workspace once its result stands in the output folder."""
-        shutil.rmtree(self.folder)
+        _remove_workspace(self.folder)
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Tell whether the output is this recipe's result, and tidy up if a kill came just after it was published."""
+    output = Path(recipe.output)
+    written = output / "recipe.yaml"
+    if not (output / MARKER).is_file() or not written.is_file():
+        return False
+    if written.read_text(encoding="utf-8") != recipe.to_yaml():
+        return False
+    scratch = output.with_name(output.name + ".partial")
+    if (scratch / RUN).is_file():
+        _remove_workspace(scratch)
+    return True
+
+
+def _remove_workspace(folder: Path) -> None:
+    """Remove a workspace, run.json last, so that what a kill leaves is still known as ours."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RUN:
+            path.unlink()
+    (folder / RUN).unlink(missing_ok=True)
+    if folder.is_dir():
+        folder.rmdir()
 
 
 def refuse_foreign_workspace(folder: Path) -> None:

@@ -254,3 +254,31 @@ def test_json_output_is_json_alone(llama_dir: Path) -> None:
     run = command_line("inspect", str(llama_dir), "--json")
     assert run.returncode == 0
     assert json.loads(run.stdout)["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_labels_of_other_names_than_the_head(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    named = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    tiny_bert(**named).save_pretrained(tmp_path / "named")
+    tokenizer.save_pretrained(tmp_path / "named")
+    (tmp_path / "reviews.tsv").write_text("text\tlabel\n" + "good film\tpos\nbad film\tneg\n" * 20)
+    recipe = classification(tmp_path, tmp_path / "named")
+    refused(tmp_path, recipe, ModelError, "has labels positive, negative, but the data have neg, pos")
+
+
+def test_a_checkpoint_of_another_kind_is_not_filled_with_random_weights(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text: Path
+) -> None:
+    from tests.conftest import tiny_llama
+
+    model = tiny_llama(layers=4, tie_word_embeddings=False)
+    model.model.save_pretrained(tmp_path / "body")
+    tokenizer.save_pretrained(tmp_path / "body")
+    recipe = language_recipe(tmp_path / "body", text, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"lacks 1 weights of a causal-lm model, among them lm_head\.weight"):
+        compress(recipe)
+
+
+def test_resume_and_restart_exclude_each_other() -> None:
+    run = command_line("demo", "--resume", "--restart")
+    assert run.returncode == 1
+    assert run.stderr == "hfcompress: --resume goes on with a run and --restart discards it; use one of them.\n"

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hfcompress.checkpoint import inspect_checkpoint
+from hfcompress.data import load_splits
 from hfcompress.errors import OutputError
 from hfcompress.pipeline import compress
 from hfcompress.recipe import load_recipe, parse_recipe
@@ -89,7 +90,8 @@ def test_a_finished_output_is_not_overwritten_unasked(finished: Path, sources: P
     with pytest.raises(OutputError, match="holds a finished result"):
         compress(recipe)
     with pytest.raises(OutputError, match="holds a finished result"):
-        compress(recipe, resume=True)
+        compress(language_recipe(sources / "llama", sources / "text.jsonl", finished, seed=1), resume=True)
+    assert compress(recipe, resume=True) == finished
     assert weights_of(finished) == before
 
 
@@ -208,3 +210,44 @@ def test_interrupted_from_the_keyboard_says_how_to_go_on(sources: Path, tmp_path
     resumed = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=True)
     assert [stage["name"] for stage in json.loads(resumed.stdout)["stages"]][-1] == "quantize"
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_a_kill_just_after_publishing_leaves_nothing_behind(finished: Path, sources: Path) -> None:
+    scratch = finished.with_name("out.partial")
+    (scratch / "stages").mkdir(parents=True)
+    (scratch / "run.json").write_text("{}")
+    assert compress(language_recipe(sources / "llama", sources / "text.jsonl", finished), resume=True) == finished
+    assert not scratch.exists()
+
+
+def test_a_new_head_is_the_same_in_every_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also the first weights of an untrained head come from the recipe's seed."""
+    tiny_bert().bert.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    write_reviews(tmp_path / "reviews.tsv")
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) if name == "one" else 99)
+        recipe = parse_recipe(
+            {
+                "name": "tiny",
+                "task": "sequence-classification",
+                "model": {"id": str(tmp_path / "encoder")},
+                "data": {"files": str(tmp_path / "reviews.tsv"), "max_length": 16},
+                "output": str(tmp_path / name),
+                "stages": [{"finetune": {"steps": 2}}],
+            }
+        )
+        compress(recipe)
+    assert weights_of(tmp_path / "one")["model.safetensors"] == weights_of(tmp_path / "two")["model.safetensors"]
+
+
+def test_no_held_out_text_is_in_the_training_text() -> None:
+    """The demo's documents: no topic stands inside another, and the parts share no topic."""
+    recipe = load_recipe("smollm2_python_docs")
+    parts = load_splits(recipe.data, recipe.seed, needs_calibration=True)
+    titles = [title for part in parts.values() for title in part["title"]]
+    assert len(titles) == len(set(titles)) > 50
+    texts = [" ".join(text.split()) for part in parts.values() for text in part["text"]]
+    assert not [
+        text[:60] for one, text in enumerate(texts) for two, whole in enumerate(texts) if one != two and text in whole
+    ]

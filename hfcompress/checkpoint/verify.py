@@ -94,15 +94,19 @@ def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
         probe_file = Path(scratch) / "probe.safetensors"
         tensors = {f"input.{name}": value.contiguous() for name, value in probe.inputs.items()}
         save_file({**tensors, "logits": probe.logits.contiguous()}, probe_file)
-        script = Path(__file__).with_name("stock_reload.py")
-        command = [sys.executable, str(script), str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
-        # PYTHONSAFEPATH keeps the script's own folder off the import path.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        # Run as text and in an empty folder: a script's own folder would come first on the import path.
+        script = Path(__file__).with_name("stock_reload.py").read_text(encoding="utf-8")
+        command = [sys.executable, "-c", script, str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
         run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     if run.returncode != 0:
         tail = "\n".join(run.stderr.strip().splitlines()[-3:])
         raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}")
     found = json.loads(run.stdout.strip().splitlines()[-1])
+    if found["hfcompress_imported"]:
+        raise CheckpointError(
+            "The verifying process imported hfcompress, so it proves nothing about stock Transformers."
+        )
     if not found["max_logit_difference"] <= probe.tolerance * found["max_logit"]:
         raise CheckpointError(
             f"{folder} reloads to a different model: logits differ by {found['max_logit_difference']:.2e} "

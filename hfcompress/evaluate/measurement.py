@@ -20,6 +20,7 @@ from hfcompress.evaluate.modes import device_of, dtype_of
 from hfcompress.evaluate.quality import evaluate_model
 from hfcompress.evaluate.size import StoredSize, model_size
 from hfcompress.evaluate.speed import DECODE_KIND, decode_speed, forward_kind, forward_speed, greedy
+from hfcompress.progress import say
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def measure(
     reset_peak_memory()
     counted = _Counted(batches)
     values = evaluate_model(model, counted, metrics, description, counted.total)
+    say(f"{description}: timing")
     prompt_ids, continuation = None, None
     can_generate = getattr(model, "can_generate", None)
     if prompt and tokenizer is not None and can_generate is not None and can_generate():

@@ -142,4 +142,4 @@ class EvaluateSpec:
     max_rows: AtLeastOne | None = None
     batch_size: AtLeastOne = 8
     prompt: str | None = None
-    new_tokens: AtLeastOne = 48
+    new_tokens: Annotated[int, Field(ge=2)] = 48
