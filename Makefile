@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow check format clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/hfcompress demo
+	$(BIN)/hfcompress demo --resume
 
 test: $(VENV)/.installed-test check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

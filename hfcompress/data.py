@@ -16,9 +16,9 @@ from hfcompress.progress import quiet_bars
 from hfcompress.recipe import DataSpec
 
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
     # The convention of tab-separated corpora (GLUE among them): a quotation mark is a character like any other.
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
@@ -64,6 +64,9 @@ def require_columns(rows: Dataset, columns: Iterable[str], spec: DataSpec) -> No
                 f"{describe(spec)} has no column '{column}'. {did_you_mean(column, rows.column_names)}"
                 f"Its columns: {', '.join(rows.column_names)}."
             )
+        empty = sum(value is None for value in rows[column])
+        if empty:
+            raise DataError(f"{describe(spec)} has {empty} rows without a value in column '{column}'; remove them.")
 
 
 def describe(spec: DataSpec) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hfcompress import data as opening_data
 from hfcompress import opening
 from hfcompress.devices import fast_bfloat16
-from hfcompress.errors import DataError, ModelError
+from hfcompress.errors import DataError
 from hfcompress.recipe import ModelSpec, Quantize, Recipe
 from hfcompress.tasks import TASKS, Task, batches
 
@@ -124,23 +124,27 @@ class Job:
 
         dtype: ``auto`` is as it was saved; ``fast`` too, but in float32 where bfloat16 products are slow.
         """
-        return self._open(str(folder or self.folder), dtype)
+        return self._open(self._spec(folder or self.folder), dtype)
 
-    def _open(self, name: str, dtype: Dtype) -> PreTrainedModel:
+    def _spec(self, folder: Path) -> ModelSpec:
+        """Return how to open a checkpoint of this run: its code is trusted if the recipe trusts the model's."""
+        return ModelSpec(id=str(folder), trust_remote_code=self.recipe.model.trust_remote_code)
+
+    def _open(self, spec: ModelSpec, dtype: Dtype) -> PreTrainedModel:
         if dtype == "fast":
-            slow = opening.open_config(ModelSpec(id=name)).dtype == torch.bfloat16 and not fast_bfloat16()
+            slow = opening.open_config(spec).dtype == torch.bfloat16 and not fast_bfloat16()
             dtype = "float32" if slow else "auto"
-        return opening.open_model(ModelSpec(id=name, dtype=dtype), self.task)
+        return opening.open_model(replace(spec, dtype=dtype), self.task)
 
     def saved_dtype(self) -> Any:
         """Return the dtype that the checkpoint this stage starts from is saved in."""
-        return opening.open_config(ModelSpec(id=str(self.folder))).dtype
+        return opening.open_config(self._spec(self.folder)).dtype
 
     def teacher(self, name: str) -> PreTrainedModel:
         """Open a teacher: ``original``, an earlier stage by name or index, or any model id."""
         stages = {str(index): stage.name for index, stage in enumerate(self.recipe.stages)}
         folder = self.finished.get(stages.get(name, name))
-        return self._open(name if folder is None else str(folder), "fast")
+        return self._open(ModelSpec(id=name) if folder is None else self._spec(folder), "fast")
 
     def held_out_batches(self) -> list[dict[str, Tensor]]:
         """Return the batches that every measurement of this recipe uses."""
@@ -156,20 +160,3 @@ class Job:
     def after(self, name: str, folder: Path, work: Path) -> Job:
         """Return the job of the next stage, which starts from the checkpoint of stage ``name``."""
         return replace(self, folder=folder, work=work, finished={**self.finished, name: folder})
-
-
-def check_before_work(source: Source) -> None:
-    """Open everything a recipe names, so that a fault shows before the first stage and not hours into it."""
-    recipe = source.recipe
-    opening.open_config(recipe.model)
-    if source.data_labels is not None and len(source.data_labels) < 2:
-        raise DataError(f"The training data have only one label, {source.data_labels}; there is nothing to classify.")
-    if source.head_is_new and recipe.stages[0].kind != "finetune":
-        raise ModelError(
-            f"Model '{recipe.model.id}' has no trained classification head. Begin the recipe with a finetune stage."
-        )
-    for part in ("train", "held_out"):
-        source.encoded(part)
-    for stage in recipe.stages:
-        if isinstance(stage.options, Quantize) and stage.options.method.needs_calibration:
-            source.calibration_rows(stage.options)

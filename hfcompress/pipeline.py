@@ -18,8 +18,9 @@ from hfcompress import opening
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.atomic import MARKER, new_folder, write_text
+from hfcompress.checks import check_before_work
 from hfcompress.errors import HFCompressError
-from hfcompress.job import Job, Source, check_before_work
+from hfcompress.job import Job, Source
 from hfcompress.progress import say
 from hfcompress.publish import write_model_card
 from hfcompress.recipe import ModelSpec, Recipe, Stage

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfcompress.devices import fast_bfloat16
+from hfcompress.errors import CheckpointError
 from hfcompress.progress import Meter, meter, quiet_bars
 from hfcompress.recipe import Distill, Finetune
 
@@ -41,7 +45,22 @@ def train(trainer: Trainer, description: str) -> None:
     trainer.add_callback(_MarkWhole)
     with meter(description, total) as shown, quiet_bars():
         trainer.add_callback(_ShowProgress(shown))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _writing(work):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+@contextmanager
+def _writing(work: Path) -> Iterator[None]:
+    """Turn a failed write into one clear error; what earlier checkpoints hold is kept."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise CheckpointError(
+            f"A training checkpoint could not be written to {work}: {error}. Earlier ones are kept; free some space "
+            "and use --resume to go on."
+        ) from error
 
 
 def last_whole_checkpoint(work: Path) -> Path | None:

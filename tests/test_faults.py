@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from hfcompress.errors import CheckpointError, DataError, HFCompressError, ModelError, OutputError
+from hfcompress.errors import CheckpointError, DataError, HFCompressError, ModelError, OutputError, RecipeError
 from hfcompress.pipeline import compress
 from hfcompress.recipe import parse_recipe
+from hfcompress.training import _writing
 from tests.conftest import tiny_bert
 from tests.runs import language_recipe, write_reviews, write_text
 
@@ -282,3 +283,41 @@ def test_resume_and_restart_exclude_each_other() -> None:
     run = command_line("demo", "--resume", "--restart")
     assert run.returncode == 1
     assert run.stderr == "hfcompress: --resume goes on with a run and --restart discards it; use one of them.\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"stages": [{"drop_layers": {"keep": 9}}]}, ModelError, "keep=9: the stack has only 2 layers"),
+        (
+            {"stages": [{"finetune": {"steps": 1, "training": {"load_best_model_at_end": True}}}]},
+            RecipeError,
+            "training options of stage 'finetune' do not go together",
+        ),
+        ({"stages": [{"distill": {"steps": 1, "teacher": "no/teacher"}}]}, ModelError, "No model 'no/teacher'"),
+        ({"evaluate": {"metrics": ["perplexty"]}}, HFCompressError, "perplexty"),
+    ],
+    ids=["keep", "training", "teacher", "metric"],
+)
+def test_known_before_the_first_stage(
+    changes: dict[str, Any], error: type[HFCompressError], message: str, tmp_path: Path, llama_dir: Path, text: Path
+) -> None:
+    stages = [{"drop_layers": {"keep": 1}}]
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", **{"stages": stages, **changes})
+    refused(tmp_path, recipe, error, message)
+
+
+def test_rows_without_a_value(tmp_path: Path, llama_dir: Path) -> None:
+    (tmp_path / "gaps.jsonl").write_text('{"text": "good film"}\n{"text": null}\n' * 20)
+    recipe = language_recipe(llama_dir, tmp_path / "gaps.jsonl", tmp_path / "out")
+    refused(tmp_path, recipe, DataError, "rows without a value in column 'text'")
+
+
+def test_disk_full_while_training(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"training checkpoint could not be written.*use --resume"),
+        _writing(tmp_path),
+    ):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(RuntimeError, match="a mistake of ours"), _writing(tmp_path):
+        raise RuntimeError("a mistake of ours")

@@ -21,7 +21,7 @@ LAYERS = [
     {"tasks", "data", "training"},
     {"opening"},
     {"job"},
-    {"stages", "publish", "workspace", "measuring"},
+    {"stages", "publish", "workspace", "measuring", "checks"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

@@ -43,6 +43,7 @@ def stage_cells(facts: Facts, stage: StageFacts) -> list[str]:
 def stage_table(facts: Facts) -> Table:
     """Return the table of stages, for ``rich.print``; it fits 80 columns with one metric, 100 with two."""
     table = Table(title=facts.name, caption=f"tokens/s: {speed_note(facts)}", title_justify="left", box=SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True
     table.caption_justify = "left"
     rows = [stage_cells(facts, stage) for stage in facts.stages]
     for position, header in enumerate(stage_headers(facts)):

@@ -19,6 +19,7 @@ REFUSED = {
     "seed": "is set by the recipe's seed",
     "max_steps": "use steps of the stage",
     "num_train_epochs": "use epochs of the stage",
+    "save_only_model": "would leave checkpoints that --resume cannot go on from exactly",
     "hub_token": "a token does not belong in a file; log in with 'hf auth login'",
     "parallelism_config": "cannot be written in a recipe; use 'accelerate config'",
 }
