@@ -26,5 +26,6 @@ def print_result(folder: Path, facts: Facts, console: Console) -> None:
     loads = "Load it with stock Transformers" if facts.loads_without_hfcompress else "Load it"
     console.print(f"\n{loads}:")
     lines = loading_lines(facts.task, str(folder), facts.loads_without_hfcompress)
-    console.print(Padding(Text(lines), (0, 0, 0, 2)), soft_wrap=True)
+    for line in lines.splitlines():
+        console.print(Text(f"  {line}"), soft_wrap=True)  # never cut or broken: it is there to be copied
     console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True, highlight=False)
