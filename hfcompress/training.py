@@ -66,12 +66,13 @@ def _writing(work: Path) -> Iterator[None]:
 
 
 def last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; half-written ones are removed."""
-    for path in reversed(_by_step(work)):
-        if (path / WHOLE).is_file():
-            return path
-        shutil.rmtree(path)
-    return None
+    """Return the newest checkpoint that was written to its end; half-written and half-removed ones are removed."""
+    found = _by_step(work)
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    for path in found:
+        if path not in whole:
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
 
 
 def _by_step(work: Path) -> list[Path]:
@@ -98,8 +99,9 @@ class _KeepWhole(TrainerCallback):
         if self.limit is None or self.limit <= 0:
             return
         kept = {newest.name, Path(state.best_model_checkpoint or newest).name}
-        others = [path for path in _by_step(work) if path.name not in kept]
-        for path in others[: max(0, len(others) + len(kept) - self.limit)]:
+        found = _by_step(work)
+        surplus = max(0, len(found) - max(self.limit, len(kept)))
+        for path in [path for path in found if path.name not in kept][:surplus]:
             (path / WHOLE).unlink(missing_ok=True)
             shutil.rmtree(path)
 
