@@ -67,9 +67,8 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     started = time.monotonic()
     name = stage.name if stage else ORIGINAL
     say(f"stage {position} of {len(space.recipe.stages)}, {name}: opening the model")
-    set_seed(
-        space.recipe.seed
-    )  # for each stage anew, so that it ends alike in a resumed run; a new head is random, too
+    # Anew for each stage, so that it ends alike in a resumed run, and for the original, whose head may be new.
+    set_seed(space.recipe.seed)
     outcome = run_stage(stage, job) if stage else Outcome(job.source.open_original(), "as it was opened")
     facts = {
         "fingerprint": space.fingerprint(position),

@@ -185,7 +185,7 @@ def is_finished(recipe: Recipe) -> bool:
     if written.read_text(encoding="utf-8") != recipe.to_yaml():
         return False
     space = Workspace(recipe, output.with_name(output.name + ".partial"))
-    if (space.folder / RUN).is_file():
+    if space.folder.is_dir() and _is_workspace(space.folder):
         with suppress(OutputError), locked(space.folder / LOCK, str(space.folder)):  # in use: its holder tidies up
             space.clear()
         with suppress(OSError):
@@ -195,6 +195,11 @@ def is_finished(recipe: Recipe) -> bool:
 
 def refuse_foreign_workspace(folder: Path) -> None:
     """Raise OutputError when a folder with a workspace's name holds something else."""
-    known = (folder / RUN).is_file() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
-    if folder.exists() and not known:
+    if folder.exists() and not (folder.is_dir() and _is_workspace(folder)):
         raise OutputError(f"{folder} exists and is not an unfinished run of hfcompress. Nothing was changed; move it.")
+
+
+def _is_workspace(folder: Path) -> bool:
+    """Tell a workspace by its run.json; one that was killed before it had that is empty but for ours."""
+    names = [path.name for path in folder.iterdir()]
+    return RUN in names or all(name == LOCK or name.startswith(f".{RUN}.") for name in names)

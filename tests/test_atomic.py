@@ -269,5 +269,7 @@ def test_where_there_are_no_locks_it_is_said_and_work_goes_on(
     (tmp_path / ".out.hfcompress-abc").mkdir()
     write(tmp_path / "out", "new")
     assert content(tmp_path / "out") == ("new", "new")
+    write(tmp_path / "deeper" / "out", "new")
+    assert content(tmp_path / "deeper" / "out") == ("new", "new")
     assert f"{tmp_path / 'out'} cannot be locked on this system" in capfd.readouterr().err
     assert (tmp_path / ".out.hfcompress-abc").is_dir(), "whether it is in use cannot be known"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from hfcompress import data, pipeline, workspace
+from hfcompress.checkpoint import locks
 from hfcompress.checkpoint.atomic import MARKER
 from hfcompress.checkpoint.locks import locked
 from hfcompress.data import data_digest
@@ -62,6 +63,15 @@ def test_two_runs_do_not_work_in_one_workspace(how: dict[str, bool], has_work: b
         with pytest.raises(OutputError, match=f"{folder} is in use by another process"):
             compress(recipe, **how)
         assert names(folder) == before
+
+
+def test_a_run_without_locks_works(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "fcntl", None)
+    folder = finish_original(recipe)
+    assert names(folder) == [RUN, "stages"]
+    with Workspace.open(recipe, restart=True) as space:
+        space.begin()
+    assert not folder.exists()
 
 
 HOLD = """
@@ -123,6 +133,37 @@ def test_a_kill_before_the_first_finished_stage_asks_for_nothing(recipe: Recipe)
         assert names(folder) == [LOCK, RUN]
         assert json.loads((folder / RUN).read_text())["recipe"] == recipe.to_dict()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("left", [[], [LOCK], [LOCK, f".{RUN}.123"]], ids=str)
+def test_a_kill_before_anything_was_written_down_asks_for_nothing(left: list[str], recipe: Recipe) -> None:
+    folder = Path(recipe.output + ".partial")
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    with Workspace.open(recipe) as space:
+        space.begin()
+        assert names(folder) == [LOCK, RUN]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("left", [[], [LOCK], [LOCK, RUN]], ids=str)
+def test_what_a_kill_after_publishing_leaves_is_removed(left: list[str], recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).write_text('{"files": ["recipe.yaml"]}')
+    (tmp_path / "out" / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).touch()
+    assert compress(recipe, resume=True) == tmp_path / "out"
+    assert names(tmp_path) == ["llama", "out", "text.jsonl"]
+
+
+def test_an_output_where_no_folder_can_be(recipe: Recipe, tmp_path: Path) -> None:
+    nowhere = tmp_path / "text.jsonl" / "out"
+    inside_a_file = language_recipe(Path(recipe.model.id), tmp_path / "text.jsonl", nowhere, stages=ONE_STAGE)
+    with pytest.raises(OutputError, match=r"out\.partial cannot be written: .*Not a directory"):
+        compress(inside_a_file)
 
 
 def test_a_refused_restart_keeps_the_unfinished_work(recipe: Recipe, llama_dir: Path) -> None:

@@ -24,7 +24,8 @@ def locked(file: Path, what: str) -> Iterator[bool]:
     """Hold the lock that ``file`` stands for; the file and its folder are made, and the file removed at the end.
 
     what: the thing that is locked, named in messages.  Yields False, after saying so, where the system or the file
-    system has no locks: then nothing keeps two processes apart.  Raises OutputError when another process has the lock.
+    system has no locks: then nothing keeps two processes apart.  Raises OutputError when another process has the lock,
+    or when the file cannot be made.
     """
     handle = _open_and_lock(file, what)
     try:
@@ -40,14 +41,16 @@ def locked(file: Path, what: str) -> Iterator[bool]:
 
 def _open_and_lock(file: Path, what: str) -> int | None:
     """Return the handle that holds the lock, None where there are no locks."""
-    if fcntl is None:
-        return None
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return None
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # the process that held the lock has just removed the folder
             continue
+        except OSError as error:
+            raise OutputError(f"{what} cannot be written: {error}. Name another output.") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
