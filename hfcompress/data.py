@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder
 
 from hfcompress.bundled import is_packaged, packaged_documents
+from hfcompress.checkpoint.files import digest_of
 from hfcompress.errors import DataError, did_you_mean
 from hfcompress.progress import quiet_bars
 from hfcompress.recipe import DataSpec
@@ -77,18 +79,25 @@ def describe(spec: DataSpec) -> str:
 
 
 def data_digest(spec: DataSpec) -> str:
-    """Return a digest of the data's content: of the files, of the package's text, or of id and revision."""
-    digest = hashlib.sha256()
+    """Return a digest of the data's content, or a Hub dataset's id and the commit that its revision is.
+
+    Raises DataError when there are no such data.
+    """
     if spec.id is None:
+        digest = hashlib.sha256()
         for split, paths in sorted(_files_by_split(spec).items()):
-            digest.update(split.encode())
             for path in paths:
-                digest.update(path.read_bytes())
-    elif is_packaged(spec.id):
-        digest.update(repr(packaged_documents(spec.id)).encode())
-    else:
-        digest.update(f"{spec.id}@{spec.revision}".encode())
-    return digest.hexdigest()[:16]
+                _refuse_missing(path)
+                digest.update(f"{split}\0{digest_of(path.parent, [path])}\n".encode())
+        return digest.hexdigest()[:16]
+    if is_packaged(spec.id):
+        return hashlib.sha256(repr(packaged_documents(spec.id)).encode()).hexdigest()[:16]
+    folder = Path(spec.id)
+    if folder.is_dir():
+        return digest_of(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    with _opening(spec):
+        # The builder's hash is the commit, of what is on the Hub and of what was downloaded from there earlier.
+        return f"{spec.id}@{load_dataset_builder(spec.id, spec.name, revision=spec.revision).hash}"
 
 
 def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
@@ -106,8 +115,14 @@ def _open(spec: DataSpec) -> DatasetDict:
         documents = packaged_documents(spec.id)
         rows = {"title": list(documents), spec.text_column: list(documents.values())}
         return DatasetDict({"train": Dataset.from_dict(rows)})
-    try:
+    with _opening(spec):
         return load_dataset(spec.id, spec.name, revision=spec.revision)
+
+
+@contextmanager
+def _opening(spec: DataSpec) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise DataError(
             f"Data '{spec.id}' cannot be opened: it is neither on the Hub as this machine reaches it, nor a local "
@@ -115,10 +130,14 @@ def _open(spec: DataSpec) -> DatasetDict:
         ) from error
 
 
+def _refuse_missing(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"No such data file: {path}.")
+
+
 def _read_files(paths: list[Path]) -> Dataset:
     for path in paths:
-        if not path.is_file():
-            raise DataError(f"No such data file: {path}.")
+        _refuse_missing(path)
         if path.suffix not in READERS:
             raise DataError(f"{path}: '{path.suffix}' files cannot be read. Known: {', '.join(READERS)}.")
     suffixes = {path.suffix for path in paths}

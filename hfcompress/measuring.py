@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.evaluate import Measurement, StoredSize, measure
 from hfcompress.job import Job, Source
 from hfcompress.progress import say
-from hfcompress.recipe import Recipe
+from hfcompress.recipe import ModelSpec, Recipe
 
 
 def evaluate_folder(
     folder: Path, recipe: Recipe, description: str = "measure", with_metrics: bool = True
 ) -> Measurement:
-    """Measure a checkpoint folder on the recipe's held-out data, in this process.
+    """Measure a checkpoint folder on the recipe's held-out data, in this process: its own model and its own tokenizer.
 
     with_metrics: False measures size, speed and memory alone, for a model whose head has not been trained yet.
     """
     say(f"{description}: opening the model")
-    job = Job(Source(recipe), folder, folder)
+    published = ModelSpec(id=str(folder), trust_remote_code=recipe.model.trust_remote_code)
+    job = Job(Source(dataclasses.replace(recipe, model=published)), folder, folder)
     model = job.open_model("fast")
     summary = inspect_checkpoint(folder)
     evaluation = recipe.evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import read_header, refuse_nan, weight_files
+from hfcompress.checkpoint.files import deciding_files, digest_of
 from hfcompress.errors import MissingDependencyError, ModelError
 from hfcompress.progress import quiet_bars
 from hfcompress.recipe import ModelSpec
@@ -140,16 +141,18 @@ def head_labels(spec: ModelSpec, of_data: list[str]) -> list[str]:
 
 
 def model_digest(spec: ModelSpec) -> str:
-    """Return a digest of a local model's weights, or of its id and revision."""
-    digest = hashlib.sha256()
+    """Return a digest of what a local model consists of, or a Hub model's id and the commit that its revision is.
+
+    The commit is the one that ``open_config`` has found; where no commit can be known, the revision's name stands.
+    """
     where, options = _location(spec)
-    if not os.path.isdir(where):
-        digest.update(f"{where}@{options['revision']}".encode())
-        return digest.hexdigest()[:16]
-    gguf = options.get("gguf_file")
-    for file in [Path(where) / gguf] if gguf else weight_files(Path(where)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    if os.path.isdir(where):
+        folder = Path(where)
+        gguf = options.get("gguf_file")
+        return digest_of(folder, [folder / gguf] if gguf else deciding_files(folder))
+    config = try_to_load_from_cache(where, "config.json", revision=options["revision"])
+    commit = Path(config).parent.name if isinstance(config, str) else options["revision"]
+    return f"{where}@{commit}"
 
 
 def license_of(spec: ModelSpec) -> str | None:

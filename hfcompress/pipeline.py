@@ -25,7 +25,7 @@ from hfcompress.progress import say
 from hfcompress.publish import write_model_card
 from hfcompress.recipe import ModelSpec, Recipe, Stage
 from hfcompress.stages import Outcome, run_stage
-from hfcompress.workspace import STAGE, Workspace, is_finished
+from hfcompress.workspace import STAGE, Workspace, is_finished, output_folder
 
 ORIGINAL = "original"
 
@@ -39,21 +39,22 @@ def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> 
     that can be known.
     """
     if resume and is_finished(recipe):
-        return Path(recipe.output)
-    say("checking the model and the data")
-    source = Source(recipe)
-    check_before_work(source)
-    space = Workspace.open(recipe, resume=resume, restart=restart)
-    job = Job(source, space.stage_folder(0, ORIGINAL), space.work_folder(ORIGINAL))
-    stages: list[Stage | None] = [None, *recipe.stages]
-    for position, stage in enumerate(stages):
-        name = stage.name if stage else ORIGINAL
-        folder = space.stage_folder(position, name)
-        if space.facts_of(position, name) is None:
-            _run_and_save(space, position, stage, job, is_last=position == len(stages) - 1)
-        _measure_once(space, position, folder, with_metrics=stage is not None or not source.head_is_new)
-        job = job.after(name, folder, _work_of_next(space, recipe, position))
-    return _publish(space, source, job.folder)
+        return output_folder(recipe)
+    with Workspace.open(recipe, resume=resume, restart=restart) as space:
+        say("checking the model and the data")
+        source = Source(recipe)
+        check_before_work(source)
+        space.begin()
+        job = Job(source, space.stage_folder(0, ORIGINAL), space.work_folder(ORIGINAL))
+        stages: list[Stage | None] = [None, *recipe.stages]
+        for position, stage in enumerate(stages):
+            name = stage.name if stage else ORIGINAL
+            folder = space.stage_folder(position, name)
+            if space.facts_of(position, name) is None:
+                _run_and_save(space, position, stage, job, is_last=position == len(stages) - 1)
+            _measure_once(space, position, folder, with_metrics=stage is not None or not source.head_is_new)
+            job = job.after(name, folder, _work_of_next(space, recipe, position))
+        return _publish(space, source, job.folder)
 
 
 def _work_of_next(space: Workspace, recipe: Recipe, position: int) -> Path:
@@ -66,7 +67,8 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     started = time.monotonic()
     name = stage.name if stage else ORIGINAL
     say(f"stage {position} of {len(space.recipe.stages)}, {name}: opening the model")
-    set_seed(space.recipe.seed)  # a new head is random, too
+    # Anew for each stage, so that it ends alike in a resumed run, and for the original, whose head may be new.
+    set_seed(space.recipe.seed)
     outcome = run_stage(stage, job) if stage else Outcome(job.source.open_original(), "as it was opened")
     facts = {
         "fingerprint": space.fingerprint(position),
@@ -102,14 +104,14 @@ def _measure_once(space: Workspace, position: int, folder: Path, with_metrics: b
 
 def _publish(space: Workspace, source: Source, folder: Path) -> Path:
     """Put the last checkpoint, its measurements and its card into the output folder, in one step."""
-    output = Path(space.recipe.output)
+    output = output_folder(space.recipe)
     with new_folder(output) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE))
         facts = _facts(space, source, folder)
         (scratch / "measurements.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (scratch / "recipe.yaml").write_text(space.recipe.to_yaml(), encoding="utf-8")
         write_model_card(scratch)
-    space.remove()
+    space.clear()
     return output
 
 

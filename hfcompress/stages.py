@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.job import Job
@@ -30,8 +30,7 @@ class Outcome:
 
 
 def run_stage(stage: Stage, job: Job) -> Outcome:
-    """Run one stage.  Every stage begins from a saved checkpoint and the recipe's seed, so it can be run again."""
-    set_seed(job.recipe.seed)
+    """Run one stage.  It begins from a saved checkpoint and, by the caller's care, the recipe's seed."""
     return _RUNNERS[stage.kind](job, stage.options, stage.name)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hfcompress.checkpoint.atomic import to_disk
 from hfcompress.devices import fast_bfloat16
 from hfcompress.errors import CheckpointError
 from hfcompress.progress import Meter, meter, quiet_bars
@@ -42,7 +43,8 @@ def train(trainer: Trainer, description: str) -> None:
     work = Path(str(trainer.args.output_dir))
     checkpoint = last_whole_checkpoint(work)
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else None
-    trainer.add_callback(_MarkWhole)
+    trainer.add_callback(_KeepWhole(trainer.args.save_total_limit))
+    trainer.args.save_total_limit = None  # it removes old checkpoints before the new one bears its mark
     with meter(description, total) as shown, quiet_bars():
         trainer.add_callback(_ShowProgress(shown))
         with _writing(work):
@@ -64,21 +66,44 @@ def _writing(work: Path) -> Iterator[None]:
 
 
 def last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; half-written ones are removed."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        if (path / WHOLE).is_file():
-            return path
-        shutil.rmtree(path)
-    return None
+    """Return the newest checkpoint that was written to its end; half-written and half-removed ones are removed."""
+    found = _by_step(work)
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    for path in found:
+        if path not in whole:
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
 
 
-class _MarkWhole(TrainerCallback):
-    """The Trainer writes a checkpoint file by file; this mark comes last."""
+def _by_step(work: Path) -> list[Path]:
+    return sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+class _KeepWhole(TrainerCallback):
+    """Mark a checkpoint as whole when all of it is on the disk, and only then remove the oldest ones over the limit.
+
+    The Trainer writes a checkpoint file by file, so the mark comes last, and of an old checkpoint it goes first.
+    At every moment after the first save there is a whole checkpoint.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+        if not state.is_world_process_zero:
+            return
+        work = Path(str(args.output_dir))
+        newest = work / f"checkpoint-{state.global_step}"
+        to_disk(newest)
+        (newest / WHOLE).touch()
+        if self.limit is None or self.limit <= 0:
+            return
+        kept = {newest.name, Path(state.best_model_checkpoint or newest).name}
+        found = _by_step(work)
+        surplus = max(0, len(found) - max(self.limit, len(kept)))
+        for path in [path for path in found if path.name not in kept][:surplus]:
+            (path / WHOLE).unlink(missing_ok=True)
+            shutil.rmtree(path)
 
 
 class _ShowProgress(TrainerCallback):

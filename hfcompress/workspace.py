@@ -5,74 +5,128 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hfcompress.checkpoint.atomic import MARKER, refuse_foreign, write_text
+from hfcompress.checkpoint.atomic import MARKER, recover, refuse_foreign, write_text
+from hfcompress.checkpoint.locks import locked
 from hfcompress.data import data_digest
 from hfcompress.errors import OutputError
 from hfcompress.opening import model_digest
-from hfcompress.recipe import Recipe, recipe_differences
+from hfcompress.recipe import Distill, ModelSpec, Recipe, recipe_differences
 
-RUN, STAGE = "run.json", "stage.json"
+RUN, STAGE, LOCK = "run.json", "stage.json", "lock"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """``<output>.partial``: run.json, a checkpoint folder per stage, measurements, and the Trainers' checkpoints."""
+    """``<output>.partial``: run.json, a checkpoint folder per stage, measurements, and the Trainers' checkpoints.
+
+    It holds something worth keeping from its first finished stage on; until then it is gone when its run ends.
+    """
 
     recipe: Recipe
     folder: Path
-    inputs: dict[str, str]
+    resume: bool = False
+    restart: bool = False
 
     @classmethod
-    def open(cls, recipe: Recipe, *, resume: bool = False, restart: bool = False) -> Workspace:
-        """Make the workspace, or take up an unfinished one.
+    @contextmanager
+    def open(cls, recipe: Recipe, *, resume: bool = False, restart: bool = False) -> Iterator[Workspace]:
+        """Give the recipe's workspace, for this process alone.
 
         Raises OutputError, before anything is changed, when the output folder is not ours or holds another finished
-        result, when an unfinished run is there and neither resume nor restart was asked for, or when what it began
-        with (recipe, model, data) has changed since.
+        result, when another process works here, when an unfinished run is there and neither resume nor restart was
+        asked for, or when its recipe or the version of hfcompress was another.  Call ``begin`` before the first stage.
         """
-        output = Path(recipe.output)
-        refuse_foreign(output)
-        if (output / MARKER).is_file() and not restart:
-            raise OutputError(
-                f"{output} holds a finished result. Name another output, or use --restart to replace it."
-            )
-        inputs = {"model": model_digest(recipe.model), "data": data_digest(recipe.data)}
-        space = cls(recipe, output.with_name(output.name + ".partial"), inputs)
-        if (space.folder / RUN).is_file() and not restart:
-            space._go_on(resume)
-        else:
-            refuse_foreign_workspace(space.folder)
-            _remove_workspace(space.folder)
-            space.folder.mkdir(parents=True)
-            write_text(space.folder / RUN, json.dumps(space._began_with(), indent=2) + "\n")
-        return space
+        output = output_folder(recipe)
+        folder = output.with_name(output.name + ".partial")
+        refuse_foreign_workspace(folder)
+        space = cls(recipe, folder, resume, restart)
+        try:
+            with locked(folder / LOCK, str(folder)):
+                try:
+                    recover(output)
+                    refuse_foreign(output)
+                    if (output / MARKER).is_file() and not restart:
+                        raise OutputError(
+                            f"{output} holds a finished result. Name another output, or use --restart to replace it."
+                        )
+                    if space._goes_on():
+                        space._refuse_another_run()
+                    yield space
+                finally:
+                    if not space._has_work():
+                        space.clear()
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # only if it is empty
 
+    def begin(self) -> None:
+        """Write down what the run begins with, or compare that with what an unfinished run began with.
+
+        Raises OutputError, before anything is changed, when the model, the data or a teacher has changed since.
+        """
+        if self._goes_on():
+            before = self._began_with["inputs"]
+            both = sorted({*before, *self.inputs})
+            self._refuse_changes(
+                [f"the {name} has changed" for name in both if before.get(name) != self.inputs.get(name)]
+            )
+            return
+        self.clear()
+        began = {"hfcompress": version("hfcompress"), "recipe": self.recipe.to_dict(), "inputs": self.inputs}
+        write_text(self.folder / RUN, json.dumps(began, indent=2) + "\n")
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Return a digest of everything that the recipe only names: the model, the data and teachers from outside."""
+        known = {"original", *(stage.name for stage in self.recipe.stages)}
+        teachers = {
+            f"teacher of stage {stage.name}": model_digest(ModelSpec(id=stage.options.teacher))
+            for stage in self.recipe.stages
+            if isinstance(stage.options, Distill) and stage.options.teacher not in known
+        }
+        return {"model": model_digest(self.recipe.model), "data": data_digest(self.recipe.data), **teachers}
+
+    @property
     def _began_with(self) -> dict[str, Any]:
-        return {"hfcompress": version("hfcompress"), "recipe": self.recipe.to_dict(), "inputs": self.inputs}
+        began: dict[str, Any] = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        return began
 
-    def _go_on(self, resume: bool) -> None:
-        began = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
-        changed = recipe_differences(began["recipe"], self.recipe.to_dict())
-        changed += [
-            f"the {name} has changed" for name, digest in self.inputs.items() if began["inputs"][name] != digest
-        ]
-        if changed:
-            listed = "\n".join(f"  {line}" for line in changed)
-            raise OutputError(
-                f"{self.folder} holds an unfinished run of another recipe. What changed:\n{listed}\n"
-                "Undo the change to go on with it, name another output, or use --restart to begin anew."
-            )
-        if not resume:
+    def _has_work(self) -> bool:
+        return (self.folder / RUN).is_file() and bool(self._finished_stages())
+
+    def _finished_stages(self) -> list[Path]:
+        return list(self.folder.glob(f"stages/[0-9]*/{STAGE}"))
+
+    def _goes_on(self) -> bool:
+        return self._has_work() and not self.restart
+
+    def _refuse_another_run(self) -> None:
+        began = self._began_with
+        changed = recipe_differences(
+            {"version of hfcompress": began["hfcompress"], **began["recipe"]},
+            {"version of hfcompress": version("hfcompress"), **self.recipe.to_dict()},
+        )
+        self._refuse_changes(changed)
+        if not self.resume:
             raise OutputError(
                 f"{self.folder} holds an unfinished run of this recipe. Use --resume to go on, or --restart."
             )
-        for leftover in (self.folder / "stages").glob(".*"):
-            shutil.rmtree(leftover)
+
+    def _refuse_changes(self, changed: list[str]) -> None:
+        if changed:
+            listed = "\n".join(f"  {line}" for line in changed)
+            raise OutputError(
+                f"{self.folder} holds an unfinished run that began otherwise. What changed:\n{listed}\n"
+                "Undo the change to go on with it, name another output, or use --restart to begin anew."
+            )
 
     def stage_folder(self, position: int, name: str) -> Path:
         """Return where the checkpoint of a stage is; position 0 is the original model."""
@@ -102,38 +156,50 @@ class Workspace:
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return facts if facts["fingerprint"] == self.fingerprint(position) else None
 
-    def remove(self) -> None:
-        """Remove the workspace once its result stands in the output folder."""
-        _remove_workspace(self.folder)
+    def clear(self) -> None:
+        """Remove what the workspace holds, in an order that a kill may interrupt anywhere.
+
+        Marks of finished stages go first, so that no half of one is taken up; run.json, which says whose it is, last.
+        """
+        for mark in self._finished_stages():
+            mark.unlink()
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (RUN, LOCK):
+                path.unlink()
+        (self.folder / RUN).unlink(missing_ok=True)
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Return the folder of a recipe's result."""
+    return Path(recipe.output).expanduser()
 
 
 def is_finished(recipe: Recipe) -> bool:
     """Tell whether the output is this recipe's result, and tidy up if a kill came just after it was published."""
-    output = Path(recipe.output)
+    output = output_folder(recipe)
     written = output / "recipe.yaml"
     if not (output / MARKER).is_file() or not written.is_file():
         return False
     if written.read_text(encoding="utf-8") != recipe.to_yaml():
         return False
-    scratch = output.with_name(output.name + ".partial")
-    if (scratch / RUN).is_file():
-        _remove_workspace(scratch)
+    space = Workspace(recipe, output.with_name(output.name + ".partial"))
+    if space.folder.is_dir() and _is_workspace(space.folder):
+        with suppress(OutputError), locked(space.folder / LOCK, str(space.folder)):  # in use: its holder tidies up
+            space.clear()
+        with suppress(OSError):
+            space.folder.rmdir()
     return True
-
-
-def _remove_workspace(folder: Path) -> None:
-    """Remove a workspace, run.json last, so that what a kill leaves is still known as ours."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != RUN:
-            path.unlink()
-    (folder / RUN).unlink(missing_ok=True)
-    if folder.is_dir():
-        folder.rmdir()
 
 
 def refuse_foreign_workspace(folder: Path) -> None:
     """Raise OutputError when a folder with a workspace's name holds something else."""
-    if folder.exists() and not (folder / RUN).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and _is_workspace(folder)):
         raise OutputError(f"{folder} exists and is not an unfinished run of hfcompress. Nothing was changed; move it.")
+
+
+def _is_workspace(folder: Path) -> bool:
+    """Tell a workspace by its run.json; one that was killed before it had that is empty but for ours."""
+    names = [path.name for path in folder.iterdir()]
+    return RUN in names or all(name == LOCK or name.startswith(f".{RUN}.") for name in names)

@@ -201,14 +201,14 @@ except HFCompressError as error:
 
 
 def test_disk_full_in_the_middle_of_a_run(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    """Small files can be written, weights cannot: the run says so, leaves no half checkpoint, and can go on later."""
+    """Small files can be written, weights cannot: the run says so, leaves no half checkpoint, and can be run later."""
     recipe = language_recipe(llama_dir, text, tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "recipe.yaml")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "could not be written" in run.stdout
     assert not (tmp_path / "out").exists()
-    assert list((tmp_path / "out.partial" / "stages").iterdir()) == []
+    assert not (tmp_path / "out.partial").exists(), "no stage has finished, so there is nothing to keep"
     assert (compress(recipe, resume=True) / "model.safetensors").is_file()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hfcompress.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Beside the weights: configs, tokenizers of every kind, chat templates, and code that comes with the model.
+_DECIDES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -88,3 +92,25 @@ def weight_files(folder: str | Path) -> list[Path]:
             "load it with from_pretrained where you trust it, then save_pretrained."
         )
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+
+
+def deciding_files(folder: Path) -> list[Path]:
+    """Return what decides how a checkpoint folder answers: weights, configs, tokenizer, chat templates and code.
+
+    Raises CheckpointError as ``weight_files`` does.
+    """
+    beside = [path for path in folder.iterdir() if path.suffix in _DECIDES and not path.name.startswith(".")]
+    templates = (folder / "additional_chat_templates").glob("*.jinja")
+    return sorted({*weight_files(folder), *(path for path in (*beside, *templates) if path.is_file())})
+
+
+def digest_of(folder: Path, files: Iterable[Path]) -> str:
+    """Return a digest of files, of their names under ``folder`` and their content, read in pieces."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = hashlib.sha256()
+        with file.open("rb") as opened:
+            while piece := opened.read(1 << 20):
+                content.update(piece)
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

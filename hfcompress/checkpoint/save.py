@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.checkpoint.atomic import MARKER, new_folder, refuse_foreign, refuse_full_disk
+from hfcompress.checkpoint.atomic import MARKER, new_folder, recover, refuse_foreign, refuse_full_disk
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.packed.format import packed_linears
@@ -45,10 +45,12 @@ def save_compressed(
     The folder appears only when everything in it is written and, with ``verify``, has been reloaded in a fresh
     process to the same logits.  inputs: what verification feeds the model; random tokens unless given.
     extra_files: text files by name, written into the same folder.
-    Raises OutputError for a folder that hfcompress did not write, ModelError for NaN weights, CheckpointError when the
-    model's config cannot describe its shapes, the disk is full, or the reload differs.  Then nothing has changed.
+    Raises OutputError for a folder that hfcompress did not write, to which someone added files, or which another
+    process is writing; ModelError for NaN weights; CheckpointError when the model's config cannot describe its shapes,
+    the disk is full, or the reload differs.  Then nothing has changed.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    recover(folder)
     refuse_foreign(folder)
     refuse_nan(model)
     _refuse_inexpressible(model)

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hfcompress.checkpoint.atomic import write_text
+from hfcompress.checkpoint.atomic import list_own_files, write_text
 from hfcompress.publish import sections
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install
@@ -38,6 +38,7 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
         (folder / PICTURE).unlink(missing_ok=True)
     page = render_card(facts, _config(folder), picture.name if picture else None, repo_id)
     write_text(folder / CARD, page)
+    list_own_files(folder, [CARD, *([PICTURE] if picture else [])])
     return folder / CARD
 
 
