@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hfcompress.devices import fast_bfloat16
 from hfcompress.errors import CheckpointError
@@ -64,13 +65,21 @@ def _writing(work: Path) -> Iterator[None]:
 
 
 def last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; half-written ones are removed."""
+    """Return the newest checkpoint to resume from; half-written ones are removed, and one of the end of training.
+
+    Resumed there, the Trainer would take one more step than was asked (unless an epoch ends at it, too).
+    """
     found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(found):
-        if (path / WHOLE).is_file():
+        if (path / WHOLE).is_file() and not _is_the_end(path):
             return path
         shutil.rmtree(path)
     return None
+
+
+def _is_the_end(checkpoint: Path) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
 
 
 class _MarkWhole(TrainerCallback):
