@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hfcompress.checkpoint.atomic import to_disk
 from hfcompress.devices import fast_bfloat16
@@ -66,24 +67,34 @@ def _writing(work: Path) -> Iterator[None]:
 
 
 def last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; half-written and half-removed ones are removed."""
+    """Return the newest checkpoint to resume from; half-written and half-removed ones are removed.
+
+    So is one of the end of training: resumed there, the Trainer would take one more step than was asked (unless an
+    epoch ends at it, too).
+    """
     found = _by_step(work)
-    whole = [path for path in found if (path / WHOLE).is_file()]
+    usable = [path for path in found if (path / WHOLE).is_file() and not _is_the_end(path)]
     for path in found:
-        if path not in whole:
+        if path not in usable:
             shutil.rmtree(path)
-    return whole[-1] if whole else None
+    return usable[-1] if usable else None
 
 
 def _by_step(work: Path) -> list[Path]:
     return sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def _is_the_end(checkpoint: Path) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
+
+
 class _KeepWhole(TrainerCallback):
     """Mark a checkpoint as whole when all of it is on the disk, and only then remove the oldest ones over the limit.
 
     The Trainer writes a checkpoint file by file, so the mark comes last, and of an old checkpoint it goes first.
-    At every moment after the first save there is a whole checkpoint.
+    At every moment after the first save there is a whole checkpoint to resume from, so the one of the end, which is
+    none, replaces nothing.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -96,7 +107,7 @@ class _KeepWhole(TrainerCallback):
         newest = work / f"checkpoint-{state.global_step}"
         to_disk(newest)
         (newest / WHOLE).touch()
-        if self.limit is None or self.limit <= 0:
+        if self.limit is None or self.limit <= 0 or state.global_step >= state.max_steps:
             return
         kept = {newest.name, Path(state.best_model_checkpoint or newest).name}
         found = _by_step(work)

@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,39 +24,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = [
-    "the",
-    "model",
-    "weight",
-    "layer",
-    "head",
-    "prune",
-    "quantize",
-    "distil",
-    "small",
-    "large",
-    "fast",
-    "slow",
-    "good",
-    "bad",
-    "film",
-    "scene",
-    "plot",
-    "actor",
-    "is",
-    "was",
-    "not",
-    "very",
-    "a",
-    "an",
-    "of",
-    "to",
-    "and",
-    "in",
-    "it",
-    "this",
-    "that",
-]
+from hfcompress.pipeline import compress
+from tests.forks import Forks
+from tests.runs import WORDS, language_recipe, write_text
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 VOCABULARY_SIZE = 64
 
@@ -137,3 +110,38 @@ def bert_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     tiny_bert().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with what ``language_recipe`` needs: a Llama of four layers and some text."""
+    folder = tmp_path_factory.mktemp("sources")
+    tiny_llama(layers=4).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(sources: Path) -> Path:
+    """One uninterrupted run as users start it, shared by all tests that look at its result or compare with it."""
+    return compress(language_recipe(sources / "llama", sources / "text.jsonl", sources / "out"))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs hfcompress's commands in processes of their own, without the imports that cost seconds."""
+    forks = Forks.start()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def quick_trainers() -> Iterator[None]:
+    """Spare each tiny training what costs more than itself: threads, and collecting garbage among all the imports."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)

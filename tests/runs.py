@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hfcompress.recipe import Recipe, parse_recipe
-from tests.conftest import WORDS
+
+# fmt: off
+WORDS = [
+    "the", "model", "weight", "layer", "head", "prune", "quantize", "distil", "small", "large", "fast", "slow",
+    "good", "bad", "film", "scene", "plot", "actor", "is", "was", "not", "very", "a", "an", "of", "to", "and",
+    "in", "it", "this", "that",
+]
+# fmt: on
 
 
 def write_text(path: Path, rows: int = 100, words: int = 60) -> Path:
@@ -62,8 +69,8 @@ def language_recipe(model: Path, text: Path, output: Path, **changes: Any) -> Re
     return parse_recipe({**mapping, **changes})
 
 
-def weights_of(folder: Path) -> dict[str, bytes]:
-    """Return the files that decide what the model is, without dates and timings."""
-    names = ("config.json", "generation_config.json", "tokenizer.json", "recipe.yaml")
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Return the files that are the model: the same in every run of a recipe, whatever its output is called."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     found = [file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in names]
     return {file.name: file.read_bytes() for file in found}

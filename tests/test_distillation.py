@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,9 @@ from hfcompress.pruning import PruneCallback
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 
+pytestmark = pytest.mark.usefixtures("quick_trainers")
 Rows = list[dict[str, Tensor]]
 TEMPERATURE, ALPHA = 1.7, 0.3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_trainers() -> Iterator[None]:
-    """Spare each tiny run what costs more than itself: threads, and a garbage collection over all that is imported."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 # Models and rows
@@ -326,6 +315,17 @@ def test_padding_tokens_do_not_matter(tmp_path: Path) -> None:
         torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-6)
 
 
+def _train_and_compare_in_place(models: list[PreTrainedModel], folder: Path, rows: Rows) -> None:
+    """One step of student and teacher logs the reference's loss, with labels that are not shifted."""
+    with torch.no_grad():
+        own, guide = (model.eval()(**_stack(rows)).logits.double() for model in models)
+    counted = _stack(rows)["labels"] != -100
+    kd = _reference_kl(own[counted], guide[counted], TEMPERATURE) / counted.sum()
+    trainer = _trainer(*models, folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer.train()
+    assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(kd.item(), rel=1e-5)
+
+
 def test_token_classifier_counts_its_labels_in_place(tmp_path: Path) -> None:
     # not shifted: the first position has a label, too
     config = tiny_bert().config
@@ -334,15 +334,8 @@ def test_token_classifier_counts_its_labels_in_place(tmp_path: Path) -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(_spread(hf.BertForTokenClassification(config), seed))
-    student, teacher = models
     rows = [{**row, "labels": row["labels"].where(row["labels"] == -100, row["labels"] % 3)} for row in _text_rows(8)]
-    with torch.no_grad():
-        own, guide = (model.eval()(**_stack(rows)).logits.double() for model in models)
-    counted = _stack(rows)["labels"] != -100
-    kd = _reference_kl(own[counted], guide[counted], TEMPERATURE) / counted.sum()
-    trainer = _trainer(student, teacher, tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    trainer.train()
-    assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(kd.item(), rel=1e-5)
+    _train_and_compare_in_place(models, tmp_path, rows)
 
 
 def test_sequence_to_sequence_teacher_sees_the_decoder_inputs(tmp_path: Path) -> None:
@@ -355,15 +348,8 @@ def test_sequence_to_sequence_teacher_sees_the_decoder_inputs(tmp_path: Path) ->
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(_spread(hf.T5ForConditionalGeneration(config), seed))
-    student, teacher = models
     rows = [row for row in _text_rows(16) if (row["labels"] != -100).any()][:8]
-    with torch.no_grad():
-        own, guide = (model.eval()(**_stack(rows)).logits.double() for model in models)
-    counted = _stack(rows)["labels"] != -100
-    kd = _reference_kl(own[counted], guide[counted], TEMPERATURE) / counted.sum()
-    trainer = _trainer(student, teacher, tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    trainer.train()
-    assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(kd.item(), rel=1e-5)
+    _train_and_compare_in_place(models, tmp_path, rows)
 
 
 # Evaluation and prediction

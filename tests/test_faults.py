@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from hfcompress.pipeline import compress
 from hfcompress.recipe import parse_recipe
 from hfcompress.training import _writing
 from tests.conftest import tiny_bert
+from tests.forks import Forks
 from tests.runs import language_recipe, write_reviews, write_text
 
 
@@ -200,28 +199,25 @@ except HFCompressError as error:
 """
 
 
-def test_disk_full_in_the_middle_of_a_run(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+def test_disk_full_in_the_middle_of_a_run(tmp_path: Path, llama_dir: Path, text: Path, forks: Forks) -> None:
     """Small files can be written, weights cannot: the run says so, leaves no half checkpoint, and can be run later."""
     recipe = language_recipe(llama_dir, text, tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "recipe.yaml")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = forks.run(["-c", FULL_DISK, str(tmp_path / "recipe.yaml")])
     assert "could not be written" in run.stdout
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists(), "no stage has finished, so there is nothing to keep"
-    assert (compress(recipe, resume=True) / "model.safetensors").is_file()
+    resumed = forks.hfcompress("run", tmp_path / "recipe.yaml", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def command_line(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "hfcompress", *words], capture_output=True, text=True, check=False)
-
-
-def test_five_faults_on_the_command_line(tmp_path: Path) -> None:
+def test_five_faults_on_the_command_line(tmp_path: Path, forks: Forks) -> None:
     (tmp_path / "bad.yaml").write_text(
         "name: bad\ntask: causal-lm\nmodel: {id: x/y, dtyp: float32}\ndata: {files: a.txt, block_size: 1}\n"
         "stages:\n  - drop_layers: {keep: 0}\n  - distil: {steps: 5}\n  - quantize: {method: gptq, bits: 5}\n"
     )
-    run = command_line("validate", str(tmp_path / "bad.yaml"))
+    run = forks.hfcompress("validate", str(tmp_path / "bad.yaml"))
     assert run.returncode == 1
     assert run.stdout == ""
     lines = run.stderr.splitlines()
@@ -242,16 +238,16 @@ def test_five_faults_on_the_command_line(tmp_path: Path) -> None:
         (["eval", "nowhere"], "hfcompress: No such recipe 'nowhere/recipe.yaml'."),
     ],
 )
-def test_command_line_errors_are_one_message(words: list[str], message: str, tmp_path: Path) -> None:
-    run = command_line(*words)
+def test_command_line_errors_are_one_message(words: list[str], message: str, tmp_path: Path, forks: Forks) -> None:
+    run = forks.hfcompress(*words)
     assert run.returncode == 1
     assert run.stdout == ""
     assert run.stderr.startswith(message)
     assert "Traceback" not in run.stderr
 
 
-def test_json_output_is_json_alone(llama_dir: Path) -> None:
-    run = command_line("inspect", str(llama_dir), "--json")
+def test_json_output_is_json_alone(llama_dir: Path, forks: Forks) -> None:
+    run = forks.hfcompress("inspect", str(llama_dir), "--json")
     assert run.returncode == 0
     assert json.loads(run.stdout)["architectures"] == ["LlamaForCausalLM"]
 
@@ -278,8 +274,8 @@ def test_a_checkpoint_of_another_kind_is_not_filled_with_random_weights(
         compress(recipe)
 
 
-def test_resume_and_restart_exclude_each_other() -> None:
-    run = command_line("demo", "--resume", "--restart")
+def test_resume_and_restart_exclude_each_other(forks: Forks) -> None:
+    run = forks.hfcompress("demo", "--resume", "--restart")
     assert run.returncode == 1
     assert run.stderr == "hfcompress: --resume goes on with a run and --restart discards it; use one of them.\n"
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,27 +16,12 @@ from transformers import (
 )
 
 from hfcompress.checkpoint import inspect_checkpoint
-from hfcompress.data import load_splits
 from hfcompress.errors import OutputError
 from hfcompress.pipeline import compress
-from hfcompress.recipe import load_recipe, parse_recipe
-from tests.conftest import tiny_bert, tiny_llama
-from tests.runs import language_recipe, weights_of, write_reviews, write_text
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny_llama(layers=4).save_pretrained(folder / "llama")
-    tokenizer.save_pretrained(folder / "llama")
-    write_text(folder / "text.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path) -> Path:
-    """One uninterrupted run, shared by the tests that look at its result."""
-    return compress(language_recipe(sources / "llama", sources / "text.jsonl", sources / "out"))
+from hfcompress.recipe import Recipe, load_recipe, parse_recipe
+from tests.conftest import tiny_bert
+from tests.forks import Forks
+from tests.runs import language_recipe, model_files, write_reviews
 
 
 def test_result_loads_with_three_lines_and_generates(finished: Path) -> None:
@@ -85,103 +66,45 @@ def test_pruned_weights_stay_zero_through_quantization(finished: Path) -> None:
 
 
 def test_a_finished_output_is_not_overwritten_unasked(finished: Path, sources: Path) -> None:
-    before = weights_of(finished)
+    before = model_files(finished)
     recipe = language_recipe(sources / "llama", sources / "text.jsonl", finished)
     with pytest.raises(OutputError, match="holds a finished result"):
         compress(recipe)
     with pytest.raises(OutputError, match="holds a finished result"):
         compress(language_recipe(sources / "llama", sources / "text.jsonl", finished, seed=1), resume=True)
     assert compress(recipe, resume=True) == finished
-    assert weights_of(finished) == before
+    assert model_files(finished) == before
 
 
-RUN = """
-import sys
-from hfcompress.pipeline import compress
-from hfcompress.recipe import load_recipe
-compress(load_recipe(sys.argv[1]), resume="resume" in sys.argv)
-"""
+def reviews_recipe(folder: Path, output: str, stages: list[dict[str, Any]]) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "tiny",
+            "task": "sequence-classification",
+            "model": {"id": str(folder / "encoder")},
+            "data": {"files": str(folder / "reviews.tsv"), "max_length": 16},
+            "output": str(folder / output),
+            "stages": stages,
+        }
+    )
 
 
-def start(recipe_file: Path, *words: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", RUN, str(recipe_file), *words]
-    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-
-
-def kill_when(process: subprocess.Popen[bytes], reached, patience: float = 120) -> None:
-    """SIGKILL the process and its children as soon as a file appears."""
-    deadline = time.monotonic() + patience
-    while not reached():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param("stages/00-original", marks=pytest.mark.slow),
-        "training/distill/checkpoint-4",
-        pytest.param("training/distill/checkpoint-4/hfcompress_whole", marks=pytest.mark.slow),
-        "stages/02-distill",
-        pytest.param("stages/03-quantize", marks=pytest.mark.slow),
-    ],
-)
-def test_killed_and_resumed_ends_with_the_same_files(moment: str, finished: Path, sources: Path, tmp_path: Path):
-    output = tmp_path / "out"
-    recipe = language_recipe(sources / "llama", sources / "text.jsonl", output)
-    recipe_file = tmp_path / "recipe.yaml"
-    recipe_file.write_text(recipe.to_yaml())
-    kill_when(start(recipe_file), (tmp_path / "out.partial" / moment).exists)
-    assert not output.exists()
-    with pytest.raises(OutputError, match=r"unfinished run of this recipe\. Use --resume"):
-        compress(recipe)
-    assert start(recipe_file, "resume").wait() == 0
-    expected, actual = weights_of(finished), weights_of(output)
-    expected.pop("recipe.yaml"), actual.pop("recipe.yaml")  # they name their output folders
-    assert actual == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
-
-
-def test_changes_since_the_kill_are_refused_by_name(sources: Path, tmp_path: Path) -> None:
-    text = write_text(tmp_path / "text.jsonl")
-    recipe = language_recipe(sources / "llama", text, tmp_path / "out")
-    recipe_file = tmp_path / "recipe.yaml"
-    recipe_file.write_text(recipe.to_yaml())
-    kill_when(start(recipe_file), (tmp_path / "out.partial/stages/01-drop_layers").exists)
-    stages = json.loads((tmp_path / "out.partial" / "run.json").read_text())
-    changed = load_recipe(recipe_file, ["stages.1.distill.steps=9"])
-    with pytest.raises(OutputError, match=r"stages\[1\]\.distill\.steps: 8 -> 9"):
-        compress(changed, resume=True)
-    write_text(text, rows=99)
-    with pytest.raises(OutputError, match="the data has changed"):
-        compress(recipe, resume=True)
-    assert json.loads((tmp_path / "out.partial" / "run.json").read_text()) == stages
-    assert (tmp_path / "out.partial/stages/01-drop_layers/model.safetensors").is_file()
-
-
-def test_classification_from_an_encoder_without_a_head(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_classification_from_an_encoder_without_a_head(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forks: Forks
+) -> None:
     tiny_bert().bert.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     write_reviews(tmp_path / "reviews.tsv", rows=400)
     training = {"per_device_train_batch_size": 16, "learning_rate": 5e-3}
-    recipe = parse_recipe(
-        {
-            "name": "tiny",
-            "task": "sequence-classification",
-            "model": {"id": str(tmp_path / "encoder")},
-            "data": {"files": str(tmp_path / "reviews.tsv"), "max_length": 16},
-            "output": str(tmp_path / "out"),
-            "stages": [
-                {"finetune": {"epochs": 3, "training": training}},
-                {"distill": {"teacher": "finetune", "epochs": 2, "prune": {"sparsity": 0.8}, "training": training}},
-                {"quantize": {"method": "rtn", "bits": 8}},
-            ],
-        }
-    )
-    folder = compress(recipe)
+    stages: list[dict[str, Any]] = [
+        {"finetune": {"epochs": 3, "training": training}},
+        {"distill": {"teacher": "finetune", "epochs": 2, "prune": {"sparsity": 0.8}, "training": training}},
+        {"quantize": {"method": "rtn", "bits": 8}},
+    ]
+    (tmp_path / "recipe.yaml").write_text(reviews_recipe(tmp_path, "out", stages).to_yaml())
+    run = forks.hfcompress("run", tmp_path / "recipe.yaml")
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / "out"
     facts = json.loads((folder / "measurements.json").read_text())
     accuracy = [stage["measurement"]["metrics"].get("accuracy") for stage in facts["stages"]]
     assert accuracy[0] is None  # its head was never trained
@@ -193,61 +116,23 @@ def test_classification_from_an_encoder_without_a_head(tmp_path: Path, tokenizer
     assert share > 0.75
 
 
-def test_interrupted_from_the_keyboard_says_how_to_go_on(sources: Path, tmp_path: Path) -> None:
-    recipe = language_recipe(sources / "llama", sources / "text.jsonl", tmp_path / "out")
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "hfcompress", "run", str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    marker = tmp_path / "out.partial/training/distill/checkpoint-2"
-    while not marker.exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert messages.rstrip().endswith("Interrupted. Finished work is kept; the same command with --resume goes on.")
-    assert "Traceback" not in messages
-    resumed = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=True)
-    assert [stage["name"] for stage in json.loads(resumed.stdout)["stages"]][-1] == "quantize"
-    assert (tmp_path / "out" / "README.md").is_file()
+SEEDED = """
+import sys, torch
+torch.manual_seed(int(sys.argv[2]))
+from hfcompress.pipeline import compress
+from hfcompress.recipe import load_recipe
+compress(load_recipe(sys.argv[1]))
+"""
 
 
-def test_a_kill_just_after_publishing_leaves_nothing_behind(finished: Path, sources: Path) -> None:
-    scratch = finished.with_name("out.partial")
-    (scratch / "stages").mkdir(parents=True)
-    (scratch / "run.json").write_text("{}")
-    assert compress(language_recipe(sources / "llama", sources / "text.jsonl", finished), resume=True) == finished
-    assert not scratch.exists()
-
-
-def test_a_new_head_is_the_same_in_every_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_new_head_is_the_same_in_every_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forks: Forks) -> None:
     """Also the first weights of an untrained head come from the recipe's seed."""
     tiny_bert().bert.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     write_reviews(tmp_path / "reviews.tsv")
-    for name in ("one", "two"):
-        torch.manual_seed(len(name) if name == "one" else 99)
-        recipe = parse_recipe(
-            {
-                "name": "tiny",
-                "task": "sequence-classification",
-                "model": {"id": str(tmp_path / "encoder")},
-                "data": {"files": str(tmp_path / "reviews.tsv"), "max_length": 16},
-                "output": str(tmp_path / name),
-                "stages": [{"finetune": {"steps": 2}}],
-            }
-        )
-        compress(recipe)
-    assert weights_of(tmp_path / "one")["model.safetensors"] == weights_of(tmp_path / "two")["model.safetensors"]
-
-
-def test_no_held_out_text_is_in_the_training_text() -> None:
-    """The demo's documents: no topic stands inside another, and the parts share no topic."""
-    recipe = load_recipe("smollm2_python_docs")
-    parts = load_splits(recipe.data, recipe.seed, needs_calibration=True)
-    titles = [title for part in parts.values() for title in part["title"]]
-    assert len(titles) == len(set(titles)) > 50
-    texts = [" ".join(text.split()) for part in parts.values() for text in part["text"]]
-    assert not [
-        text[:60] for one, text in enumerate(texts) for two, whole in enumerate(texts) if one != two and text in whole
-    ]
+    for name, seed in (("one", "3"), ("two", "99")):
+        recipe = reviews_recipe(tmp_path, name, [{"finetune": {"steps": 2}}])
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        run = forks.run(["-c", SEEDED, str(tmp_path / "recipe.yaml"), seed])
+        assert run.returncode == 0, run.stderr
+    assert model_files(tmp_path / "one") == model_files(tmp_path / "two")

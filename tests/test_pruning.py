@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -33,18 +32,8 @@ from hfcompress.pruning.select import smallest
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 
+pytestmark = pytest.mark.usefixtures("quick_trainers")
 Rows = list[dict[str, Tensor]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_trainers() -> Iterator[None]:
-    """Spare each tiny run what costs more than itself: threads, and a garbage collection over all that is imported."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def _llama(seed: int = 0, **changes: Any) -> PreTrainedModel:

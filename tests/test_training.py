@@ -45,7 +45,7 @@ def test_killed_while_an_old_checkpoint_is_removed(
     """Each removal is interrupted once, half done; every time the run goes on and ends with the same weights."""
     expected = weights_after(make_trainer(tmp_path / "uninterrupted", limit))
     plain = shutil.rmtree
-    for fatal in range(1, STEPS - limit + 1):
+    for fatal in range(1, STEPS - limit):  # the end replaces nothing, as one cannot resume from there
         work = tmp_path / str(fatal)
         removals = 0
 
@@ -67,7 +67,7 @@ def test_killed_while_an_old_checkpoint_is_removed(
         actual = weights_after(make_trainer(work, limit))
         assert all(torch.equal(actual[name], value) for name, value in expected.items())
         left = sorted(path.name for path in work.glob("checkpoint-*"))
-        assert left == [f"checkpoint-{step}" for step in range(STEPS - limit + 1, STEPS + 1)]
+        assert left == [f"checkpoint-{step}" for step in range(STEPS - limit, STEPS + 1)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -82,7 +82,7 @@ def test_the_same_checkpoints_are_kept_as_by_the_trainer(count: int, tmp_path: P
                 (work / f"checkpoint-{step}").mkdir(parents=True)
             path = None if best is None else str(work / best)
             if name == "ours":
-                state = TrainerState(global_step=steps[-1], best_model_checkpoint=path)
+                state = TrainerState(global_step=steps[-1], max_steps=1000, best_model_checkpoint=path)
                 arguments = TrainingArguments(output_dir=str(work), report_to="none")
                 _KeepWhole(limit).on_save(arguments, state, TrainerControl())
                 assert (work / f"checkpoint-{steps[-1]}" / WHOLE).is_file()
