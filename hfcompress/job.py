@@ -92,7 +92,13 @@ class Source:
 
     def open_original(self) -> PreTrainedModel:
         """Open the recipe's model; see ``opening.open_model`` for the errors."""
-        return opening.open_model(self.recipe.model, self.task, self.labels)
+        return self.open(self.recipe.model, self.labels)
+
+    def open(self, spec: ModelSpec, labels: list[str] | None = None) -> PreTrainedModel:
+        """Open any model for the recipe's task and its batches."""
+        model = opening.open_model(spec, self.task, labels)
+        self.task.prepare_(model, self.processor)
+        return model
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class Job:
         if dtype == "fast":
             slow = opening.open_config(spec).dtype == torch.bfloat16 and not fast_bfloat16()
             dtype = "float32" if slow else "auto"
-        return opening.open_model(replace(spec, dtype=dtype), self.task)
+        return self.source.open(replace(spec, dtype=dtype))
 
     def saved_dtype(self) -> Any:
         """Return the dtype that the checkpoint this stage starts from is saved in."""

@@ -31,6 +31,8 @@ def evaluate_folder(
         tokenizer=job.processor,
         prompt=evaluation.prompt,
         new_tokens=evaluation.new_tokens,
-        stored=StoredSize(summary.total.parameters, summary.total.nonzero, summary.bytes_on_disk),
+        stored=StoredSize(
+            summary.total.parameters, summary.total.nonzero, summary.bytes_on_disk, summary.total.dtypes
+        ),
         description=description,
     )
