@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from hfcompress import data as opening_data
 from hfcompress import opening
 from hfcompress.devices import fast_bfloat16
 from hfcompress.errors import DataError
+from hfcompress.progress import busy
 from hfcompress.recipe import ModelSpec, Quantize, Recipe
 from hfcompress.tasks import TASKS, Task, batches
 
@@ -96,7 +98,9 @@ class Source:
 
     def open(self, spec: ModelSpec, labels: list[str] | None = None) -> PreTrainedModel:
         """Open any model for the recipe's task and its batches."""
-        model = opening.open_model(spec, self.task, labels)
+        # A Hub id and a file to convert bring their libraries' own bars.
+        with busy(f"opening {Path(spec.id).name}") if Path(spec.id).is_dir() else nullcontext():
+            model = opening.open_model(spec, self.task, labels)
         self.task.prepare_(model, self.processor)
         return model
 

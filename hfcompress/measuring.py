@@ -18,7 +18,7 @@ def evaluate_folder(
 
     with_metrics: False measures size, speed and memory alone, for a model whose head has not been trained yet.
     """
-    say(f"{description}: opening the model")
+    say(description)
     job = Job(Source(recipe), folder, folder)
     model = job.open_model("fast")
     summary = inspect_checkpoint(folder)

@@ -65,7 +65,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     """Run a stage and leave its checkpoint, with the facts of the stage in the same atomic step."""
     started = time.monotonic()
     name = stage.name if stage else ORIGINAL
-    say(f"stage {position} of {len(space.recipe.stages)}, {name}: opening the model")
+    say(f"stage {position} of {len(space.recipe.stages)}, {name}")
     set_seed(space.recipe.seed)  # a new head is random, too
     outcome = run_stage(stage, job) if stage else Outcome(job.source.open_original(), "as it was opened")
     facts = {
@@ -74,7 +74,6 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
         "seconds": round(time.monotonic() - started, 1),
         "report": outcome.report,
     }
-    say(f"{name}: saving" + (" and verifying in a fresh process" if is_last else ""))
     save_compressed(
         outcome.model,
         space.stage_folder(position, name),

@@ -204,7 +204,7 @@ def test_infinite_perplexity_is_said_plainly(tmp_path: Path) -> None:
     text = card_of(tmp_path, values)
     assert "perplexity 29.29 before and infinite after" in text
     assert "| infinite |" in next(line for line in text.splitlines() if line.startswith("| quantize | 113.3 M"))
-    assert "- quantize:" not in text  # it was measured
+    assert "- quantize: perplexity" not in text  # it was measured
     assert "infinite" in rendered(stage_table(facts_from(values)))
     assert "infinite" in rendered(measurement_table(facts_from(values).after))
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None

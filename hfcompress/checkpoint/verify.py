@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CheckpointError
+from hfcompress.progress import busy
 from hfcompress.structure.modes import eval_mode
 
 # The same kernels run on the same bits, so only the order of sums may differ: a few units in the last place.
@@ -109,7 +110,8 @@ def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
         command = [sys.executable, "-c", script, str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
         command.append(probe.device)
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+        with busy("verifying in a fresh process"):
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     if run.returncode != 0:
         tail = "\n".join(run.stderr.strip().splitlines()[-3:])
         raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}")

@@ -21,7 +21,7 @@ from hfcompress.evaluate.modes import device_of, dtype_of
 from hfcompress.evaluate.quality import evaluate_model
 from hfcompress.evaluate.size import StoredSize, model_size
 from hfcompress.evaluate.speed import DECODE_KIND, decode_speed, forward_kind, forward_speed, greedy
-from hfcompress.progress import say
+from hfcompress.progress import busy
 
 _NAMES_IN_JSON = {"inf": "infinity", "-inf": "-infinity", "nan": "nan"}
 
@@ -171,13 +171,13 @@ def measure(
     reset_peak_memory()
     counted = _Counted(batches)
     values = evaluate_model(model, counted, metrics, description, counted.total)
-    say(f"{description}: timing")
-    prompt_ids, continuation = None, None
-    can_generate = getattr(model, "can_generate", None)
-    if prompt and tokenizer is not None and can_generate is not None and can_generate():
-        prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        continuation = tokenizer.decode(greedy(model, prompt_ids, new_tokens), skip_special_tokens=True)
-    speed, kind = _speed(model, counted.first, prompt_ids, new_tokens)
+    with busy(f"{description}: timing"):
+        prompt_ids, continuation = None, None
+        can_generate = getattr(model, "can_generate", None)
+        if prompt and tokenizer is not None and can_generate is not None and can_generate():
+            prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            continuation = tokenizer.decode(greedy(model, prompt_ids, new_tokens), skip_special_tokens=True)
+        speed, kind = _speed(model, counted.first, prompt_ids, new_tokens)
     peak = peak_memory_bytes()
     size = stored if stored is not None else model_size(model)
     return Measurement(

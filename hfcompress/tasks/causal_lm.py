@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from hfcompress.errors import DataError
+from hfcompress.progress import busy
 from hfcompress.recipe import DataSpec
 from hfcompress.tasks.base import Task
 
@@ -55,6 +56,7 @@ class CausalLM(Task):
 def pack(texts: Any, tokenizer: Any, length: int) -> list[list[int]]:
     """Return rows of exactly ``length`` token ids from all texts in order, an end token after each."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    with busy(f"packing {len(texts):,} texts into rows of {length} tokens"):
+        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     stream = [token for ids in encoded for token in (*ids, *end)]
     return [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]
