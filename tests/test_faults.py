@@ -77,7 +77,7 @@ def test_no_such_data_file(tmp_path: Path, llama_dir: Path) -> None:
 
 
 def test_no_such_dataset(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"id": "nobody/no-such-data"})
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"id": "nobody/no-such-data", "block_size": 32})
     refused(tmp_path, recipe, DataError, "Data 'nobody/no-such-data' cannot be opened")
 
 
@@ -94,12 +94,14 @@ def test_data_that_is_not_what_its_name_says(tmp_path: Path, llama_dir: Path) ->
 
 
 def test_missing_column_names_the_nearest(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"files": str(text), "text_column": "texts"})
+    recipe = language_recipe(
+        llama_dir, text, tmp_path / "out", data={"files": str(text), "text_column": "texts", "block_size": 32}
+    )
     refused(tmp_path, recipe, DataError, r"has no column 'texts'\. Did you mean 'text'\? Its columns: text\.")
 
 
 def test_missing_split_names_those_there(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    data = {"files": {"training": str(text)}}
+    data = {"files": {"training": str(text)}, "block_size": 32}
     recipe = language_recipe(llama_dir, text, tmp_path / "out", data=data)
     refused(tmp_path, recipe, DataError, "no train split named train; they have training")
 
