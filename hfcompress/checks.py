@@ -7,12 +7,19 @@ from pathlib import Path
 
 from hfcompress import opening
 from hfcompress.distillation import DistillationConfig
+from hfcompress.distillation.pairs import (
+    label_names,
+    refuse_other_labels,
+    refuse_other_size,
+    refuse_other_vocabulary,
+)
 from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, ModelSpec, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import layers_to_keep
+from hfcompress.tasks.lengths import longest_input
 from hfcompress.training import training_options
 
 
@@ -28,6 +35,9 @@ def check_before_work(source: Source) -> None:
         )
     for name in recipe.evaluate.metrics or ():
         load_metric(name)
+    if source.data_labels is not None:
+        _check_padding(source)
+    _check_lengths(source)
     for stage in recipe.stages:
         _check_stage(source, stage)
     for part in ("train", "held_out"):
@@ -44,7 +54,7 @@ def _check_stage(source: Source, stage: Stage) -> None:
         except (ValueError, ImportError) as error:
             raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
     if isinstance(options, Distill) and options.teacher not in ("original", *_names(source)):
-        opening.open_config(ModelSpec(id=options.teacher))
+        _check_teacher(source, ModelSpec(id=options.teacher))
     if isinstance(options, Quantize):
         if importlib.util.find_spec("compressed_tensors") is None:
             raise MissingDependencyError(
@@ -52,6 +62,60 @@ def _check_stage(source: Source, stage: Stage) -> None:
             )
         if options.method.needs_calibration:
             source.calibration_rows(options)
+
+
+def _check_padding(source: Source) -> None:
+    """A classifier's rows are padded to the longest of their batch, so there must be a token to do it with."""
+    model, padding = source.recipe.model, source.processor.pad_token_id
+    size = opening.open_config(model).get_text_config().vocab_size
+    if padding is None:
+        raise ModelError(
+            f"The tokenizer of '{model.id}' has no padding token and no end token, so its rows cannot be put into "
+            "batches. Set its pad_token and save it again."
+        )
+    if padding >= size:
+        raise ModelError(
+            f"The tokenizer of '{model.id}' pads with token {padding}, but the model knows only {size} tokens. "
+            "Set its pad_token to one of them and save it again."
+        )
+
+
+def _check_lengths(source: Source) -> None:
+    recipe, model = source.recipe, source.recipe.model
+    limit = longest_input(opening.open_config(model))
+    _refuse_longer(model.id, limit, *source.task.row_length(recipe.data))
+    if recipe.evaluate.prompt:
+        length = len(source.processor(recipe.evaluate.prompt)["input_ids"]) + recipe.evaluate.new_tokens
+        _refuse_longer(model.id, limit, "evaluate.prompt with evaluate.new_tokens", length)
+    for index, stage in enumerate(recipe.stages):
+        options = stage.options
+        # A classifier's calibration rows are cut to data.max_length, like all its rows.
+        if isinstance(options, Quantize) and options.method.needs_calibration and source.data_labels is None:
+            option = f"stages[{index}].quantize.calibration_length"
+            _refuse_longer(model.id, limit, option, options.calibration_length)
+
+
+def _refuse_longer(model: str, limit: int | None, option: str, length: int) -> None:
+    if limit is not None and length > limit:
+        raise RecipeError(
+            f"{option} is {length} tokens, but '{model}' takes at most {limit}. Use {limit} or less there."
+        )
+
+
+def _check_teacher(source: Source, teacher: ModelSpec) -> None:
+    """An outside teacher reads the student's tokens, and its logits must mean the student's classes."""
+    config, student = opening.open_config(teacher), opening.open_config(source.recipe.model)
+    _refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
+    refuse_other_vocabulary(source.processor.get_vocab(), opening.open_processor(teacher).get_vocab())
+    if source.labels is None:
+        refuse_other_size(*(int(one.get_text_config().vocab_size or 0) for one in (student, config)))
+        return
+    if not opening.has_trained_head(config):
+        raise ModelError(f"Teacher '{teacher.id}' has no trained classification head, so it has nothing to teach.")
+    refuse_other_size(len(source.labels), len(label_names(config)))
+    refuse_other_labels(
+        label_names(student) if opening.has_trained_head(student) else source.labels, label_names(config)
+    )
 
 
 def _names(source: Source) -> list[str]:

@@ -29,7 +29,7 @@ Restart = Annotated[bool, typer.Option("--restart", help="Discard an unfinished 
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 @app.command()
@@ -127,16 +127,14 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: task metrics, size, speed and peak memory."""
     from hfcompress.checkpoint.atomic import write_text
-    from hfcompress.devices import keep_freed_memory
     from hfcompress.measuring import evaluate_folder
     from hfcompress.publish import measurement_table
     from hfcompress.recipe import load_recipe
 
-    keep_freed_memory()
     named = recipe or str(folder / "recipe.yaml")
     measured = evaluate_folder(folder, load_recipe(named), f"measure {folder.name}", not without_metrics)
     if output is not None:
-        write_text(output, json.dumps(measured.to_dict(), indent=2) + "\n")
+        write_text(output, json.dumps(measured.to_dict(), indent=2, allow_nan=False) + "\n")
     if as_json:
         _print_json(measured.to_dict())
     elif not quiet:

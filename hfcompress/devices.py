@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from typing import Any
 
 import torch
 
@@ -30,11 +32,22 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed blocks for the next tensor instead of giving them back to the kernel.
 
     Logits of a large vocabulary come and go by the 100 MB, and clearing their pages anew each time takes a third of a
-    training step on a CPU.  Only on Linux with glibc; elsewhere it does nothing.
+    training step on a CPU.  Kept blocks count as memory in use, so a process whose peak is measured must not do this.
+    Only on Linux with glibc; elsewhere it does nothing.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def release_freed_memory() -> None:
+    """Collect garbage and give freed blocks back to the kernel; the latter only on Linux with glibc."""
+    gc.collect()
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from hfcompress import data as opening_data
 from hfcompress import opening
 from hfcompress.devices import fast_bfloat16
 from hfcompress.errors import DataError
+from hfcompress.progress import busy
 from hfcompress.recipe import ModelSpec, Quantize, Recipe
 from hfcompress.tasks import TASKS, Task, batches
 
@@ -92,7 +94,15 @@ class Source:
 
     def open_original(self) -> PreTrainedModel:
         """Open the recipe's model; see ``opening.open_model`` for the errors."""
-        return opening.open_model(self.recipe.model, self.task, self.labels)
+        return self.open(self.recipe.model, self.labels)
+
+    def open(self, spec: ModelSpec, labels: list[str] | None = None) -> PreTrainedModel:
+        """Open any model for the recipe's task and its batches."""
+        # A Hub id and a file to convert bring their libraries' own bars.
+        with busy(f"opening {Path(spec.id).name}") if Path(spec.id).is_dir() else nullcontext():
+            model = opening.open_model(spec, self.task, labels)
+        self.task.prepare_(model, self.processor)
+        return model
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ class Job:
         if dtype == "fast":
             slow = opening.open_config(spec).dtype == torch.bfloat16 and not fast_bfloat16()
             dtype = "float32" if slow else "auto"
-        return opening.open_model(replace(spec, dtype=dtype), self.task)
+        return self.source.open(replace(spec, dtype=dtype))
 
     def saved_dtype(self) -> Any:
         """Return the dtype that the checkpoint this stage starts from is saved in."""

@@ -19,7 +19,7 @@ def evaluate_folder(
 
     with_metrics: False measures size, speed and memory alone, for a model whose head has not been trained yet.
     """
-    say(f"{description}: opening the model")
+    say(description)
     published = ModelSpec(id=str(folder), trust_remote_code=recipe.model.trust_remote_code)
     job = Job(Source(dataclasses.replace(recipe, model=published)), folder, folder)
     model = job.open_model("fast")
@@ -33,6 +33,8 @@ def evaluate_folder(
         tokenizer=job.processor,
         prompt=evaluation.prompt,
         new_tokens=evaluation.new_tokens,
-        stored=StoredSize(summary.total.parameters, summary.total.nonzero, summary.bytes_on_disk),
+        stored=StoredSize(
+            summary.total.parameters, summary.total.nonzero, summary.bytes_on_disk, summary.total.dtypes
+        ),
         description=description,
     )

@@ -66,7 +66,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     """Run a stage and leave its checkpoint, with the facts of the stage in the same atomic step."""
     started = time.monotonic()
     name = stage.name if stage else ORIGINAL
-    say(f"stage {position} of {len(space.recipe.stages)}, {name}: opening the model")
+    say(f"stage {position} of {len(space.recipe.stages)}, {name}")
     # Anew for each stage, so that it ends alike in a resumed run, and for the original, whose head may be new.
     set_seed(space.recipe.seed)
     outcome = run_stage(stage, job) if stage else Outcome(job.source.open_original(), "as it was opened")
@@ -76,7 +76,6 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
         "seconds": round(time.monotonic() - started, 1),
         "report": outcome.report,
     }
-    say(f"{name}: saving" + (" and verifying in a fresh process" if is_last else ""))
     save_compressed(
         outcome.model,
         space.stage_folder(position, name),

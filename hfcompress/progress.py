@@ -1,15 +1,24 @@
-"""Progress on standard error: a live bar in a terminal, a plain line every few seconds elsewhere."""
+"""Progress on standard error: a moving display in a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
@@ -28,7 +37,7 @@ class Meter:
         self.done = 0
         self._done_before = 0
         self.note = ""
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
         self._bar: Progress | None = None
         console = Console(file=sys.stderr)
         if console.is_terminal:
@@ -52,11 +61,8 @@ class Meter:
         """Set the count of steps done."""
         self.done = done
         self.note = self.note if note is None else note
-        now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=self.note)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._print_line(now)
 
     def begin(self, total: int, done: int) -> None:
         """Set the total once it is known, and what an earlier run had done already."""
@@ -64,35 +70,75 @@ class Meter:
         if self._bar is not None:
             self._bar.update(self._task, total=total, completed=done)
 
-    def _print_line(self, now: float) -> None:
-        self._last_line = now
-        spent = now - self._started
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar, or print a line every few seconds, for the length of a ``with`` block."""
+        if self._bar is not None:
+            with self._bar:
+                yield
+            return
+        say(self.description)
+        with _repeating(self._print_line):
+            yield
+
+    def _print_line(self) -> None:
+        spent = time.monotonic() - self._started
         left = ""
         done_here = self.done - self._done_before
         if self.total and done_here:
             left = f", {_clock(spent * max(0, self.total - self.done) / done_here)} left"
-        print(
-            f"{self.description}: {self.done}/{self.total or '?'} in {_clock(spent)}{left}  {self.note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _print(f"{self.description}: {self.done}/{self.total or '?'} in {_clock(spent)}{left}  {self.note}")
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _repeating(report: Callable[[], None]) -> Iterator[None]:
+    """Call ``report`` every few seconds from a thread, so that a step of any length is not silent."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            report()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def say(what: str) -> None:
-    """Print what is going on now, for steps that cannot be counted."""
-    print(f"{what} ...", file=sys.stderr, flush=True)
+    """Print what is going on now, for steps that take no time or show their own progress."""
+    _print(f"{what} ...")
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show that something is going on that cannot be counted, for the length of a ``with`` block."""
+    console = Console(file=sys.stderr)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), SpinnerColumn("line"), TimeElapsedColumn())
+        with Progress(*columns, console=console, refresh_per_second=4) as shown:
+            shown.add_task(what, total=None)
+            yield
+        return
+    started = time.monotonic()
+    say(what)
+    with _repeating(lambda: _print(f"{what}: {_clock(time.monotonic() - started)}")):
+        yield
 
 
 @contextmanager
 def meter(description: str, total: int | None = None) -> Iterator[Meter]:
     """Show a ``Meter`` for the length of a ``with`` block."""
-    shown = Meter(description, total)
-    if shown._bar is None:
-        say(description)
-        yield shown
-        return
-    with shown._bar:
-        yield shown
+    counted = Meter(description, total)
+    with counted.shown():
+        yield counted
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    GPT2Config,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -34,7 +35,12 @@ VOCABULARY_SIZE = 64
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    return word_tokenizer(WORDS)
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is the special tokens and these words, in this order."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -85,6 +91,25 @@ def tiny_bert(layers: int = 2, seed: int = 0, **changes: object) -> PreTrainedMo
         "classifier_dropout": 0.0,
     }
     return AutoModelForSequenceClassification.from_config(BertConfig(**{**options, **changes}))
+
+
+def tiny_gpt2_classifier(seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A decoder that classifies by the last token of a row; its config names no padding token."""
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": VOCABULARY_SIZE,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 4,
+        "eos_token_id": 5,
+        "num_labels": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    return AutoModelForSequenceClassification.from_config(GPT2Config(**{**options, **changes}))
 
 
 def token_batches(count: int = 4, rows: int = 4, length: int = 16, seed: int = 0) -> list[dict[str, torch.Tensor]]:

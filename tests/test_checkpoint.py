@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hfcompress.checkpoint import Probe, save_compressed, verify_checkpoint
 from hfcompress.checkpoint.atomic import refuse_full_disk
 from hfcompress.errors import CheckpointError, ModelError, OutputError
-from tests.conftest import tiny_bert, tiny_llama
+from tests.conftest import tiny_bert, tiny_gpt2_classifier, tiny_llama
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -48,6 +48,26 @@ def test_a_checkpoint_of_another_model_is_not_verified(tmp_path: Path) -> None:
     save_compressed(tiny_llama(seed=0), tmp_path / "out")
     with pytest.raises(CheckpointError, match="reloads to a different model: logits differ by"):
         verify_checkpoint(tmp_path / "out", Probe.of(tiny_llama(seed=1)))
+
+
+def test_a_probe_leaves_every_mode_as_it_was_and_ignores_autocast() -> None:
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    plain = Probe.of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = Probe.of(model)
+    assert torch.equal(plain.logits, under_autocast.logits)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(TypeError):
+        Probe.of(model, {"no_such_input": torch.ones(1)})
+    assert [module.training for module in model.modules()] == modes
+    assert plain.device == "cpu"
+
+
+def test_a_classifier_without_a_padding_token_is_verified(tmp_path: Path) -> None:
+    saved = save_compressed(tiny_gpt2_classifier(), tmp_path / "out", verify=True)
+    assert saved.verification is not None
 
 
 def test_a_checkpoint_that_does_not_load_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -504,6 +504,11 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     [
         (lambda: _llama(), lambda: _llama(vocab_size=72), "student has 64 classes or tokens and the teacher 72"),
         (lambda: _bert(), lambda: _bert(num_labels=4), "student has 3 classes or tokens and the teacher 4"),
+        (
+            lambda: _bert(id2label={0: "bad", 1: "fair", 2: "good"}),
+            lambda: _bert(id2label={0: "bad", 1: "good", 2: "fair"}),
+            "Class 1 is 'fair' for the student and 'good' for the teacher",
+        ),
         (lambda: _bert(problem_type="regression"), lambda: _bert(), "model is a regression model"),
         (lambda: _bert(), lambda: _bert(problem_type="regression"), "teacher_model is a regression model"),
         (lambda: _bert(num_labels=1), lambda: _bert(num_labels=1), "model is a regression model"),
@@ -514,7 +519,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
         ),
         (lambda: _bert(), lambda: nn.Linear(2, 2), "teacher_model must be a transformers PreTrainedModel"),
     ],
-    ids=["vocabulary", "labels", "regression", "regression teacher", "one label", "multi-label", "module"],
+    ids=["vocabulary", "labels", "order", "regression", "regression teacher", "one label", "multi-label", "module"],
 )
 def test_pairs_that_cannot_be_compared_are_refused(
     student: Callable[[], Any], teacher: Callable[[], Any], message: str, tmp_path: Path

@@ -313,6 +313,40 @@ def test_peak_memory_sees_a_large_tensor() -> None:
     assert (peak_memory_bytes() or 0) > 50e6
 
 
+def test_memory_that_loading_left_behind_is_not_the_models() -> None:
+    """Freed blocks that the C library keeps are given back before the peak starts anew."""
+    code = (
+        "import torch\n"
+        "from hfcompress.devices import keep_freed_memory\n"
+        "from hfcompress.evaluate.memory import peak_memory_bytes, reset_peak_memory\n"
+        "keep_freed_memory()\n"
+        "reset_peak_memory()\n"
+        "before = peak_memory_bytes()\n"
+        "garbage = [torch.ones(5_000_000) for _ in range(10)]\n"
+        "del garbage\n"
+        "assert not reset_peak_memory() or peak_memory_bytes() < before + 50e6, peak_memory_bytes() - before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_infinite_and_undefined_metrics_are_valid_json() -> None:
+    metrics = {"perplexity": math.inf, "correlation": math.nan, "difference": -math.inf, "accuracy": 0.5}
+    found = Measurement(parameters=4, nonzero=2, metrics=metrics, stored_dtypes=("bfloat16", "int32"))
+    read = Measurement.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+    assert math.isnan(read.metrics.pop("correlation"))
+    assert read.metrics == {"perplexity": math.inf, "difference": -math.inf, "accuracy": 0.5}
+    assert read.stored_dtypes == found.stored_dtypes
+    with pytest.raises(DataError, match="Metric 'accuracy' is 'high', not a number or one of infinity"):
+        Measurement.from_dict({"parameters": 1, "nonzero": 1, "metrics": {"accuracy": "high"}})
+
+
+def test_a_ruined_model_has_infinite_perplexity() -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+    assert evaluate_model(model, token_batches(1), ["perplexity"]) == {"perplexity": math.inf}
+
+
 def test_model_size_counts_tied_and_packed_weights_logically() -> None:
     model = tiny_llama()
     before = model_size(model)
@@ -356,5 +390,5 @@ def test_measurement_of_a_classifier_from_a_generator() -> None:
 
 
 def test_measurements_with_other_fields_are_refused() -> None:
-    with pytest.raises(DataError, match=r"lacks bytes_on_disk.* and has unknown size"):
+    with pytest.raises(DataError, match=r"lacks metrics, nonzero and has unknown size"):
         Measurement.from_dict({"parameters": 1, "size": 2})

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfcompress.errors import CheckpointError, DataError, HFCompressError, ModelError, OutputError, RecipeError
 from hfcompress.pipeline import compress
 from hfcompress.recipe import parse_recipe
 from hfcompress.training import _writing
-from tests.conftest import tiny_bert
+from tests.conftest import SPECIAL, WORDS, tiny_bert, tiny_gpt2_classifier, tiny_llama, word_tokenizer
 from tests.forks import Forks
 from tests.runs import language_recipe, write_reviews, write_text
 
@@ -65,8 +65,6 @@ def test_unknown_package_names_the_nearest(tmp_path: Path, text: Path) -> None:
 
 
 def test_model_without_tokenizer(tmp_path: Path, text: Path) -> None:
-    from tests.conftest import tiny_llama
-
     tiny_llama().save_pretrained(tmp_path / "bare")
     recipe = language_recipe(tmp_path / "bare", text, tmp_path / "out")
     refused(tmp_path, recipe, ModelError, "has no tokenizer that can be opened")
@@ -78,7 +76,7 @@ def test_no_such_data_file(tmp_path: Path, llama_dir: Path) -> None:
 
 
 def test_no_such_dataset(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"id": "nobody/no-such-data"})
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"id": "nobody/no-such-data", "block_size": 32})
     refused(tmp_path, recipe, DataError, "Data 'nobody/no-such-data' cannot be opened")
 
 
@@ -95,12 +93,14 @@ def test_data_that_is_not_what_its_name_says(tmp_path: Path, llama_dir: Path) ->
 
 
 def test_missing_column_names_the_nearest(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"files": str(text), "text_column": "texts"})
+    recipe = language_recipe(
+        llama_dir, text, tmp_path / "out", data={"files": str(text), "text_column": "texts", "block_size": 32}
+    )
     refused(tmp_path, recipe, DataError, r"has no column 'texts'\. Did you mean 'text'\? Its columns: text\.")
 
 
 def test_missing_split_names_those_there(tmp_path: Path, llama_dir: Path, text: Path) -> None:
-    data = {"files": {"training": str(text)}}
+    data = {"files": {"training": str(text)}, "block_size": 32}
     recipe = language_recipe(llama_dir, text, tmp_path / "out", data=data)
     refused(tmp_path, recipe, DataError, "no train split named train; they have training")
 
@@ -112,6 +112,7 @@ def test_too_little_text_to_fill_a_row(tmp_path: Path, llama_dir: Path) -> None:
 
 
 def test_calibration_of_zero_rows(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    tiny_llama(max_position_embeddings=8192).save_pretrained(llama_dir)
     stages = [{"quantize": {"method": "gptq", "calibration_length": 5000}}]
     recipe = language_recipe(llama_dir, text, tmp_path / "out", stages=stages)
     refused(tmp_path, recipe, DataError, r"Calibration has 0 rows.*less than 5000 tokens \(calibration_length\)")
@@ -264,8 +265,6 @@ def test_labels_of_other_names_than_the_head(tmp_path: Path, tokenizer: PreTrain
 def test_a_checkpoint_of_another_kind_is_not_filled_with_random_weights(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text: Path
 ) -> None:
-    from tests.conftest import tiny_llama
-
     model = tiny_llama(layers=4, tie_word_embeddings=False)
     model.model.save_pretrained(tmp_path / "body")
     tokenizer.save_pretrained(tmp_path / "body")
@@ -316,3 +315,98 @@ def test_disk_full_while_training(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
     with pytest.raises(RuntimeError, match="a mistake of ours"), _writing(tmp_path):
         raise RuntimeError("a mistake of ours")
+
+
+def teacher_folder(folder: Path, model: PreTrainedModel, words: list[str] = WORDS) -> Path:
+    model.save_pretrained(folder)
+    word_tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_of_another_vocabulary(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    """As many tokens as the student, but two of them change places."""
+    swapped = [WORDS[1], WORDS[0], *WORDS[2:]]
+    teacher = teacher_folder(tmp_path / "teacher", tiny_llama(), swapped)
+    stages = [{"distill": {"steps": 1, "teacher": str(teacher)}}]
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", stages=stages)
+    message = f"Token {len(SPECIAL)} is 'the' for the student and 'model' for the teacher.* the same tokenizer"
+    refused(tmp_path, recipe, ModelError, message)
+
+
+def test_a_teacher_with_more_logits(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    teacher = teacher_folder(tmp_path / "teacher", tiny_llama(vocab_size=72))
+    stages = [{"distill": {"steps": 1, "teacher": str(teacher)}}]
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", stages=stages)
+    refused(tmp_path, recipe, ModelError, "student has 64 classes or tokens and the teacher 72")
+
+
+def test_a_teacher_of_shorter_rows(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    teacher = teacher_folder(tmp_path / "teacher", tiny_llama(max_position_embeddings=16))
+    stages = [{"distill": {"steps": 1, "teacher": str(teacher)}}]
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", stages=stages)
+    refused(tmp_path, recipe, RecipeError, r"data\.block_size is 32 tokens, but '.*teacher' takes at most 16")
+
+
+def named(*labels: str) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (lambda: tiny_bert(**named("good", "bad")), "Class 0 is 'bad' for the student and 'good' for the teacher"),
+        (lambda: tiny_bert(num_labels=3), "student has 2 classes or tokens and the teacher 3"),
+        (lambda: tiny_bert().bert, "Teacher '.*teacher' has no trained classification head"),
+    ],
+    ids=["order", "number", "head"],
+)
+@pytest.mark.parametrize("data_labels", [("bad", "good"), ("0", "1")], ids=["words", "numbers"])
+def test_a_teacher_of_other_classes(
+    data_labels: tuple[str, str], teacher: Any, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    student = teacher_folder(tmp_path / "student", tiny_bert(**named("bad", "good")))
+    other = teacher_folder(tmp_path / "teacher", teacher())
+    rows = [f"{word} film\t{label}" for word, label in zip(("bad", "good"), data_labels)] * 20
+    (tmp_path / "reviews.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    stages = [{"distill": {"steps": 1, "teacher": str(other)}}]
+    refused(tmp_path, classification(tmp_path, student, stages=stages), ModelError, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"block_size": 129}}, r"data\.block_size is 129 tokens, but '.*llama' takes at most 128"),
+        (
+            {"stages": [{"quantize": {"method": "gptq", "calibration_length": 200}}]},
+            r"stages\[0\]\.quantize\.calibration_length is 200 tokens, but '.*llama' takes at most 128",
+        ),
+        (
+            {"evaluate": {"prompt": "the model", "new_tokens": 127}},
+            r"evaluate\.prompt with evaluate\.new_tokens is 129 tokens, but '.*llama' takes at most 128",
+        ),
+    ],
+    ids=["rows", "calibration", "continuation"],
+)
+def test_rows_longer_than_the_model_takes(
+    changes: dict[str, Any], message: str, tmp_path: Path, llama_dir: Path, text: Path
+) -> None:
+    stages = [{"drop_layers": {"keep": 1}}]
+    changes = {name: {"files": str(text), **value} if name == "data" else value for name, value in changes.items()}
+    recipe = language_recipe(llama_dir, text, tmp_path / "out", **{"stages": stages, **changes})
+    refused(tmp_path, recipe, RecipeError, message)
+
+
+def test_texts_longer_than_a_classifier_takes(tmp_path: Path, bert_dir: Path) -> None:
+    write_reviews(tmp_path / "reviews.tsv")
+    data = {"files": str(tmp_path / "reviews.tsv"), "max_length": 65}
+    recipe = classification(tmp_path, bert_dir, data=data)
+    refused(tmp_path, recipe, RecipeError, r"data\.max_length is 65 tokens, but '.*bert' takes at most 64")
+
+
+def test_a_classifier_whose_rows_cannot_be_padded(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tiny_gpt2_classifier().save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    write_reviews(tmp_path / "reviews.tsv")
+    refused(tmp_path, classification(tmp_path, tmp_path / "gpt2"), ModelError, "no padding token and no end token")

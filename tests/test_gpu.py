@@ -33,6 +33,16 @@ def test_quantized_on_the_gpu_reloads_on_the_cpu(method: hfcompress.RTN, tmp_pat
     assert torch.allclose(logits, reloaded, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_on_the_gpu_is_verified_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    saved = hfcompress.save_compressed(model.cuda(), tmp_path / "out", verify=True)
+    assert saved.verification is not None
+    assert saved.verification.max_logit_difference == 0.0
+
+
 def test_pruning_and_distilling_on_the_gpu(tmp_path: Path) -> None:
     rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(32, rows=1)]
     options = {"output_dir": str(tmp_path), "max_steps": 8, "save_strategy": "no", "disable_tqdm": True}

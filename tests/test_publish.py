@@ -20,6 +20,7 @@ from hfcompress.publish import load_facts, measurement_table, plot_size_against_
 from hfcompress.publish.facts import facts_from
 from hfcompress.publish.plots import PICTURE_INCHES
 from hfcompress.publish.sections import stages_markdown
+from hfcompress.publish.tables import stage_cells, stage_headers
 
 MACHINE = {"cpu": "Test CPU 9000", "cores": 2, "threads": 2, "platform": "Linux x86_64", "python": "3.11.7",
            "torch": "2.13.0", "transformers": "5.24.0", "hfcompress": "0.1.0"}  # fmt: skip
@@ -31,7 +32,8 @@ def measured(**changes: Any) -> dict[str, Any]:
         "parameters": 134_515_008, "nonzero": 134_515_001, "bytes_on_disk": 269_060_552,
         "metrics": {"perplexity": 29.29}, "tokens_per_second": 28.31,
         "speed_kind": "decode, batch 1", "peak_memory_bytes": 1_023_456_789,
-        "continuation": "the ``list`` is sorted.", "dtype": "bfloat16", "device": "cpu", "machine": MACHINE,
+        "continuation": "the ``list`` is sorted.", "dtype": "float32", "stored_dtypes": ["bfloat16"],
+        "device": "cpu", "machine": MACHINE,
         "rows": 64, "tokens": 32_768, **changes,
     }  # fmt: skip
 
@@ -197,6 +199,63 @@ def test_what_is_none_is_called_not_measured(tmp_path: Path, field: str) -> None
     assert "measured" in rendered(stage_table(facts_from(values)))
 
 
+def test_infinite_perplexity_is_said_plainly(tmp_path: Path) -> None:
+    values = changed(measurements(), ("stages", 3, "measurement", "metrics", "perplexity"), lambda _: "infinity")
+    text = card_of(tmp_path, values)
+    assert "perplexity 29.29 before and infinite after" in text
+    assert "| infinite |" in next(line for line in text.splitlines() if line.startswith("| quantize | 113.3 M"))
+    assert "- quantize: perplexity" not in text  # it was measured
+    assert "infinite" in rendered(stage_table(facts_from(values)))
+    assert "infinite" in rendered(measurement_table(facts_from(values).after))
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+    assert (tmp_path / "size_against_quality.png").is_file()  # of the stages that have a place in it
+
+
+def test_the_dtype_of_a_measurement_is_said_below_the_table(tmp_path: Path) -> None:
+    values = measurements()
+    same = "Measured in float32 on cpu; stored in bfloat16."
+    assert same in card_of(tmp_path, values)
+    assert same in rendered(stage_table(facts_from(values)))
+    values["stages"][3]["measurement"] |= {"dtype": "bfloat16", "stored_dtypes": ["int32", "bfloat16"]}
+    note = (
+        "Measured in float32 on cpu (original, drop_layers, distill), bfloat16 on cpu (quantize); stored in bfloat16 "
+        "(original, drop_layers, distill), int32, bfloat16 (quantize)."
+    )
+    assert note in card_of(tmp_path, values)
+    assert note in " ".join(rendered(stage_table(facts_from(values))).split())
+    assert "float32 on cpu" in rendered(measurement_table(facts_from(values).before))
+
+
+OPTIONAL = (
+    ["hfcompress", "created", "base_model_license", "data", "recipe", "seed", "loads_without_hfcompress",
+     "verification", "quantization_report"],
+    ["summary", "seconds"],
+    ["bytes_on_disk", "tokens_per_second", "speed_kind", "peak_memory_bytes", "continuation", "dtype",
+     "stored_dtypes", "device", "machine", "rows", "tokens"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OPTIONAL[0], *OPTIONAL[1], *OPTIONAL[2], "all"])
+@pytest.mark.parametrize("null", [False, True], ids=["absent", "null"])
+def test_a_card_without_optional_facts_makes_no_claim_about_them(tmp_path: Path, name: str, null: bool) -> None:
+    values = measurements()
+    stages = values["stages"]
+    for holders, names in zip(([values], stages, [stage["measurement"] for stage in stages]), OPTIONAL):
+        for holder in holders:
+            for one in names if name == "all" else {name} & set(names):
+                holder[one] = None
+                if not null:
+                    del holder[one]
+    text = card_of(tmp_path, values)
+    assert not re.search(r"\bNone\b|\bnull\b", text)
+    assert ModelCard.load(tmp_path / "README.md").data.model_name == "smollm2-small"
+    facts = facts_from(values)
+    for shown in (stage_table(facts), measurement_table(facts.after)):
+        assert "None" not in rendered(shown)
+    if name in ("loads_without_hfcompress", "all"):
+        assert "**Loads without hfcompress: not measured**" in text
+
+
 def test_without_sizes_there_is_no_picture_and_no_claim_about_them(checkpoint: Path) -> None:
     write_model_card(checkpoint)
     values = measurements()
@@ -285,6 +344,27 @@ def test_all_faults_of_the_measurements_are_named_at_once() -> None:
         facts_from(values)
     with pytest.raises(DataError, match="stages: is empty"):
         facts_from(measurements() | {"stages": []})
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["whole", "with gaps"])
+@pytest.mark.parametrize("metrics", [["perplexity"], ["accuracy", "f1"], ["accuracy", "f1", "matthews_correlation"]])
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
+def test_nothing_in_the_stage_table_is_cut(width: int, metrics: list[str], missing: bool) -> None:
+    values = measurements()
+    for index, stage in enumerate(values["stages"]):
+        stage["measurement"]["metrics"] = dict.fromkeys(metrics, 0.1234 + index)
+    if missing:
+        values["stages"][1]["measurement"] |= {"bytes_on_disk": None, "peak_memory_bytes": None}
+    facts = facts_from(values)
+    text = rendered(stage_table(facts), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "\u2026" not in text
+    words = text.split()
+    for header in stage_headers(facts):
+        assert set(header.split()) <= set(words), header
+    for stage in facts.stages:
+        for cell in stage_cells(facts, stage):
+            assert cell in text or (cell == "not measured" and "measured" in text), cell
 
 
 def test_stage_table_fits_a_hundred_columns() -> None:

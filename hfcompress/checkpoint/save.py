@@ -19,7 +19,7 @@ from hfcompress.checkpoint.atomic import MARKER, new_folder, recover, refuse_for
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.packed.format import packed_linears
-from hfcompress.progress import quiet_bars
+from hfcompress.progress import busy, quiet_bars
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def save_compressed(
     form = "compressed-tensors pack-quantized" if packed_linears(model) else "plain"
     verification = None
     with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
-        model.save_pretrained(scratch)
+        with busy(f"saving {folder.name}"):
+            model.save_pretrained(scratch)
         if processor is not None:
             processor.save_pretrained(scratch)
         for name, text in (extra_files or {}).items():

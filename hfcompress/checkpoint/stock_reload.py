@@ -1,7 +1,7 @@
 """Reload a checkpoint with stock Transformers and compare its logits.  Run as a script; imports nothing of ours.
 
-Usage: stock_reload.py CHECKPOINT CLASS PROBE.  PROBE is a safetensors file with the inputs (``input.*``) and the
-logits that the model gave in memory.  Prints one line of JSON.
+Usage: stock_reload.py CHECKPOINT CLASS PROBE DEVICE.  PROBE is a safetensors file with the inputs (``input.*``)
+and the logits that the model gave in memory.  DEVICE is where it ran, ``auto`` for several.  Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import transformers
 from safetensors.torch import load_file
 
 
-def main(folder: str, class_name: str, probe_file: str) -> None:
+def main(folder: str, class_name: str, probe_file: str, device: str) -> None:
     """Compare and print: the largest difference of a logit, the largest logit, and the seconds that loading took."""
     probe = load_file(probe_file)
     expected = probe["logits"]
     inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
     started = time.perf_counter()
-    model = getattr(transformers, class_name).from_pretrained(folder).eval()
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    model = getattr(transformers, class_name).from_pretrained(folder, **spread).eval()
+    if device not in ("cpu", "auto"):
+        model = model.to(device)
     seconds = time.perf_counter() - started
     with torch.inference_mode():
-        logits = model(**inputs)["logits"]
+        logits = model(**{name: value.to(model.device) for name, value in inputs.items()})["logits"].cpu()
     result = {
         "max_logit_difference": float((logits.double() - expected.double()).abs().max()),
         "max_logit": float(expected.abs().max()),

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CheckpointError
+from hfcompress.progress import busy
+from hfcompress.structure.modes import eval_mode
 
 # The same kernels run on the same bits, so only the order of sums may differ: a few units in the last place.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -45,23 +47,31 @@ class Verification:
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs, and the logits that the model in memory gives for them."""
+    """Inputs, and the logits that the model in memory gives for them.
+
+    device: where the model ran, and where its reload runs to be compared: kernels of other devices sum in other ways.
+    """
 
     inputs: dict[str, Tensor]
     logits: Tensor
     loaded_by: str
     tolerance: float
+    device: str = "cpu"
 
     @classmethod
     def of(cls, model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Probe:
-        """Run the model once.  inputs: two rows of fixed random tokens unless given."""
+        """Run the model once, outside any autocast.  inputs: a row of fixed random tokens unless given."""
         inputs = inputs or _random_tokens(model)
-        was_training = model.training
-        model.eval()
-        with torch.inference_mode():
+        with eval_mode(model), torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
             logits = model(**{name: value.to(model.device) for name, value in inputs.items()})["logits"].cpu()
-        model.train(was_training)
-        return cls(inputs, logits.clone(), auto_class_of(model), TOLERANCE.get(model.dtype, 1e-5))
+        inputs = {name: value.cpu() for name, value in inputs.items()}
+        tolerance = TOLERANCE.get(model.dtype, 1e-5)
+        return cls(inputs, logits.clone(), auto_class_of(model), tolerance, _device_of(model))
+
+
+def _device_of(model: PreTrainedModel) -> str:
+    """Return the model's device, ``auto`` for one that is spread over several."""
+    return str(model.device) if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else "auto"
 
 
 def _random_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -71,7 +81,8 @@ def _random_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
         )
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, size, (2, 32), generator=generator)
+    # A single row: decoders that classify refuse more without a padding token.
+    tokens = torch.randint(0, size, (1, 32), generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -97,8 +108,10 @@ def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
         # Run as text and in an empty folder: a script's own folder would come first on the import path.
         script = Path(__file__).with_name("stock_reload.py").read_text(encoding="utf-8")
         command = [sys.executable, "-c", script, str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
+        command.append(probe.device)
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+        with busy("verifying in a fresh process"):
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     if run.returncode != 0:
         tail = "\n".join(run.stderr.strip().splitlines()[-3:])
         raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}")

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.losses import forward_kl
+from hfcompress.distillation.pairs import label_names, refuse_other_labels, refuse_other_size
 from hfcompress.errors import ModelError
 
 IGNORED = -100
@@ -161,7 +162,7 @@ def _parameters(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _refuse_mismatch(student: nn.Module, teacher: nn.Module) -> None:
+def _refuse_mismatch(student: Any, teacher: Any) -> None:
     """Refuse a pair whose logits do not mean the same classes."""
     for model, role in ((student, "model"), (teacher, "teacher_model")):
         if not isinstance(model, PreTrainedModel):
@@ -171,12 +172,9 @@ def _refuse_mismatch(student: nn.Module, teacher: nn.Module) -> None:
             raise ModelError(
                 f"{role} is a {problem} model; the KL of its logits means nothing. Classify or model text."
             )
-    sizes = [_classes(model) for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"The student has {sizes[0]} classes or tokens and the teacher {sizes[1]}, so their logits cannot be "
-            "compared. Use a teacher with the same labels or the same tokenizer and vocabulary size."
-        )
+    refuse_other_size(_classes(student), _classes(teacher))
+    if student.get_output_embeddings() is None:
+        refuse_other_labels(label_names(student.config), label_names(teacher.config))
 
 
 def _classes(model: Any) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,31 +21,36 @@ from hfcompress.evaluate.modes import device_of, dtype_of
 from hfcompress.evaluate.quality import evaluate_model
 from hfcompress.evaluate.size import StoredSize, model_size
 from hfcompress.evaluate.speed import DECODE_KIND, decode_speed, forward_kind, forward_speed, greedy
-from hfcompress.progress import say
+from hfcompress.progress import busy
+
+_NAMES_IN_JSON = {"inf": "infinity", "-inf": "-infinity", "nan": "nan"}
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What was measured on one model; None is what was not.
 
-    bytes_on_disk: of the weight files.  metrics: name to value.  speed_kind: what ``tokens_per_second`` counts, such
-    as ``decode, batch 1``.  peak_memory_bytes: resident memory of the whole process while measuring.  continuation:
-    what the model wrote after the prompt.  rows, tokens: what the metrics were taken on, padding left out.
+    bytes_on_disk: of the weight files.  metrics: name to value, infinite where a perplexity overflows.  speed_kind:
+    what ``tokens_per_second`` counts, such as ``decode, batch 1``.  peak_memory_bytes: resident memory of the whole
+    process while measuring.  continuation: what the model wrote after the prompt.  dtype: what the model ran in while
+    it was measured; stored_dtypes: what its weight files hold.  rows, tokens: what the metrics were taken on, padding
+    left out.
     """
 
     parameters: int
     nonzero: int
-    bytes_on_disk: int | None
     metrics: dict[str, float]
-    tokens_per_second: float | None
-    speed_kind: str | None
-    peak_memory_bytes: int | None
-    continuation: str | None
-    dtype: str
-    device: str
-    machine: dict[str, Any]
-    rows: int
-    tokens: int
+    bytes_on_disk: int | None = None
+    tokens_per_second: float | None = None
+    speed_kind: str | None = None
+    peak_memory_bytes: int | None = None
+    continuation: str | None = None
+    dtype: str | None = None
+    stored_dtypes: tuple[str, ...] | None = None
+    device: str | None = None
+    machine: dict[str, Any] | None = None
+    rows: int | None = None
+    tokens: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -52,20 +58,39 @@ class Measurement:
         return 1 - self.nonzero / self.parameters if self.parameters else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+        """Return plain values for JSON, which knows no infinity and no NaN: such a metric is its name as text."""
+        metrics = {
+            name: value if math.isfinite(value) else _NAMES_IN_JSON[str(value)] for name, value in self.metrics.items()
+        }
+        stored = None if self.stored_dtypes is None else list(self.stored_dtypes)
+        return {**asdict(self), "metrics": metrics, "stored_dtypes": stored}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """Build from what ``to_dict`` gave. Raises DataError that names missing and unknown fields."""
-        known = {field.name for field in fields(cls)}
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        """Build from what ``to_dict`` gave; an optional field that is not there was not measured.
+
+        Raises DataError that names missing and unknown fields, and metrics that are no numbers.
+        """
+        known = {field.name: field for field in fields(cls)}
+        needed = {name for name, field in known.items() if field.default is MISSING}
+        missing, unknown = sorted(needed - set(values)), sorted(set(values) - set(known))
         if missing or unknown:
             faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
                 unknown
             )
             raise DataError(f"A measurement {' and '.join(faults)}.")
-        return cls(**values)
+        metrics = {name: _number(name, value) for name, value in values["metrics"].items()}
+        stored = values.get("stored_dtypes")
+        return cls(**{**values, "metrics": metrics, "stored_dtypes": None if stored is None else tuple(stored)})
+
+
+def _number(name: str, value: Any) -> float:
+    """Read a metric from JSON: a number, or the name of one that JSON cannot write."""
+    if value in _NAMES_IN_JSON.values():
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DataError(f"Metric '{name}' is {value!r}, not a number or one of {', '.join(_NAMES_IN_JSON.values())}.")
+    return float(value)
 
 
 class _Counted:
@@ -146,13 +171,13 @@ def measure(
     reset_peak_memory()
     counted = _Counted(batches)
     values = evaluate_model(model, counted, metrics, description, counted.total)
-    say(f"{description}: timing")
-    prompt_ids, continuation = None, None
-    can_generate = getattr(model, "can_generate", None)
-    if prompt and tokenizer is not None and can_generate is not None and can_generate():
-        prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        continuation = tokenizer.decode(greedy(model, prompt_ids, new_tokens), skip_special_tokens=True)
-    speed, kind = _speed(model, counted.first, prompt_ids, new_tokens)
+    with busy(f"{description}: timing"):
+        prompt_ids, continuation = None, None
+        can_generate = getattr(model, "can_generate", None)
+        if prompt and tokenizer is not None and can_generate is not None and can_generate():
+            prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            continuation = tokenizer.decode(greedy(model, prompt_ids, new_tokens), skip_special_tokens=True)
+        speed, kind = _speed(model, counted.first, prompt_ids, new_tokens)
     peak = peak_memory_bytes()
     size = stored if stored is not None else model_size(model)
     return Measurement(
@@ -165,6 +190,7 @@ def measure(
         peak_memory_bytes=peak,
         continuation=continuation,
         dtype=str(dtype_of(model)).removeprefix("torch."),
+        stored_dtypes=size.dtypes,
         device=str(device_of(model)),
         machine=describe_machine(),
         rows=counted.rows,

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from hfcompress.devices import release_freed_memory
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -31,7 +33,11 @@ def peak_memory_bytes() -> int | None:
 
 
 def reset_peak_memory() -> bool:
-    """Let the peak start again from the present size; False where the system does not allow it (see proc(5))."""
+    """Let the peak start again from what is in use now; False where the system does not allow it (see proc(5)).
+
+    What loading a model left behind is given back first, so that it is not counted as the model's.
+    """
+    release_freed_memory()
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -9,18 +9,14 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from hfcompress.structure.modes import eval_mode
+
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Switch to eval mode and inference mode; on leaving, every module gets its own training flag back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with eval_mode(model), torch.inference_mode():
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,11 +12,15 @@ from hfcompress.packed import packed_linears
 
 @dataclass(frozen=True)
 class StoredSize:
-    """What a checkpoint holds; bytes_on_disk: of its weight files, None for a model that was not stored."""
+    """What a checkpoint holds.
+
+    bytes_on_disk: of its weight files.  dtypes: in them, most weights first.  None for a model that was not stored.
+    """
 
     parameters: int
     nonzero: int
     bytes_on_disk: int | None = None
+    dtypes: tuple[str, ...] | None = None
 
 
 def model_size(model: nn.Module) -> StoredSize:

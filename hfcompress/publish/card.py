@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from hfcompress.publish import sections
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install
 from hfcompress.publish.markdown import cell
-from hfcompress.publish.numbers import duration
+from hfcompress.publish.numbers import NOT_MEASURED, duration
 from hfcompress.publish.plots import plot_size_against_quality
 
 CARD, PICTURE = "README.md", "size_against_quality.png"
@@ -49,22 +50,24 @@ def render_card(facts: Facts, config: dict[str, Any], picture: str | None = None
         name=facts.name,
         headline=sections.headline(facts),
         description=sections.description(facts),
-        packages=packages_to_install(config, facts.loads_without_hfcompress),
-        loading=loading_lines(facts.task, _place(facts, repo_id), facts.loads_without_hfcompress),
-        loads_without_hfcompress=facts.loads_without_hfcompress,
+        packages=packages_to_install(config, bool(facts.loads_without_hfcompress)),
+        loading=loading_lines(facts.task, _place(facts, repo_id), bool(facts.loads_without_hfcompress)),
+        loads_without_hfcompress=sections.yes_or_no(facts.loads_without_hfcompress),
         verification=sections.verification(facts),
         stage_table=sections.stages_markdown(facts),
         table_notes=sections.table_notes(facts),
         picture=picture,
         picture_metric=next(iter(facts.metric_names), ""),
         stages=[
-            {"name": cell(stage.name), "summary": cell(stage.summary), "time": duration(stage.seconds)}
+            {"name": cell(stage.name), "summary": cell(stage.summary or NOT_MEASURED), "time": duration(stage.seconds)}
             for stage in facts.stages
         ],
         continuation=sections.continuation(facts),
         not_measured=sections.not_measured(facts),
         seed=facts.seed,
-        recipe=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100).rstrip(),
+        recipe=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100).rstrip()
+        if facts.recipe
+        else "",
         environment=sections.environment(facts),
         **report,
     )  # fmt: skip
@@ -113,6 +116,7 @@ def _eval_results(facts: Facts, task_type: str, dataset: str | None) -> list[Eva
             metric_value=value,
         )
         for name, value in facts.after.metrics.items()
+        if math.isfinite(value)  # the Hub keeps metadata as JSON, which knows no infinity
     ]
 
 

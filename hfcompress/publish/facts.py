@@ -13,20 +13,21 @@ from hfcompress.evaluate import Measurement
 
 FILE_NAME = "measurements.json"
 _NUMBER, _OBJECT = (int, float), (dict,)
+_ABSENT = type(None)  # null and a field that is not there both say that it is not known
 _KINDS: dict[str, tuple[type, ...]] = {
-    "hfcompress": (str,), "name": (str,), "task": (str,), "created": (str,), "base_model": (str,),
-    "base_model_license": (str, type(None)), "data": _OBJECT, "recipe": _OBJECT, "seed": (int, type(None)),
-    "stages": (list,), "loads_without_hfcompress": (bool,), "verification": _OBJECT,
-    "quantization_report": (list, dict, type(None)),
+    "hfcompress": (str, _ABSENT), "name": (str,), "task": (str,), "created": (str, _ABSENT), "base_model": (str,),
+    "base_model_license": (str, _ABSENT), "data": (dict, _ABSENT), "recipe": (dict, _ABSENT), "seed": (int, _ABSENT),
+    "stages": (list,), "loads_without_hfcompress": (bool, _ABSENT), "verification": (dict, _ABSENT),
+    "quantization_report": (list, dict, _ABSENT),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One stage: what it did and what was measured after it.  seconds: how long it took, None if not measured."""
+    """One stage: what it did, how many seconds it took and what was measured after it; None is what is not known."""
 
     name: str
-    summary: str
+    summary: str | None
     seconds: float | None
     measurement: Measurement
 
@@ -45,19 +46,20 @@ class Facts:
     """Everything a model card may say. The last stage was measured on the reloaded checkpoint in a fresh process.
 
     verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report: a row per layer.
+    None is what is not known.
     """
 
-    version: str
+    version: str | None
     name: str
     task: str
-    created: str
+    created: str | None
     base_model: str
     base_model_license: str | None
     data: dict[str, Any]
     recipe: dict[str, Any]
     seed: int | None
     stages: tuple[StageFacts, ...]
-    loads_without_hfcompress: bool
+    loads_without_hfcompress: bool | None
     verification: dict[str, Verification]
     quantization_report: tuple[dict[str, Any], ...]
 
@@ -112,44 +114,52 @@ def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
             faults.append("stages: is empty")
     if faults:
         raise DataError(f"{where} has {len(faults)} fault{'s' * (len(faults) > 1)}: {'; '.join(faults)}.")
-    report = values["quantization_report"] or []
+    report = values.get("quantization_report") or []
     return Facts(
-        version=values["hfcompress"],
+        version=values.get("hfcompress"),
+        name=values["name"],
+        task=values["task"],
+        created=values.get("created"),
+        base_model=values["base_model"],
+        base_model_license=values.get("base_model_license"),
+        data=values.get("data") or {},
+        recipe=values.get("recipe") or {},
+        seed=values.get("seed"),
         stages=tuple(stages),
+        loads_without_hfcompress=values.get("loads_without_hfcompress"),
         verification={
             name: Verification(found["max_logit_difference"], found.get("max_logit"), found.get("seconds"))
             for name, found in _verified(values).items()
         },
         quantization_report=tuple(report["rows"] if isinstance(report, dict) else report),
-        **{name: values[name] for name in ("name", "task", "created", "base_model", "base_model_license", "data",
-                                           "recipe", "seed", "loads_without_hfcompress")},
-    )  # fmt: skip
+    )
 
 
 def _verified(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the reloads that took place; null stands for one that did not."""
-    return {name: found for name, found in values["verification"].items() if found is not None}
+    return {name: found for name, found in (values.get("verification") or {}).items() if found is not None}
 
 
 def _faults(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> list[str]:
     faults = []
     for name, allowed in kinds.items():
         if name not in values:
-            faults.append(f"{name}: is missing")
+            faults += [] if _ABSENT in allowed else [f"{name}: is missing"]
         elif not isinstance(values[name], allowed) or (isinstance(values[name], bool) and bool not in allowed):
-            kind = " or ".join("null" if one is type(None) else one.__name__ for one in allowed)
+            kind = " or ".join("null" if one is _ABSENT else one.__name__ for one in allowed)
             faults.append(f"{name}: is a {type(values[name]).__name__}, not {kind}")
     return faults
 
 
 _STAGE_KINDS: dict[str, tuple[type, ...]] = {
-    "name": (str,), "summary": (str,), "seconds": (*_NUMBER, type(None)), "measurement": _OBJECT,
+    "name": (str,), "summary": (str, _ABSENT), "seconds": (*_NUMBER, _ABSENT), "measurement": _OBJECT,
 }  # fmt: skip
-_OPTIONAL_NUMBER = (*_NUMBER, type(None))
+_COUNT, _TEXT = (int, _ABSENT), (str, _ABSENT)
 _MEASUREMENT_KINDS: dict[str, tuple[type, ...]] = {
-    "parameters": (int,), "nonzero": (int,), "bytes_on_disk": (int, type(None)), "metrics": _OBJECT,
-    "tokens_per_second": _OPTIONAL_NUMBER, "peak_memory_bytes": (int, type(None)), "machine": _OBJECT,
-    "rows": (int,), "tokens": (int,), "dtype": (str,), "device": (str,),
+    "parameters": (int,), "nonzero": (int,), "metrics": _OBJECT, "bytes_on_disk": _COUNT,
+    "tokens_per_second": (*_NUMBER, _ABSENT), "speed_kind": _TEXT, "peak_memory_bytes": _COUNT, "continuation": _TEXT,
+    "dtype": _TEXT, "stored_dtypes": (list, _ABSENT), "device": _TEXT, "machine": (dict, _ABSENT), "rows": _COUNT,
+    "tokens": _COUNT,
 }  # fmt: skip
 
 
@@ -162,5 +172,8 @@ def _stage(values: Any) -> StageFacts:
     if faults:
         raise DataError(", ".join(faults))
     return StageFacts(
-        values["name"], values["summary"], values["seconds"], Measurement.from_dict(values["measurement"])
+        values["name"],
+        values.get("summary"),
+        values.get("seconds"),
+        Measurement.from_dict(values["measurement"]),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 NOT_MEASURED = "not measured"
 _DECIMALS = {"perplexity": 2}
 
@@ -23,13 +25,24 @@ def megabytes(size: int | None) -> str:
 
 
 def metric(name: str, value: float | None) -> str:
-    """Write a metric: perplexity with two decimals, shares such as accuracy with four."""
-    return NOT_MEASURED if value is None else f"{value:,.{_DECIMALS.get(name, 4)}f}"
+    """Write a metric: perplexity with two decimals, shares such as accuracy with four; ``infinite`` on overflow."""
+    if value is None:
+        return NOT_MEASURED
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    return f"{value:,.{_DECIMALS.get(name, 4)}f}"
 
 
 def rate(value: float | None) -> str:
     """Write tokens a second: one decimal below a thousand, none above."""
     return NOT_MEASURED if value is None else f"{value:,.{1 if value < 1000 else 0}f}"
+
+
+def count(value: int | None) -> str:
+    """Write a whole number with a comma every three digits."""
+    return NOT_MEASURED if value is None else f"{value:,}"
 
 
 def percent(share: float) -> str:

@@ -17,15 +17,16 @@ from hfcompress.publish.tables import stage_table
 def print_result(folder: Path, facts: Facts, console: Console) -> None:
     """Print what the run cost and gave: the table, the change, a text before and after, and how to load it."""
     console.print(stage_table(facts))
-    console.print(headline(facts).strip("*"))
+    console.print(Text(headline(facts).strip("*"), style="bold"))
     prompt = (facts.recipe.get("evaluate") or {}).get("prompt")
     if facts.before.continuation and facts.after.continuation:
-        console.print(f"\n{prompt!r} goes on, before and after:")
-        for found in (facts.before, facts.after):
-            console.print(Padding(Text(str(found.continuation).strip()), (0, 0, 0, 2)), style="italic")
+        goes_on = f"{prompt!r} goes on" if prompt else "The model goes on"
+        for moment, found in (("before", facts.before), ("after", facts.after)):
+            console.print(Text(f"\n{goes_on} like this {moment}:"))
+            console.print(Padding(Text(str(found.continuation).strip(), style="italic"), (0, 0, 0, 2)))
     loads = "Load it with stock Transformers" if facts.loads_without_hfcompress else "Load it"
     console.print(f"\n{loads}:")
-    lines = loading_lines(facts.task, str(folder), facts.loads_without_hfcompress)
+    lines = loading_lines(facts.task, str(folder), bool(facts.loads_without_hfcompress))
     for line in lines.splitlines():
         console.print(Text(f"  {line}"), soft_wrap=True)  # never cut or broken: it is there to be copied
     console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True, highlight=False)

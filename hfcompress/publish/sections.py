@@ -8,7 +8,7 @@ from hfcompress.evaluate import Measurement
 from hfcompress.publish.facts import Facts
 from hfcompress.publish.markdown import code, fenced, table
 from hfcompress.publish.numbers import NOT_MEASURED, duration, megabytes, metric, percent, times
-from hfcompress.publish.tables import speed_note, stage_cells, stage_headers
+from hfcompress.publish.tables import dtype_note, speed_note, stage_cells, stage_headers
 
 _REPORT_COLUMNS = {
     "name": "layer", "bits": "bits", "group_size": "group size", "relative_error": "relative error",
@@ -54,11 +54,13 @@ def data_name(facts: Facts) -> str:
 def description(facts: Facts) -> str:
     """Say what the model was made from, when, and on what it was measured."""
     stages = ", ".join(code(stage.name) for stage in facts.stages[1:])
-    made = f"Made on {facts.created} from {code(facts.base_model)}" + (f" by {stages}" if stages else "")
+    day = f" on {facts.created}" if facts.created else ""
+    made = f"Made{day} from {code(facts.base_model)}" + (f" by {stages}" if stages else "")
     license_note = (
         "" if facts.base_model_license else " The base model's licence is not known here: look it up before use."
     )
-    return f"{made}, with hfcompress {facts.version}. {_measured_on(facts)}{license_note}"
+    version = f", with hfcompress {facts.version}" if facts.version else ""
+    return f"{made}{version}. {_measured_on(facts)}{license_note}"
 
 
 def _measured_on(facts: Facts) -> str:
@@ -67,7 +69,8 @@ def _measured_on(facts: Facts) -> str:
     data = data_name(facts)
     source = f"held-out rows of {code(data)}" if data else "held-out rows"
     reloaded = "those of the last stage were taken after reloading the checkpoint."
-    return f"The metrics are of {after.rows:,} {source}{tokens}; {reloaded}"
+    rows = "" if after.rows is None else f"{after.rows:,} "
+    return f"The metrics are of {rows}{source}{tokens}; {reloaded}"
 
 
 def verification(facts: Facts) -> str:
@@ -81,6 +84,11 @@ def verification(facts: Facts) -> str:
     return f"verified by reloading in a fresh process {'; '.join(found)}" if found else f"reload: {NOT_MEASURED}"
 
 
+def yes_or_no(value: bool | None) -> str:
+    """Write a fact that is true or false, or was not measured."""
+    return NOT_MEASURED if value is None else "yes" if value else "no"
+
+
 def stages_markdown(facts: Facts) -> str:
     """Return the table of what was measured after each stage."""
     return table(stage_headers(facts), [stage_cells(facts, stage) for stage in facts.stages])
@@ -90,8 +98,8 @@ def table_notes(facts: Facts) -> str:
     """Explain the columns of the table of stages."""
     sparsity = f"{percent(facts.after.sparsity)} of the final model's parameters are zero."
     return (
-        f"1 MB is 10^6 bytes. Size on disk is of the weight files. tokens/s: {speed_note(facts)}. Peak memory is the "
-        f"resident memory of the whole process while measuring. {sparsity}"
+        f"{dtype_note(facts)}. 1 MB is 10^6 bytes. Size on disk is of the weight files. tokens/s: "
+        f"{speed_note(facts)}. Peak memory is the resident memory of the whole process while measuring. {sparsity}"
     )
 
 
@@ -156,6 +164,7 @@ def not_measured(facts: Facts) -> list[str]:
 def _gaps(facts: Facts, found: Measurement) -> list[str]:
     values = {
         "size on disk": found.bytes_on_disk,
+        "dtype": found.dtype,
         **{name: found.metrics.get(name) for name in facts.metric_names},
         "tokens/s": found.tokens_per_second,
         "peak memory": found.peak_memory_bytes,
@@ -169,9 +178,13 @@ def environment(facts: Facts) -> str:
     for stage in facts.stages:
         found = stage.measurement
         known = [
-            text.format(found.machine[key]) for key, text in _MACHINE.items() if found.machine.get(key) is not None
+            text.format((found.machine or {})[key])
+            for key, text in _MACHINE.items()
+            if (found.machine or {}).get(key) is not None
         ]
-        place = ", ".join([*known, f"device {found.device}", f"dtype {found.dtype}"])
+        parts = {"device": found.device, "dtype": found.dtype}
+        known += [f"{part} {value}" for part, value in parts.items() if value is not None]
+        place = ", ".join(known) or "a machine that was not recorded"
         places.setdefault(place, []).append(stage.name)
     if len(places) == 1:
         return f"All stages: {next(iter(places))}."

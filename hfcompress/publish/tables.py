@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
+from rich.text import Text
 
 from hfcompress.checkpoint.inspect import CheckpointSummary, Part
 from hfcompress.evaluate import Measurement
 from hfcompress.publish.facts import Facts, StageFacts
-from hfcompress.publish.numbers import NOT_MEASURED, megabytes, metric, millions, percent, rate
+from hfcompress.publish.numbers import NOT_MEASURED, count, megabytes, metric, millions, percent, rate
 
-NONE = "-"
+NONE, NOT_KNOWN = "-", "unrecorded"
+_ANY_WIDTH = 10_000
 
 
 def speed_note(facts: Facts) -> str:
@@ -19,6 +25,26 @@ def speed_note(facts: Facts) -> str:
     if len(set(kinds.values())) > 1:
         return "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
     return next(iter(kinds.values()), NOT_MEASURED)
+
+
+def dtype_note(facts: Facts) -> str:
+    """Say which dtype and device each stage was measured in, and what its weight files hold."""
+    ran: dict[str, list[str]] = {}
+    stored: dict[str, list[str]] = {}
+    for stage in facts.stages:
+        found = stage.measurement
+        ran.setdefault(f"{found.dtype or NOT_KNOWN} on {found.device or NOT_KNOWN}", []).append(stage.name)
+        if found.stored_dtypes:
+            stored.setdefault(", ".join(found.stored_dtypes), []).append(stage.name)
+    text = f"Measured in {_by_stage(ran)}"
+    return f"{text}; stored in {_by_stage(stored)}" if stored else text
+
+
+def _by_stage(found: dict[str, list[str]]) -> str:
+    """Write what holds for every stage once, else with the stages that it holds for."""
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
 
 
 def stage_headers(facts: Facts) -> list[str]:
@@ -40,18 +66,42 @@ def stage_cells(facts: Facts, stage: StageFacts) -> list[str]:
     ]
 
 
-def stage_table(facts: Facts) -> Table:
-    """Return the table of stages, for ``rich.print``; it fits 80 columns with one metric, 100 with two."""
-    table = Table(title=facts.name, caption=f"tokens/s: {speed_note(facts)}", title_justify="left", box=SIMPLE_HEAD)
-    table.pad_edge, table.collapse_padding = False, True
-    table.caption_justify = "left"
-    rows = [stage_cells(facts, stage) for stage in facts.stages]
-    for position, header in enumerate(stage_headers(facts)):
-        # Headers may break between words; no word and no cell is cut.
-        widest = max(len(text) for text in (*header.split(), *(row[position] for row in rows)))
-        table.add_column(header, justify="right" if position else "left", min_width=widest)
+@dataclass(frozen=True)
+class StageTable:
+    """The table of stages for ``rich.print``; where it is wider than the console, its columns go on below."""
+
+    facts: Facts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        headers = stage_headers(self.facts)
+        rows = [stage_cells(self.facts, stage) for stage in self.facts.stages]
+        yield Text(self.facts.name, style="table.title")
+        shown: list[int] = []
+        for position in range(1, len(headers)):
+            wider = _columns(headers, rows, [0, *shown, position])
+            if shown and console.measure(wider, options=options.update(width=_ANY_WIDTH)).minimum > options.max_width:
+                yield _columns(headers, rows, [0, *shown])
+                shown = []
+            shown.append(position)
+        yield _columns(headers, rows, [0, *shown])
+        yield Text(f"tokens/s: {speed_note(self.facts)}. {dtype_note(self.facts)}.", style="table.caption")
+
+
+def stage_table(facts: Facts) -> StageTable:
+    """Return the table of stages, for ``rich.print``; nothing in it is cut at any width that holds two columns."""
+    return StageTable(facts)
+
+
+def _columns(headers: list[str], rows: list[list[str]], positions: list[int]) -> Table:
+    """Return some columns as a table that breaks headers and ``not measured`` between words, and nothing else."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for position in positions:
+        cells = [row[position] for row in rows]
+        pieces = [piece for cell in cells for piece in (cell.split() if cell == NOT_MEASURED else [cell])]
+        widest = max(map(len, (*headers[position].split(), *pieces)))
+        table.add_column(headers[position], justify="right" if position else "left", min_width=widest)
     for row in rows:
-        table.add_row(*row, style="bold" if row is rows[-1] else None)
+        table.add_row(*(row[position] for position in positions), style="bold" if row is rows[-1] else None)
     return table
 
 
@@ -66,10 +116,11 @@ def measurement_table(found: Measurement) -> Table:
         "sparsity": percent(found.sparsity),
         "size on disk": megabytes(found.bytes_on_disk),
         **{name: metric(name, value) for name, value in found.metrics.items()},
-        "rows, tokens": f"{found.rows:,}, {found.tokens:,}",
+        "rows, tokens": f"{count(found.rows)}, {count(found.tokens)}",
         f"tokens/s ({found.speed_kind})" if found.speed_kind else "tokens/s": rate(found.tokens_per_second),
         "peak memory": megabytes(found.peak_memory_bytes),
-        "dtype, device": f"{found.dtype}, {found.device}",
+        "measured in": f"{found.dtype or NOT_KNOWN} on {found.device or NOT_KNOWN}",
+        "stored in": ", ".join(found.stored_dtypes) if found.stored_dtypes else NOT_MEASURED,
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hfcompress.recipe import DataSpec
 
@@ -29,6 +30,14 @@ class Task(ABC):
     @abstractmethod
     def collator(self, processor: Any) -> Any:
         """Return the function that makes a batch of encoded rows."""
+
+    @abstractmethod
+    def row_length(self, spec: DataSpec) -> tuple[str, int]:
+        """Return the option that sets how many tokens a row may have, and its value."""
+
+    @abstractmethod
+    def prepare_(self, model: PreTrainedModel, processor: Any) -> None:
+        """Fit a model that was just opened to how this task's batches are made."""
 
     @abstractmethod
     def calibration_rows(self, rows: Dataset, processor: Any, spec: DataSpec, count: int, length: int) -> Dataset:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from transformers import default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from hfcompress.errors import DataError
+from hfcompress.progress import busy
 from hfcompress.recipe import DataSpec
 from hfcompress.tasks.base import Task
 
@@ -27,7 +28,7 @@ class CausalLM(Task):
 
     def encode(self, rows: Dataset, processor: Any, spec: DataSpec, labels: list[str] | None) -> Dataset:
         """Pack all documents, with the end token between them, into rows of ``block_size`` tokens."""
-        length = spec.block_size or DEFAULT_BLOCK_SIZE
+        _, length = self.row_length(spec)
         blocks = pack(rows[spec.text_column], processor, length)
         if not blocks:
             raise DataError(
@@ -35,6 +36,13 @@ class CausalLM(Task):
                 "Give more text or a smaller block_size."
             )
         return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+    def row_length(self, spec: DataSpec) -> tuple[str, int]:
+        """Return ``block_size``, which every row fills."""
+        return "data.block_size", spec.block_size or DEFAULT_BLOCK_SIZE
+
+    def prepare_(self, model: PreTrainedModel, processor: Any) -> None:
+        """Change nothing: rows have no padding."""
 
     def collator(self, processor: Any) -> Any:
         """Return transformers' default collator: all rows have the same length."""
@@ -48,6 +56,7 @@ class CausalLM(Task):
 def pack(texts: Any, tokenizer: Any, length: int) -> list[list[int]]:
     """Return rows of exactly ``length`` token ids from all texts in order, an end token after each."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    with busy(f"packing {len(texts):,} texts into rows of {length} tokens"):
+        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     stream = [token for ids in encoded for token in (*ids, *end)]
     return [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]

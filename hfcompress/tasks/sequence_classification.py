@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from hfcompress.errors import DataError
 from hfcompress.progress import quiet_bars
@@ -39,6 +39,16 @@ class SequenceClassification(Task):
             )
         encoded = self._tokenize(rows, processor, spec, spec.max_length)
         return encoded.add_column("labels", [number[name] for name in names])
+
+    def row_length(self, spec: DataSpec) -> tuple[str, int]:
+        """Return ``max_length``, where longer rows are cut."""
+        return "data.max_length", spec.max_length
+
+    def prepare_(self, model: PreTrainedModel, processor: Any) -> None:
+        """Tell the model which token pads its batches: a decoder classifies by the last token that is another."""
+        config = model.config.get_text_config()
+        if processor.pad_token_id is not None:
+            config.pad_token_id = processor.pad_token_id
 
     def _tokenize(self, rows: Dataset, processor: Any, spec: DataSpec, length: int) -> Dataset:
         def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""What a student and a teacher must share before their logits can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedConfig
+
+from hfcompress.errors import ModelError
+
+
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """Return a classifier's class names in the order of its logits."""
+    names: dict[int, str] = {int(index): name for index, name in (config.id2label or {}).items()}
+    return [names[index] for index in sorted(names)]
+
+
+def refuse_other_size(student: int, teacher: int) -> None:
+    """Raise ModelError unless both have the same number of logits."""
+    if student != teacher:
+        raise ModelError(
+            f"The student has {student} classes or tokens and the teacher {teacher}, so their logits cannot be "
+            "compared. Use a teacher with the same labels or the same tokenizer and vocabulary size."
+        )
+
+
+def refuse_other_labels(student: Sequence[str], teacher: Sequence[str]) -> None:
+    """Raise ModelError, naming the first class that differs, unless both name the same classes in the same order.
+
+    Numbers, and the ``LABEL_0`` that Transformers gives to classes without names, stand for any name.
+    """
+    if _unnamed(student) or _unnamed(teacher):
+        return
+    for index, (one, other) in enumerate(zip(student, teacher)):
+        if one != other:
+            raise ModelError(
+                f"Class {index} is '{one}' for the student and '{other}' for the teacher, so their logits cannot be "
+                "compared. Use a teacher with the same labels in the same order."
+            )
+
+
+def _unnamed(labels: Sequence[str]) -> bool:
+    numbers = [str(index) for index in range(len(labels))]
+    return list(labels) in (numbers, [f"LABEL_{number}" for number in numbers])
+
+
+def refuse_other_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
+    """Raise ModelError, naming the first token that differs, unless both vocabularies number the same tokens alike.
+
+    student, teacher: token to id, as a tokenizer's ``get_vocab`` gives it.
+    """
+    if student == teacher:
+        return
+    one, other = ({index: token for token, index in vocabulary.items()} for vocabulary in (student, teacher))
+    first = min(index for index in {*one, *other} if one.get(index) != other.get(index))
+    said = [repr(tokens[first]) if first in tokens else "not there" for tokens in (one, other)]
+    raise ModelError(
+        f"Token {first} is {said[0]} for the student and {said[1]} for the teacher, so their logits cannot be "
+        "compared. Use a teacher with the same tokenizer."
+    )

@@ -1,0 +1,78 @@
+"""Something is always shown: lines where nobody watches a terminal, a moving display where somebody does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from hfcompress import progress
+
+
+@contextmanager
+def lines_come_by_themselves(capsys: pytest.CaptureFixture[str], expected: str) -> Iterator[list[str]]:
+    """Wait inside a silent step until it has been reported twice."""
+    lines: list[str] = []
+    yield lines
+    deadline = time.monotonic() + 30
+    while sum(expected in line for line in lines) < 2:
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.005)
+        lines += capsys.readouterr().err.splitlines()
+
+
+def test_a_long_step_that_cannot_be_counted_is_not_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    before = threading.active_count()
+    with progress.busy("saving"), lines_come_by_themselves(capsys, "saving: 0:00") as lines:
+        assert capsys.readouterr().err == "saving ...\n"
+    assert lines
+    assert threading.active_count() == before
+
+
+def test_a_counted_step_that_does_not_advance_is_not_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    before = threading.active_count()
+    with progress.meter("distill", 8) as shown:
+        shown.advance(3, "loss 1.5")
+        with lines_come_by_themselves(capsys, "distill: 3/8 in 0:00, 0:00 left  loss 1.5"):
+            pass
+    assert threading.active_count() == before
+
+
+def test_reports_end_with_the_step_also_by_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="stopped"), progress.busy("saving"):
+        raise ValueError("stopped")
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo terminal")
+@pytest.mark.parametrize("step", ["busy('saving')", "meter('distill', 8)"])
+def test_a_terminal_shows_something_that_moves(step: str) -> None:
+    """The display is redrawn again and again while the step itself says nothing."""
+    controller, terminal = os.openpty()
+    code = f"import sys\nfrom hfcompress.progress import busy, meter\nwith {step}:\n    sys.stdin.read()"
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=terminal, env=environment)
+    os.close(terminal)
+    seen = b""
+    while seen.count(b"0:00:0") < 3:
+        seen += os.read(controller, 1024)
+    process.communicate(b"")
+    os.close(controller)
+    assert process.returncode == 0
+    assert seen.count(b"0:00:0") >= 3
