@@ -59,7 +59,7 @@ def test_a_probe_leaves_every_mode_as_it_was_and_ignores_autocast() -> None:
         under_autocast = Probe.of(model)
     assert torch.equal(plain.logits, under_autocast.logits)
     assert [module.training for module in model.modules()] == modes
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
         Probe.of(model, {"no_such_input": torch.ones(1)})
     assert [module.training for module in model.modules()] == modes
     assert plain.device == "cpu"
