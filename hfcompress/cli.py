@@ -127,10 +127,12 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: task metrics, size, speed and peak memory."""
     from hfcompress.checkpoint.atomic import write_text
+    from hfcompress.devices import keep_freed_memory
     from hfcompress.measuring import evaluate_folder
     from hfcompress.publish import measurement_table
     from hfcompress.recipe import load_recipe
 
+    keep_freed_memory()
     named = recipe or str(folder / "recipe.yaml")
     measured = evaluate_folder(folder, load_recipe(named), f"measure {folder.name}", not without_metrics)
     if output is not None:
