@@ -101,14 +101,26 @@ def test_killed_and_resumed_ends_with_the_same_files(moment: Moment, runs: Runs,
     assert {name.partition("/")[0][:2] for name in before} == {f"{stage:02d}" for stage in range(moment.finished)}
     assert not output.exists()
 
-    # Stopped again once the result stands, so that the stages can still be looked at.
-    runs.killed("remove out.partial/stages", "--resume")
+    # Killed once more just before the result gets its name, while the stages can still be looked at.
+    runs.killed("rename out", "--resume")
     after = runs.stage_files()
     assert {name: after.get(name) for name in before} == before
     assert runs.steps() == list(moment.steps)
-    assert model_files(output) == model_files(finished)
+    assert not output.exists()
 
     runs.ended("--resume")
+    assert runs.steps() == []
+    assert model_files(output) == model_files(finished)
+    assert sorted(path.name for path in runs.folder.iterdir()) == ["out", "recipe.yaml"]
+
+
+def test_killed_while_tidying_up_leaves_nothing_behind(runs: Runs, finished: Path) -> None:
+    output = runs.folder / "out"
+    runs.killed("remove out.partial/stages")
+    published = {file.name: file.stat().st_ino for file in output.iterdir()}
+    assert (runs.folder / "out.partial").exists()
+    runs.ended("--resume")
+    assert {file.name: file.stat().st_ino for file in output.iterdir()} == published
     assert model_files(output) == model_files(finished)
     assert sorted(path.name for path in runs.folder.iterdir()) == ["out", "recipe.yaml"]
 
