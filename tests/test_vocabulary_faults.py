@@ -160,7 +160,7 @@ def test_generation_config_of_whisper_follows() -> None:
         **SMALL_SEQ2SEQ,
         num_mel_bins=4,
         max_source_positions=8,
-        **{name: end for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), end),
     )
     model = hf.WhisperForConditionalGeneration(config).eval()
     unused = tokenizer.convert_tokens_to_ids(list(trained("bytelevel")["vocab"])[-1])
