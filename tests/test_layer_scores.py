@@ -16,10 +16,14 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hfcompress.errors import DataError, HFCompressError, ModelError
+from hfcompress.job import Job, Source
+from hfcompress.recipe import parse_recipe
+from hfcompress.stages import run_stage
 from hfcompress.structure import DropLayers, drop_layers, layer_stacks, linear_weights_of
 from hfcompress.structure.layer_scores import block_distances, least_loss_layers, skipping
 from hfcompress.structure.layers import find_stack
-from tests.conftest import VOCABULARY_SIZE
+from tests.conftest import VOCABULARY_SIZE, tiny_llama
+from tests.runs import language_recipe, write_text
 
 LAYERS = 4
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 4, "eos_token_id": 5}
@@ -366,3 +370,21 @@ def test_stack_of_a_model_with_several_must_be_named() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
         DropLayers(**options)
+
+
+@pytest.mark.parametrize("measure", MEASURED)
+def test_the_recipes_stage_measures_on_training_rows(measure: str, tmp_path: Path, tokenizer: Any) -> None:
+    tiny_llama(layers=4).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    stages = [{"drop_layers": {"keep": 2, **MEASURED[measure]}}]
+    recipe = language_recipe(tmp_path / "model", write_text(tmp_path / "text.jsonl"), tmp_path / "out", stages=stages)
+    job = Job(Source(recipe), tmp_path / "model", tmp_path / "work")
+    rows = job.training_batches(128)
+    assert sum(len(batch["input_ids"]) for batch in rows) == 128
+    first = job.source.encoded("train")[0]
+    assert rows[0]["labels"][0].tolist() == first["labels"]
+    expected = drop_layers(job.open_model(), DropLayers(keep=2, **MEASURED[measure]), rows)
+    outcome = run_stage(recipe.stages[0], job)
+    assert outcome.summary == f"2 of 4 layers kept: {expected[0]}, {expected[1]}"
+    assert outcome.model.config.num_hidden_layers == 2
+    assert parse_recipe(recipe.to_dict()) == recipe

@@ -55,11 +55,11 @@ def trained(kind: str) -> dict[str, Any]:
     return json.loads(core.to_str())["model"]
 
 
-def _merges(kind: str) -> list[tuple[str, str]]:
+def merges_of(kind: str) -> list[tuple[str, str]]:
     return [(left, right) for left, right in trained(kind)["merges"]]
 
 
-def _ids(tokens: list[str]) -> dict[str, int]:
+def ids_of(tokens: list[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
@@ -68,20 +68,20 @@ def bert_tokenizer() -> Any:
 
 
 def gpt2_tokenizer() -> Any:
-    vocabulary = _ids([*trained("bytelevel")["vocab"], "<|endoftext|>"])
-    return hf.GPT2Tokenizer(vocab=vocabulary, merges=_merges("bytelevel"))
+    vocabulary = ids_of([*trained("bytelevel")["vocab"], "<|endoftext|>"])
+    return hf.GPT2Tokenizer(vocab=vocabulary, merges=merges_of("bytelevel"))
 
 
 def roberta_tokenizer() -> Any:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    vocabulary = _ids([*special, *trained("bytelevel")["vocab"], "<mask>"])
-    return hf.RobertaTokenizer(vocab=vocabulary, merges=_merges("bytelevel"))
+    vocabulary = ids_of([*special, *trained("bytelevel")["vocab"], "<mask>"])
+    return hf.RobertaTokenizer(vocab=vocabulary, merges=merges_of("bytelevel"))
 
 
 def llama3_tokenizer() -> Any:
     """Byte-level, whole words first (``ignore_merges``), special tokens behind the vocabulary, a chat template."""
-    vocabulary = _ids([*trained("bytelevel")["vocab"], "ĠZebrazzz"])
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges("bytelevel"), ignore_merges=True))
+    vocabulary = ids_of([*trained("bytelevel")["vocab"], "ĠZebrazzz"])
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of("bytelevel"), ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>")
@@ -94,28 +94,28 @@ def llama3_tokenizer() -> Any:
 def llama2_tokenizer() -> Any:
     """Pieces with a space mark and 256 byte tokens to fall back on."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = _ids(["<unk>", "<s>", "</s>", *byte_tokens, *trained("metaspace")["vocab"]])
-    return hf.LlamaTokenizer(vocab=vocabulary, merges=_merges("metaspace"), pad_token="<unk>")
+    vocabulary = ids_of(["<unk>", "<s>", "</s>", *byte_tokens, *trained("metaspace")["vocab"]])
+    return hf.LlamaTokenizer(vocab=vocabulary, merges=merges_of("metaspace"), pad_token="<unk>")
 
 
 def clip_tokenizer() -> Any:
-    vocabulary = _ids([*trained("clip")["vocab"], "<|startoftext|>", "<|endoftext|>"])
-    return hf.CLIPTokenizer(vocab=vocabulary, merges=_merges("clip"))
+    vocabulary = ids_of([*trained("clip")["vocab"], "<|startoftext|>", "<|endoftext|>"])
+    return hf.CLIPTokenizer(vocab=vocabulary, merges=merges_of("clip"))
 
 
-def _pieces() -> list[tuple[str, float]]:
+def pieces() -> list[tuple[str, float]]:
     return [(token, score) for token, score in trained("unigram")["vocab"] if token != "<unk>"]
 
 
 def t5_tokenizer() -> Any:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     sentinels = [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
-    return hf.T5Tokenizer(vocab=[*special, *_pieces(), *sentinels])
+    return hf.T5Tokenizer(vocab=[*special, *pieces(), *sentinels])
 
 
 def xlmr_tokenizer() -> Any:
     special = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return hf.XLMRobertaTokenizer(vocab=[*special, *_pieces(), ("<mask>", 0.0)])
+    return hf.XLMRobertaTokenizer(vocab=[*special, *pieces(), ("<mask>", 0.0)])
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

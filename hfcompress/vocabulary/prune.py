@@ -54,7 +54,8 @@ def prune_vocabulary(
     them, or ids.  The texts are then split into the same tokens as before, and the logits of the kept tokens are the
     same; other texts may be split into more tokens.  Tokens keep their order, and rows beyond the tokenizer's
     vocabulary go.  Model and tokenizer, once saved, reload with plain ``from_pretrained``; processors that hold the
-    tokenizer must be made anew.  The idea: Abdaoui et al., arXiv 2010.05609.
+    tokenizer must be made anew.  A perplexity per token compares only texts that are split alike.  The idea: Abdaoui
+    et al., arXiv 2010.05609.
 
     texts: read once, as a stream.  Raises, before anything changed: DataError without texts; ModelError for a
     tokenizer without a fast backend or of a word-level vocabulary, a tokenizer of another model, a model with several

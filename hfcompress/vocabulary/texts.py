@@ -59,6 +59,6 @@ def chat_texts(tokenizer: Any) -> list[str]:
     for conversation in (messages, messages[1:]):
         try:
             rendered.append(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError:  # how a template says that it has no place for such a message
-            continue
+        except (jinja2.TemplateError, TypeError, ValueError):
+            continue  # how templates say that they have no place for such a message, or that there are several
     return rendered
