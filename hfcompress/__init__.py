@@ -20,6 +20,8 @@ _HOME_OF = {
     "Recipe": "hfcompress.recipe",
     "DropLayers": "hfcompress.structure",
     "drop_layers": "hfcompress.structure",
+    "PrunedVocabulary": "hfcompress.vocabulary",
+    "prune_vocabulary": "hfcompress.vocabulary",
     "inspect_checkpoint": "hfcompress.checkpoint",
     "save_compressed": "hfcompress.checkpoint",
     "verify_checkpoint": "hfcompress.checkpoint",

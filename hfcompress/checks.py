@@ -18,7 +18,7 @@ from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, ModelSpec, Quantize, Stage
 from hfcompress.structure import DropLayers
-from hfcompress.structure.layers import layers_to_keep
+from hfcompress.structure.layers import kept_count
 from hfcompress.tasks.lengths import longest_input
 from hfcompress.training import training_options
 
@@ -46,8 +46,8 @@ def check_before_work(source: Source) -> None:
 
 def _check_stage(source: Source, stage: Stage) -> None:
     options = stage.options
-    if isinstance(options, DropLayers):
-        layers_to_keep(_layers_before(source, stage), options)
+    if isinstance(options, DropLayers) and options.stack is None:
+        kept_count(_layers_before(source, stage), options)
     if isinstance(options, (Finetune, Distill)):
         try:
             DistillationConfig(**training_options(options, Path("unused"), source.recipe.seed))
@@ -128,6 +128,6 @@ def _layers_before(source: Source, stage: Stage) -> int:
     for earlier in source.recipe.stages:
         if earlier is stage:
             break
-        if isinstance(earlier.options, DropLayers):
-            layers = len(layers_to_keep(layers, earlier.options))
+        if isinstance(earlier.options, DropLayers) and earlier.options.stack is None:
+            layers = kept_count(layers, earlier.options)
     return layers

@@ -167,6 +167,11 @@ class Job:
         """Return calibration batches of unlabelled rows."""
         return batches(self.source.calibration_rows(options), self.task.collator(self.processor), batch_size)
 
+    def training_batches(self, rows: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
+        """Return batches of the first training rows, with their labels."""
+        data = self.source.encoded("train")
+        return batches(data.select(range(min(rows, len(data)))), self.task.collator(self.processor), batch_size)
+
     def after(self, name: str, folder: Path, work: Path) -> Job:
         """Return the job of the next stage, which starts from the checkpoint of stage ``name``."""
         return replace(self, folder=folder, work=work, finished={**self.finished, name: folder})

@@ -16,8 +16,10 @@ from hfcompress.pruning import PruneCallback, PruneOptions
 from hfcompress.pruning.masks import prunable_weights, sparsity_of
 from hfcompress.quantization import quantize
 from hfcompress.recipe import Distill, Finetune, Quantize, Stage
-from hfcompress.structure import DropLayers, drop_layers
+from hfcompress.structure import DropLayers, drop_layers, find_stack
 from hfcompress.training import train, training_options
+
+ROWS_FOR_LAYER_CHOICE = 128  # of the training data; a greedy choice by loss runs them once per layer and drop
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def run_stage(stage: Stage, job: Job) -> Outcome:
 
 def _drop_layers(job: Job, options: DropLayers, name: str) -> Outcome:
     model = job.open_model()
-    before = model.config.get_text_config().num_hidden_layers
-    kept = drop_layers(model, options)
+    before = len(find_stack(model, options.stack))
+    calibration = job.training_batches(ROWS_FOR_LAYER_CHOICE) if options.needs_calibration else None
+    kept = drop_layers(model, options, calibration)
     return Outcome(model, f"{len(kept)} of {before} layers kept: {', '.join(map(str, kept))}")
 
 

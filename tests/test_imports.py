@@ -14,7 +14,7 @@ import hfcompress
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
     {"errors", "progress", "devices"},
-    {"structure", "packed"},
+    {"structure", "packed", "vocabulary"},
     {"calibration", "checkpoint", "evaluate"},
     {"pruning", "distillation", "quantization"},
     {"recipe", "bundled"},

@@ -422,7 +422,7 @@ def test_config_without_a_layer_count_is_refused() -> None:
         ({"layers": (1, 0)}, "rising order"),
         ({"layers": (1, 1)}, "distinct"),
         ({"layers": (-1, 1)}, "greater than or equal to 0"),
-        ({"keep": 2, "select": "middle"}, "'even', 'first' or 'last'"),
+        ({"keep": 2, "select": "middle"}, "'even', 'first', 'last', 'angular' or 'loss'"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

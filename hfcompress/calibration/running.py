@@ -1,41 +1,15 @@
-"""How a model is run while it is only watched: no gradients, no dropout, no cache."""
+"""Running a model for what its hooks see, and the tensors in what they see."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Batch = Mapping[str, Any]
+from hfcompress.structure.running import Batch, run_batch, watching
 
-
-@contextmanager
-def watching(module: nn.Module) -> Iterator[None]:
-    """Run a module in eval mode, without gradients and without a key/value cache; restore everything afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None))}
-    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    try:
-        for part, _ in modes:
-            part.training = False
-        for config in cached:
-            config.use_cache = False
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        for config in cached:
-            config.use_cache = True
-
-
-def run_batch(model: nn.Module, batch: Batch) -> None:
-    """Run a model on one batch, moved to the model's device, for what its hooks see."""
-    device = next(model.parameters()).device
-    model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+__all__ = ["Batch", "run_batch", "tensors_in", "watching"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfcompress.structure.layers import DropLayers, drop_layers
+from hfcompress.structure.layers import DropLayers, drop_layers, find_stack
 from hfcompress.structure.stack import LINEAR_TYPES, LayerStack, layer_stacks, linear_weights_of, stack_linears
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "DropLayers",
     "LayerStack",
     "drop_layers",
+    "find_stack",
     "layer_stacks",
     "linear_weights_of",
     "stack_linears",

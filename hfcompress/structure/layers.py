@@ -3,107 +3,147 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hfcompress.errors import ModelError
+from hfcompress.errors import DataError, ModelError
+from hfcompress.structure.layer_count import follow_, layer_count_of, skeleton
+from hfcompress.structure.layer_scores import least_angular_block, least_loss_layers
+from hfcompress.structure.running import Batch
 from hfcompress.structure.stack import LayerStack, layer_stacks
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DropLayers:
-    """Keep ``keep`` layers of the model's stack.
+    """Keep ``keep`` layers of one of the model's stacks.
 
     select: ``even`` keeps the first and the last layer and evenly spaced ones between; ``first`` keeps the first
-    ``keep`` layers; ``last`` the last ones.  layers: the indices to keep, instead of keep and select.
+    ``keep`` layers; ``last`` the last ones.  Measured on calibration data: ``angular`` drops the consecutive layers
+    between whose input and output the hidden states turn least; ``loss`` those that raise the loss least when skipped.
+    layers: the indices to keep, instead of keep and select.  greedy: with ``loss``, measure again after each layer.
+    stack: which stack of a model with several, by a part of its name such as ``decoder``.
     """
 
     keep: Annotated[int, Field(ge=1)] | None = None
-    select: Literal["even", "first", "last"] = "even"
+    select: Literal["even", "first", "last", "angular", "loss"] = "even"
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    greedy: bool = False
+    stack: str | None = None
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.layers is None):
             raise ValueError("give either keep (how many layers) or layers (which ones)")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
             raise ValueError("layers must be distinct indices in rising order")
+        if self.layers is not None and self.select != "even":
+            raise ValueError("layers says which layers to keep, so select has nothing to choose: leave one out")
+        if self.greedy and self.select != "loss":
+            raise ValueError("greedy is for select 'loss' alone")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Tell whether the choice is measured on batches."""
+        return self.select in ("angular", "loss")
 
 
-def layers_to_keep(total: int, method: DropLayers) -> list[int]:
-    """Return the indices that stay, in rising order.  Raises ModelError when the stack has not that many."""
+def kept_count(total: int, method: DropLayers) -> int:
+    """Return how many of a stack's layers stay.  Raises ModelError when the stack has not that many."""
     if method.layers is not None:
         beyond = [index for index in method.layers if index >= total]
         if beyond:
             raise ModelError(f"layers={list(method.layers)}: the stack has layers 0 to {total - 1}, no {beyond}.")
-        return list(method.layers)
+        return len(method.layers)
     assert method.keep is not None
     if method.keep > total:
         raise ModelError(f"keep={method.keep}: the stack has only {total} layers.")
+    return method.keep
+
+
+def layers_to_keep(total: int, method: DropLayers) -> list[int]:
+    """Return the indices that stay, in rising order, for a choice that needs no measurement."""
+    keep = kept_count(total, method)
+    if method.layers is not None:
+        return list(method.layers)
     if method.select == "first":
-        return list(range(method.keep))
+        return list(range(keep))
     if method.select == "last":
-        return list(range(total - method.keep, total))
-    if method.keep == 1:
+        return list(range(total - keep, total))
+    if keep == 1:
         return [0]
-    return [round(place * (total - 1) / (method.keep - 1)) for place in range(method.keep)]
+    return [round(place * (total - 1) / (keep - 1)) for place in range(keep)]
 
 
-def drop_layers(model: PreTrainedModel, method: DropLayers) -> list[int]:
-    """Remove layers from the model's stack in place and return the indices that stayed.
+def drop_layers(model: PreTrainedModel, method: DropLayers, calibration: Iterable[Batch] | None = None) -> list[int]:
+    """Remove layers from one of the model's stacks in place and return the indices that stayed.
 
+    calibration: batches for the measured choices, as the model takes them; for ``loss`` with labels.
     The config is changed with the modules (layer count, per-layer lists, cache indices), so that the model reloads
-    with plain ``from_pretrained``.  Raises ModelError, before anything changed, for a model with several stacks,
-    whose config cannot say how many layers there are, or whose layers cannot stand where they would come to stand.
+    with plain ``from_pretrained``.  Raises, before anything changed: ModelError for a model with several stacks of
+    which none is named, whose config cannot say how many layers there are, or whose layers cannot stand where they
+    would come to stand; DataError when a measured choice has no batches, or no labels for ``loss``.
     """
-    stacks = layer_stacks(model)
-    if len(stacks) != 1:
-        names = ", ".join(f"{stack.name} ({len(stack)})" for stack in stacks)
-        raise ModelError(f"{type(model).__name__} has {len(stacks)} layer stacks ({names}); drop_layers takes one.")
-    stack = stacks[0]
+    stack = find_stack(model, method.stack)
     total = len(stack)
-    kept = layers_to_keep(total, method)
-    config = model.config.get_text_config()
-    if getattr(config, "num_hidden_layers", None) != total:
-        raise ModelError(
-            f"The stack {stack.name} has {total} layers but the config's num_hidden_layers is "
-            f"{getattr(config, 'num_hidden_layers', None)}; a shorter model could not be reloaded."
-        )
-    _refuse_unlike_places(model, stack, kept)
-    _shorten_(config, total, kept)
-    layers = nn.ModuleList(stack.layers[index] for index in kept)
+    count = kept_count(total, method)
+    batches = list(calibration) if calibration is not None and method.needs_calibration else []
+    if method.needs_calibration and not batches:
+        raise DataError(f"select='{method.select}' is measured: drop_layers needs calibration batches for it.")
+    if count == total:
+        return list(range(total))
+    field = layer_count_of(model, stack, range(count))
+    kept = _measured(model, stack, method, batches) if batches else layers_to_keep(total, method)
+
+    shorter_config = copy.deepcopy(model.config)
+    field.shorten_(shorter_config, total, kept)
+    shorter = skeleton(model, shorter_config)
+    _refuse_unlike_places(shorter, stack, kept)
+    before = copy.deepcopy(model.config)
+    field.shorten_(model.config, total, kept)
     parent, _, name = stack.name.rpartition(".")
-    setattr(model.get_submodule(parent), name, layers)
-    for new, layer in enumerate(layers):
-        for module in layer.modules():
+    setattr(model.get_submodule(parent), name, nn.ModuleList(stack.layers[index] for index in kept))
+    follow_(model, shorter, before)
+    for new, old in enumerate(kept):
+        for module in stack.layers[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = new  # type: ignore[assignment]
     return kept
 
 
-def _refuse_unlike_places(model: PreTrainedModel, stack: LayerStack, kept: list[int]) -> None:
+def _measured(model: PreTrainedModel, stack: LayerStack, method: DropLayers, batches: list[Batch]) -> list[int]:
+    count = len(stack) - kept_count(len(stack), method)
+    if method.select == "angular":
+        dropped = least_angular_block(model, stack, count, batches)
+    else:
+        dropped = least_loss_layers(model, stack, count, batches, method.greedy)
+    return [index for index in range(len(stack)) if index not in dropped]
+
+
+def find_stack(model: PreTrainedModel, part: str | None = None) -> LayerStack:
+    """Return the model's only stack, or the only one with ``part`` in its dotted name.  Raises ModelError else."""
+    stacks = layer_stacks(model)
+    found = [stack for stack in stacks if part is None or f".{part}." in f".{stack.name}."]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f"{stack.name} ({len(stack)})" for stack in stacks)
+    asked = "" if part is None else f", {len(found)} of them with '{part}' in its name"
+    raise ModelError(
+        f"{type(model).__name__} has {len(stacks)} layer stacks ({names}){asked}; drop_layers takes one: give stack, "
+        "a part of its name that no other has, such as 'decoder'."
+    )
+
+
+def _refuse_unlike_places(shorter: PreTrainedModel, stack: LayerStack, kept: list[int]) -> None:
     """Compare each kept layer's tensor names with those of the layer that a reload will build in its place."""
-    config = copy.deepcopy(model.config)
-    _shorten_(config.get_text_config(), len(stack), kept)
-    with torch.device("meta"):
-        places = type(model)(config).get_submodule(stack.name)
+    places = shorter.get_submodule(stack.name)
     for new, old in enumerate(kept):
         differing = set(places.get_submodule(str(new)).state_dict()) ^ set(stack.layers[old].state_dict())
         if differing:
             raise ModelError(
-                f"In {type(model).__name__}, layer {old} cannot become layer {new}: only one of the two has "
+                f"In {type(shorter).__name__}, layer {old} cannot become layer {new}: only one of the two has "
                 f"{', '.join(sorted(differing))}. Keep layer {new} itself."
             )
-
-
-def _shorten_(config: PreTrainedConfig, total: int, kept: list[int]) -> None:
-    """Set the layer count and shorten the lists with one entry per layer, such as ``layer_types``."""
-    for name, value in list(vars(config).items()):
-        # By name too: a list of three end-of-text tokens says nothing of a model's three layers.
-        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == total:
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)

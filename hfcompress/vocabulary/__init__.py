@@ -1,0 +1,7 @@
+"""Vocabulary pruning: a smaller embedding, head and tokenizer for the texts that a model is used on."""
+
+from __future__ import annotations
+
+from hfcompress.vocabulary.prune import PrunedVocabulary, prune_vocabulary
+
+__all__ = ["PrunedVocabulary", "prune_vocabulary"]
