@@ -19,6 +19,8 @@ _HOME_OF = {
     "load_recipe": "hfcompress.recipe",
     "Recipe": "hfcompress.recipe",
     "DropLayers": "hfcompress.structure",
+    "ShrinkReport": "hfcompress.structure",
+    "shrink": "hfcompress.structure",
     "drop_layers": "hfcompress.structure",
     "inspect_checkpoint": "hfcompress.checkpoint",
     "save_compressed": "hfcompress.checkpoint",

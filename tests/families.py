@@ -181,6 +181,7 @@ FAMILIES = {
         ),
         {"model.encoder.layers": LAYERS, "model.decoder.layers": 3},
         (6, 10),
+        "audio",
     ),
     "clip": Family(
         hf.AutoModel,
@@ -208,6 +209,7 @@ FAMILIES = {
         ),
         {"text_model.encoder.layers": LAYERS, "vision_model.encoder.layers": 3},
         (6, 6),
+        "text and pixels",
     ),
     "modernbert": Family(
         CLASSIFIER,
@@ -232,11 +234,18 @@ FAMILIES = {
 
 def inputs_of(family: Family) -> dict[str, Tensor]:
     """Two rows for the family's forward; token rows are padded to different lengths."""
-    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    if family.inputs == "pixels":
-        return {"pixel_values": pixels}
-    ids = torch.randint(6, VOCABULARY_SIZE, (2, 10), generator=torch.Generator().manual_seed(1))
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(6, VOCABULARY_SIZE, (2, 10), generator=random)
     attention = torch.ones_like(ids)
     attention[1, 7:] = 0
     ids[1, 7:] = 0
-    return {"input_ids": ids, "attention_mask": attention}
+    tokens = {"input_ids": ids, "attention_mask": attention}
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8, generator=random)}
+    decoder = {"decoder_input_ids": torch.randint(6, VOCABULARY_SIZE, (2, 6), generator=random)}
+    if family.inputs == "audio":
+        return {"input_features": torch.randn(2, 8, 32, generator=random), **decoder}
+    if family.inputs == "pixels":
+        return pixels
+    if family.inputs == "text and pixels":
+        return {**tokens, **pixels}
+    return {**tokens, **decoder} if family.auto is SEQ2SEQ else tokens

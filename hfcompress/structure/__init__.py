@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from hfcompress.structure.attention import find_attention
+from hfcompress.structure.config import differences
 from hfcompress.structure.ffn import find_ffn
+from hfcompress.structure.gates import Gate, Gates, attach_gates
 from hfcompress.structure.layers import DropLayers, drop_layers
+from hfcompress.structure.shrink import ShrinkReport, shrink
 from hfcompress.structure.sites import AttentionSite, FfnSite, Part
 from hfcompress.structure.stack import LINEAR_TYPES, LayerStack, layer_stacks, linear_weights_of, stack_linears
+from hfcompress.structure.zeros import closed_heads, closed_neurons, zero_heads_, zero_neurons_
 
 __all__ = [
     "LINEAR_TYPES",
     "AttentionSite",
     "DropLayers",
     "FfnSite",
+    "Gate",
+    "Gates",
     "LayerStack",
     "Part",
+    "ShrinkReport",
+    "attach_gates",
+    "closed_heads",
+    "closed_neurons",
+    "differences",
     "drop_layers",
     "find_attention",
     "find_ffn",
     "layer_stacks",
     "linear_weights_of",
+    "shrink",
     "stack_linears",
+    "zero_heads_",
+    "zero_neurons_",
 ]

@@ -42,15 +42,10 @@ def attention_in(model: PreTrainedModel, trace: Trace) -> list[AttentionSite]:
         name = names[call.module]
         if name in sites:  # layers that share their modules, as ALBERT's do
             continue
-        owners = [bias_owner.setdefault(id(bias), name) for bias in call.per_head if not _is_producer(bias, call)]
+        owners = [bias_owner.setdefault(id(bias), name) for bias in call.biases]
         owner = next((one for one in owners if one != name), None)
         sites[name] = _site(model, trace, call, name, owner)
     return list(sites.values())
-
-
-def _is_producer(tensor: Tensor, call: AttentionCall) -> bool:
-    """Say whether a further tensor is shaped as queries and keys are, rather than as a bias of their products."""
-    return tensor.shape[-1] == call.query.shape[-1] and tensor.requires_grad and tensor.shape[1] == call.query.shape[1]
 
 
 def _site(model: PreTrainedModel, trace: Trace, call: AttentionCall, name: str, owner: str | None) -> AttentionSite:
@@ -60,8 +55,8 @@ def _site(model: PreTrainedModel, trace: Trace, call: AttentionCall, name: str, 
     query = _producer(trace, call.query, heads, f"The queries of {name}")
     key = _producer(trace, call.key, kv_heads, f"The keys of {name}")
     value = _producer(trace, call.value, kv_heads, f"The values of {name}")
-    per_head = [bias for bias in call.per_head if owner is None and trace.sources_of(bias)]
-    extra = tuple(_producer(trace, tensor, heads, f"The position scores of {name}") for tensor in per_head)
+    learned = [bias for bias in call.biases if owner is None and trace.sources_of(bias)]
+    extra = tuple(_producer(trace, one, heads, f"The position scores of {name}") for one in (*call.extra, *learned))
     output, column_of = _reader(trace, call, name)
     columns = torch.argsort(column_of).reshape(heads, -1)
     config = getattr(call.module, "config", None)

@@ -45,7 +45,8 @@ class AttentionCall:
     """One call of an attention module.
 
     query: (batch, heads, length, head_dim).  key, value: (batch, key/value heads, length, head_dim).  leaf: (batch,
-    length, heads, head_dim), handed on as the output.  per_head: further tensors with heads in dimension 1.
+    length, heads, head_dim), handed on as the output.  extra: further tensors shaped like queries.  biases: tensors
+    with heads in dimension 1 that are added to the attention scores.
     """
 
     module: nn.Module
@@ -53,7 +54,8 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     leaf: Tensor
-    per_head: tuple[Tensor, ...] = ()
+    extra: tuple[Tensor, ...] = ()
+    biases: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -100,9 +102,9 @@ def _attention(
     trace = _trace.get()
     batch, heads, length, _ = query.shape
     leaf = trace.leaf_like(torch.Size((batch, length, heads, value.shape[-1])), value)
-    biases = [value for value in options.values() if isinstance(value, Tensor) and value.dim() == 4]
-    per_head = tuple(bias for bias in biases if bias.shape[1] == heads)
-    trace.attentions.append(AttentionCall(module, query, key, value, leaf, per_head))
+    fourfold = [value for value in options.values() if isinstance(value, Tensor) and value.dim() == 4]
+    biases = tuple(bias for bias in fourfold if bias.shape[1] == heads)
+    trace.attentions.append(AttentionCall(module, query, key, value, leaf, biases=biases))
     return leaf.clone(), None  # a copy, which the model may change in place
 
 
@@ -219,7 +221,7 @@ def _hooks(model: nn.Module, trace: Trace) -> Iterator[None]:
             size = output[0].shape
             leaf = trace.leaf_like(torch.Size((*size[:-1], heads, size[-1] // heads)), output[0])
             query, key, value, *others = parts
-            trace.attentions.append(AttentionCall(module, query, key, value, leaf, tuple(others)))
+            trace.attentions.append(AttentionCall(module, query, key, value, leaf, extra=tuple(others)))
             return (leaf.flatten(-2), *output[1:])
 
         return hook
