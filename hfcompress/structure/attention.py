@@ -50,7 +50,7 @@ def attention_in(model: PreTrainedModel, trace: Trace) -> list[AttentionSite]:
 
 def _site(model: PreTrainedModel, trace: Trace, call: AttentionCall, name: str, owner: str | None) -> AttentionSite:
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
-    if heads % kv_heads:
+    if heads % max(1, kv_heads):
         raise ModelError(f"{name} has {heads} query heads for {kv_heads} key/value heads; they do not divide.")
     query = _producer(trace, call.query, heads, f"The queries of {name}")
     key = _producer(trace, call.key, kv_heads, f"The keys of {name}")
@@ -58,7 +58,7 @@ def _site(model: PreTrainedModel, trace: Trace, call: AttentionCall, name: str, 
     learned = [bias for bias in call.biases if owner is None and trace.sources_of(bias)]
     extra = tuple(_producer(trace, one, heads, f"The position scores of {name}") for one in (*call.extra, *learned))
     output, column_of = _reader(trace, call, name)
-    columns = torch.argsort(column_of).reshape(heads, -1)
+    columns = torch.argsort(column_of).reshape(heads, len(column_of) // max(1, heads))
     config = getattr(call.module, "config", None)
     reads = sorted(trace.config_reads.get(call.module, ()))
     counts = tuple(one for one in reads if "head" in one and getattr(config, one, None) in (heads, kv_heads))

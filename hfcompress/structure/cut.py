@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.structure.config import say_heads_, say_widths_
+from hfcompress.structure.config import Resized, say_heads_, say_widths_
 from hfcompress.structure.plan import Kept, Plan
-from hfcompress.structure.resize import Edits, all_features, keep_features_, refuse_tied
+from hfcompress.structure.resize import Edits, all_features, keep_features_, refuse_uncuttable
 from hfcompress.structure.sites import AttentionSite, FfnSite, Part
 
 
@@ -39,7 +39,7 @@ def cut_(model: PreTrainedModel, edits: Edits, plan: Plan) -> dict[str, int]:
         (name, mask, False) for name, mask in inputs.items()
     ]
     cut = [(name, mask, is_output) for name, mask, is_output in cut if not bool(mask.all())]
-    refuse_tied(model, [name for name, _, _ in cut])
+    refuse_uncuttable(model, [name for name, _, _ in cut])
     for name, mask, is_output in cut:
         keep_features_(edits, model.get_submodule(name), mask.nonzero().flatten(), is_output)
     for site in plan.attention:
@@ -77,18 +77,16 @@ def _set_width(edits: Edits, model: nn.Module, block: FfnSite, width: int) -> No
 
 
 def _say_in_config(model: PreTrainedModel, edits: Edits, plan: Plan) -> dict[str, int]:
-    widths: dict[int, set[int]] = {}
-    for block in plan.ffn:
-        widths.setdefault(block.width, set()).add(len(plan.neurons[block.name].units))
-    counts: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    blocks = [
+        Resized(f"{block.name}.weight", (block.width,), (len(plan.neurons[block.name].units),)) for block in plan.ffn
+    ]
+    sites = []
     for site in plan.attention:
         kept = plan.heads[site.name]
         new = len(kept.units), len(kept.key_value_heads)
-        counts.setdefault((site.heads, site.key_value_heads), set()).add(new)
-    said = say_widths_(model, edits, {old: new - {old} for old, new in widths.items()})
-    if plan.attention:
-        changed = {old: new - {old} for old, new in counts.items()}
-        said |= say_heads_(model, edits, changed, plan.attention[0].head_dim)
+        sites.append(Resized(f"{site.output.name}.weight", (site.heads, site.key_value_heads), new))
+    head_dim = max((site.head_dim for site in plan.attention), default=0)
+    said = say_widths_(model, edits, blocks) | say_heads_(model, edits, sites, head_dim)
     for site in plan.attention:
         said |= _say_what_forward_reads(model, edits, site, plan.heads[site.name])
     return said

@@ -34,6 +34,8 @@ def acts_on(tensor: Tensor, units: Tensor, leaf: Tensor, feature_dims: int = 1) 
     unscaled gradient for a feature that acts on a single unit: one pass per bit reads the number off, in any
     precision, and a feature that acts on several units gives something between.
     """
+    if units.numel() == 0 or leaf.numel() == 0:
+        return torch.full(leaf.shape[-feature_dims:], NONE).flatten()
     random = torch.Generator().manual_seed(1)
     cotangent = (torch.rand(tensor.shape, generator=random) + 1).to(tensor.device, tensor.dtype)
 

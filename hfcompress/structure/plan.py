@@ -68,7 +68,7 @@ def plan_heads(model: nn.Module, sites: Sequence[AttentionSite], least: int) -> 
         open_heads = (~closed[site.name]).reshape(site.key_value_heads, site.group_size).sum(1)
         floor = max(least, int(site.cached), int(_never_empty(model, site.output.name)))
         groups = max(int((open_heads > 0).sum()), min(floor, site.key_value_heads))
-        counts[site.name] = groups, max(int(open_heads.max()), 1 if groups else 0)
+        counts[site.name] = groups, max([min(groups, 1), *open_heads.tolist()])
     _equal_where_the_config_counts(sites, counts)
     return {site.name: _kept(closed[site.name], site, *counts[site.name]) for site in sites}
 

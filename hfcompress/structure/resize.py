@@ -85,18 +85,22 @@ def keep_features_(edits: Edits, module: nn.Module, kept: Tensor, outputs: bool)
     edits.set(module, _size_name(module, outputs), len(kept))
 
 
-def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ModelError when the weight of one of these modules is another module's too: cutting would tear them."""
+def refuse_uncuttable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ModelError when one of these modules has a quantized weight, or one that is another module's too."""
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(name)
     for name in names:
-        weight = model.get_submodule(name).weight
+        module = model.get_submodule(name)
+        weight = weight_of(module)
+        sizes = [getattr(module, _size_name(module, True)), weight.shape[1 - output_dim(module)]]
+        if not weight.is_floating_point() or sorted(weight.shape) != sorted(sizes):
+            raise ModelError(f"{name} is quantized, so it cannot be cut; shrink the model before quantizing it.")
         others = owners[id(weight)] - {name}
         if others:
             raise ModelError(
-                f"{name} shares its weight with {sorted(others)[0]}, so it cannot be cut; untie them first."
+                f"{name} shares its weight with {sorted(others)[0]}, so it cannot be cut; untie the two first."
             )
 
 

@@ -31,9 +31,9 @@ class ShrinkReport:
     """What ``shrink`` removed.
 
     heads, key_value_heads, neurons: (before, after) per attention or feed-forward block.  parameters: (before, after)
-    of the whole model.  config: the values that were changed in the model's config.  uneven: names of what the config
-    still does not describe; empty when stock Transformers loads the model.  not_searched: why heads or neurons could
-    not be looked for in this architecture.
+    of the whole model.  config: the values that were changed in the model's config.  uneven: tensors and attributes
+    that the config still does not describe, see ``differences``; empty when stock Transformers loads the model.
+    not_searched: why heads or neurons could not be looked for in this architecture.
     """
 
     heads: dict[str, tuple[int, int]]
@@ -41,7 +41,7 @@ class ShrinkReport:
     neurons: dict[str, tuple[int, int]]
     parameters: tuple[int, int]
     config: dict[str, int] = field(default_factory=dict)
-    uneven: tuple[str, ...] = ()
+    uneven: tuple[str, ...] | None = ()
     not_searched: tuple[str, ...] = ()
 
     @property
@@ -87,7 +87,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> S
         neurons={site.name: (site.width, len(plan.neurons[site.name].units)) for site in ffn},
         parameters=(before, after),
         config=config,
-        uneven=tuple(differences(model)),
+        uneven=differences(model),
         not_searched=tuple(reasons),
     )
 

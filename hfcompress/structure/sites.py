@@ -64,7 +64,7 @@ class AttentionSite:
 
     @property
     def head_dim(self) -> int:
-        """Features per query and key head."""
+        """Features per query and key head; 0 where no head is left."""
         return self.query.features.shape[1]
 
     @property
@@ -105,8 +105,10 @@ def part_of(name: str, unit_of_feature: Tensor, units: int, what: str) -> Part:
     """Gather the features of each unit; refuse features that act on several units, and units of unequal size."""
     if bool((unit_of_feature == SEVERAL).any()):
         raise ModelError(f"{name} cannot be cut by {what}: one of its features acts on several of them.")
+    if units == 0:  # an earlier shrink took them all
+        return Part(name, torch.empty((0, 0), dtype=torch.long))
     counts = torch.bincount(unit_of_feature[unit_of_feature != NONE], minlength=units)
-    if units == 0 or len(counts) != units or int(counts.min()) != int(counts.max()) or int(counts.min()) == 0:
+    if len(counts) != units or int(counts.min()) != int(counts.max()) or int(counts.min()) == 0:
         raise ModelError(f"{name} cannot be cut by {what}: they have {sorted(set(counts.tolist()))} features each.")
     order = torch.argsort(torch.where(unit_of_feature == NONE, units, unit_of_feature), stable=True)
     return Part(name, order[: int(counts.sum())].reshape(units, -1))
