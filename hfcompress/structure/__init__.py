@@ -7,6 +7,7 @@ from hfcompress.structure.config import differences
 from hfcompress.structure.ffn import find_ffn
 from hfcompress.structure.gates import Gate, Gates, attach_gates
 from hfcompress.structure.layers import DropLayers, drop_layers
+from hfcompress.structure.plan import Kept, plan_heads, plan_neurons
 from hfcompress.structure.shrink import ShrinkReport, shrink
 from hfcompress.structure.sites import AttentionSite, FfnSite, Part
 from hfcompress.structure.stack import LINEAR_TYPES, LayerStack, layer_stacks, linear_weights_of, stack_linears
@@ -19,6 +20,7 @@ __all__ = [
     "FfnSite",
     "Gate",
     "Gates",
+    "Kept",
     "LayerStack",
     "Part",
     "ShrinkReport",
@@ -31,6 +33,8 @@ __all__ = [
     "find_ffn",
     "layer_stacks",
     "linear_weights_of",
+    "plan_heads",
+    "plan_neurons",
     "shrink",
     "stack_linears",
     "zero_heads_",

@@ -72,7 +72,7 @@ def _set_width(edits: Edits, model: nn.Module, block: FfnSite, width: int) -> No
     """Set the width that the module around a feed-forward block holds as an integer."""
     module = model.get_submodule(block.name.rpartition(".")[0])
     for name, value in list(vars(module).items()):
-        if any(part in name for part in ("inter", "inner", "ffn")) and value == block.width:
+        if type(value) is int and value == block.width and any(part in name for part in ("inter", "inner", "ffn")):
             edits.set(module, name, width)
 
 

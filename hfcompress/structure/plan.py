@@ -44,54 +44,66 @@ class Plan:
         return any(not kept.units for kept in (*self.heads.values(), *self.neurons.values()))
 
 
-def plan_heads(model: nn.Module, sites: Sequence[AttentionSite], least: int) -> dict[str, Kept]:
-    """Return the heads that stay per attention.
+def plan_heads(
+    sites: Sequence[AttentionSite], closed: Mapping[str, Tensor], least: Mapping[str, int] | None = None
+) -> dict[str, Kept]:
+    """Return the heads that stay per attention when the ``closed`` ones, (heads,) bool by the site's name, may go.
 
-    Each kept key/value head keeps the same number of query heads, so some closed heads may stay, as zeros.  Attentions
-    that share a position bias keep the same heads; those that read their head count from one config keep the same
-    number.  An attention that would lose all its heads keeps ``least`` key/value heads, and one if generation caches
-    its keys: a cache counts the tokens it has seen by the keys of one layer.
+    Each kept key/value head keeps the same number of query heads, so some closed heads may have to stay.  Attentions
+    that share a position bias keep the same heads; those that read their head count from the config keep the same
+    number.  An attention that would lose all its heads keeps ``least`` key/value heads (by name, none by default), and
+    one if generation caches its keys: a cache counts the tokens it has seen by the keys of one layer.
 
-    Raises ModelError when every head of the model is closed.
+    Raises ModelError when every head is closed.
     """
-    closed = {site.name: closed_heads(model, site) for site in sites}
-    if sites and all(bool(one.all()) for one in closed.values()):
+    if sites and all(bool(closed[site.name].all()) for site in sites):
         raise ModelError("Every attention head of the model is closed; a model must keep at least one.")
+    shared: dict[str, Tensor] = {}
     for site in sites:
-        if site.same_heads_as is not None:
-            closed[site.same_heads_as] = closed[site.same_heads_as] & closed[site.name]
-    for site in sites:
-        if site.same_heads_as is not None:
-            closed[site.name] = closed[site.same_heads_as]
+        owner = site.same_heads_as or site.name
+        shared[owner] = shared.get(owner, closed[site.name]) & closed[site.name]
+    together = {site.name: shared[site.same_heads_as or site.name] for site in sites}
     counts: dict[str, tuple[int, int]] = {}
     for site in sites:
-        open_heads = (~closed[site.name]).reshape(site.key_value_heads, site.group_size).sum(1)
-        floor = max(least, int(site.cached), int(_never_empty(model, site.output.name)))
+        open_heads = (~together[site.name]).reshape(site.key_value_heads, site.group_size).sum(1)
+        floor = max((least or {}).get(site.name, 0), int(site.cached))
         groups = max(int((open_heads > 0).sum()), min(floor, site.key_value_heads))
         counts[site.name] = groups, max([min(groups, 1), *open_heads.tolist()])
     _equal_where_the_config_counts(sites, counts)
-    return {site.name: _kept(closed[site.name], site, *counts[site.name]) for site in sites}
+    return {site.name: _kept(together[site.name], site, *counts[site.name]) for site in sites}
 
 
-def plan_neurons(model: nn.Module, sites: Sequence[FfnSite], least: int) -> dict[str, Kept]:
-    """Return the neurons that stay per feed-forward block; one that would lose all keeps ``least``.
+def plan_neurons(
+    sites: Sequence[FfnSite], closed: Mapping[str, Tensor], least: Mapping[str, int] | None = None
+) -> dict[str, Kept]:
+    """Return the neurons that stay per feed-forward block when the ``closed`` ones, (width,) bool by name, may go.
 
-    Raises ModelError when every neuron of the model is closed.
+    A block that would lose all its neurons keeps ``least`` (by name, none by default).  Raises ModelError when every
+    neuron is closed.
     """
-    closed = {site.name: closed_neurons(model, site) for site in sites}
-    if sites and all(bool(one.all()) for one in closed.values()):
+    if sites and all(bool(closed[site.name].all()) for site in sites):
         raise ModelError("Every feed-forward neuron of the model is closed; a model must keep at least one.")
     kept = {}
     for site in sites:
         units = (~closed[site.name]).nonzero().flatten().tolist()
-        floor = max(least, int(_never_empty(model, site.down.name)))
-        kept[site.name] = Kept(tuple(units or range(min(floor, site.width))))
+        kept[site.name] = Kept(tuple(units or range(min((least or {}).get(site.name, 0), site.width))))
     return kept
 
 
-def _never_empty(model: nn.Module, name: str) -> bool:
-    """Say whether a layer cannot run without inputs: Conv1D flattens them by their size, which may not be zero."""
-    return isinstance(model.get_submodule(name), Conv1D)
+def plan_shrink(
+    model: nn.Module, attention: Sequence[AttentionSite], ffn: Sequence[FfnSite], least_heads: int, least_neurons: int
+) -> Plan:
+    """Plan the removal of every head and neuron whose weights say that it is closed."""
+    heads = {site.name: closed_heads(model, site) for site in attention}
+    neurons = {site.name: closed_neurons(model, site) for site in ffn}
+    floors = {site.name: max(least_heads, _least(model, site.output.name)) for site in attention}
+    floors |= {site.name: max(least_neurons, _least(model, site.down.name)) for site in ffn}
+    return Plan(attention, ffn, plan_heads(attention, heads, floors), plan_neurons(ffn, neurons, floors))
+
+
+def _least(model: nn.Module, name: str) -> int:
+    """Return how many units a reader needs: Conv1D flattens its input by a size that may not be zero."""
+    return int(isinstance(model.get_submodule(name), Conv1D))
 
 
 def _equal_where_the_config_counts(sites: Sequence[AttentionSite], counts: dict[str, tuple[int, int]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -120,7 +121,9 @@ def trace_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
     """
     trace = Trace()
     arguments = dict(inputs if inputs is not None else dummy_inputs(model))
-    if hasattr(model.config.get_text_config(decoder=True), "use_cache"):
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(one.name == "use_cache" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    if takes_any and hasattr(model.config.get_text_config(decoder=True), "use_cache"):
         arguments["use_cache"] = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(_eval_mode(model))

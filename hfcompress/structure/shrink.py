@@ -17,7 +17,7 @@ from hfcompress.structure.cut import cut_
 from hfcompress.structure.ffn import ffn_in
 from hfcompress.structure.gates import fold_gates_
 from hfcompress.structure.inputs import dummy_inputs
-from hfcompress.structure.plan import Plan, plan_heads, plan_neurons
+from hfcompress.structure.plan import Plan, plan_shrink
 from hfcompress.structure.probe import trace_model
 from hfcompress.structure.resize import Edits
 from hfcompress.structure.sites import AttentionSite, FfnSite
@@ -120,8 +120,7 @@ def _shrink_to_fit(
 ) -> tuple[Plan, dict[str, int]]:
     """Cut as much as runs: layers without any head or neuron if the architecture takes them, else with one closed."""
     for least_heads, least_neurons in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        heads, neurons = plan_heads(model, attention, least_heads), plan_neurons(model, ffn, least_neurons)
-        plan = Plan(attention, ffn, heads, neurons)
+        plan = plan_shrink(model, attention, ffn, least_heads, least_neurons)
         if not plan.removes:
             return plan, {}
         edits = Edits()
