@@ -19,6 +19,8 @@ _HOME_OF = {
     "load_recipe": "hfcompress.recipe",
     "Recipe": "hfcompress.recipe",
     "DropLayers": "hfcompress.structure",
+    "ShrinkReport": "hfcompress.structure",
+    "shrink": "hfcompress.structure",
     "drop_layers": "hfcompress.structure",
     "PrunedVocabulary": "hfcompress.vocabulary",
     "prune_vocabulary": "hfcompress.vocabulary",
