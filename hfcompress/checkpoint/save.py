@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +17,11 @@ from transformers import PreTrainedModel
 from hfcompress.checkpoint.atomic import MARKER, new_folder, refuse_foreign, refuse_full_disk
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
+from hfcompress.formats import METHOD
+from hfcompress.loading.record import record_uneven
 from hfcompress.packed.format import packed_linears
 from hfcompress.progress import quiet_bars
+from hfcompress.structure.shapes import Shapes, meta_twin, resize_
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ def save_compressed(
     inputs: dict[str, Tensor] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> SavedCheckpoint:
-    """Save a model (and its processor) as a checkpoint that stock ``from_pretrained`` loads.
+    """Save a model (and its processor) as a checkpoint that ``from_pretrained`` loads.
 
+    Stock Transformers loads it where the config can say the model's shapes, and otherwise once hfcompress is imported;
+    the model's config then gets a record of its shapes, with which plain ``save_pretrained`` writes the same files.
     The folder appears only when everything in it is written and, with ``verify``, has been reloaded in a fresh
     process to the same logits.  inputs: what verification feeds the model; random tokens unless given.
     extra_files: text files by name, written into the same folder.
@@ -51,10 +55,11 @@ def save_compressed(
     folder = Path(folder)
     refuse_foreign(folder)
     refuse_nan(model)
-    _refuse_inexpressible(model)
+    shapes = record_uneven(model)
+    _refuse_inexpressible(model, shapes)
     refuse_full_disk(folder, _bytes_of(model))
     probe = Probe.of(model, inputs) if verify else None
-    form = "compressed-tensors pack-quantized" if packed_linears(model) else "plain"
+    form = format_of(model, shapes)
     verification = None
     with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
         model.save_pretrained(scratch)
@@ -83,13 +88,16 @@ def refuse_nan(model: nn.Module) -> None:
             )
 
 
-def _refuse_inexpressible(model: PreTrainedModel) -> None:
-    """Raise CheckpointError unless a model built from the config has the same tensors in the same shapes."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        twin = type(model)(config)
+def format_of(model: nn.Module, shapes: Shapes) -> str:
+    """Return the name of the format that a model with these uneven shapes is saved in."""
+    packed = "pack-quantized" if packed_linears(model) else ""
+    return f"{METHOD if shapes else 'compressed-tensors'} {packed}".strip() if shapes or packed else "plain"
+
+
+def _refuse_inexpressible(model: PreTrainedModel, shapes: Shapes) -> None:
+    """Raise CheckpointError unless the config and the record of uneven shapes make a model with the same tensors."""
+    twin = meta_twin(model)
+    resize_(twin, shapes)
     expected = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
     actual = logical_shapes(model)
     for name in sorted({*expected, *actual}):

@@ -1,11 +1,13 @@
-"""Reload a checkpoint with stock Transformers and compare its logits.  Run as a script; imports nothing of ours.
+"""Reload a checkpoint with Transformers and compare its logits.  Run as a script; imports nothing of ours by itself.
 
-Usage: stock_reload.py CHECKPOINT CLASS PROBE.  PROBE is a safetensors file with the inputs (``input.*``) and the
-logits that the model gave in memory.  Prints one line of JSON.
+Usage: stock_reload.py CHECKPOINT CLASS PROBE [PLUGIN].  PROBE is a safetensors file with the inputs (``input.*``) and
+the logits that the model gave in memory.  PLUGIN is imported first, as the checkpoint's users do.  Prints one line of
+JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -15,8 +17,10 @@ import transformers
 from safetensors.torch import load_file
 
 
-def main(folder: str, class_name: str, probe_file: str) -> None:
+def main(folder: str, class_name: str, probe_file: str, plugin: str = "") -> None:
     """Compare and print: the largest difference of a logit, the largest logit, and the seconds that loading took."""
+    if plugin:
+        importlib.import_module(plugin)
     probe = load_file(probe_file)
     expected = probe["logits"]
     inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}

@@ -25,8 +25,8 @@ class HFCompressConfig(QuantizationConfigMixin):
     modules: the numbers and shapes that differ from the config's own model, by module name (the model's own names, not
     those of the file).  quantization: the quantization of the resized model, as any ``quantization_config``.
 
-    A user makes one to quantize an unevenly pruned checkpoint while it is loaded:
-    ``from_pretrained(folder, quantization_config=HFCompressConfig(quantization=BitsAndBytesConfig(load_in_4bit=True)))``.
+    Made by a user, it quantizes an unevenly pruned checkpoint while that is loaded:
+    ``from_pretrained(folder, quantization_config=HFCompressConfig(quantization=BitsAndBytesConfig(...)))``.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class HFCompressQuantizer(_Uneven, HfQuantizer):
 
 def _on_top(config: HFCompressConfig, inner: dict[str, Any]) -> HfQuantizer:
     """Return the inner quantization's own quantizer, which resizes the model before it does anything else."""
-    plain = auto.AutoHfQuantizer.from_config(
-        auto.AutoQuantizationConfig.from_dict(dict(inner)), pre_quantized=not config.quantize_while_loading
-    )
-    plain.__class__ = type(f"Uneven{type(plain).__name__}", (_Uneven, type(plain)), {"shapes": config})
-    return plain
+    settings = auto.AutoQuantizationConfig.from_dict(dict(inner))
+    pre_quantized = not config.quantize_while_loading
+    kind = type(auto.AutoHfQuantizer.from_config(settings, pre_quantized=pre_quantized))
+    uneven = type(f"Uneven{kind.__name__}", (_Uneven, kind), {"shapes": config})
+    return uneven(settings, pre_quantized=pre_quantized)
 
 
 def register() -> None:
