@@ -18,7 +18,8 @@ ORDERS = {
     "before": "import sys, importlib, hfcompress; sys.modules.pop('hfcompress'); "
     "import hfcompress; import transformers.quantizers.auto as tables; "
     "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('hfcompress')]; import hfcompress; "
-    "assert sum(type(f).__module__ == 'hfcompress.loading.hook' for f in sys.meta_path) == 1; importlib.reload(tables); "
+    "assert sum(type(f).__module__ == 'hfcompress.loading.hook' for f in sys.meta_path) == 1; "
+    "importlib.reload(tables); "
     "assert type(tables.__loader__).__name__ == 'SourceFileLoader'; " + KNOWN,
     "after": "import transformers.modeling_utils, hfcompress; " + KNOWN,
     "in another thread": "import threading, hfcompress; "

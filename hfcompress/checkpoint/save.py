@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.atomic import MARKER, new_folder, refuse_foreign, refuse_full_disk
+from hfcompress.checkpoint.dense import to_dense
+from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.formats import METHOD
@@ -39,6 +41,7 @@ def save_compressed(
     processor: Any = None,
     *,
     verify: bool = False,
+    uneven: Literal["loader", "dense", "remote-code"] = "loader",
     inputs: dict[str, Tensor] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> SavedCheckpoint:
@@ -47,7 +50,10 @@ def save_compressed(
     Stock Transformers loads it where the config can say the model's shapes, and otherwise once hfcompress is imported;
     the model's config then gets a record of its shapes, with which plain ``save_pretrained`` writes the same files.
     The folder appears only when everything in it is written and, with ``verify``, has been reloaded in a fresh
-    process to the same logits.  inputs: what verification feeds the model; random tokens unless given.
+    process to the same logits.
+    uneven: what to do with shapes that the config cannot say. ``loader`` writes them for our loader; ``dense`` fills
+    them up with zeros; ``remote-code`` adds a Python file that loads for those who pass ``trust_remote_code=True``.
+    inputs: what verification feeds the model; random tokens unless given.
     extra_files: text files by name, written into the same folder.
     Raises OutputError for a folder that hfcompress did not write, ModelError for NaN weights, CheckpointError when the
     model's config cannot describe its shapes, the disk is full, or the reload differs.  Then nothing has changed.
@@ -55,14 +61,22 @@ def save_compressed(
     folder = Path(folder)
     refuse_foreign(folder)
     refuse_nan(model)
+    if uneven == "dense":
+        model = to_dense(model, inputs)
     shapes = record_uneven(model)
+    remote = uneven == "remote-code" and bool(shapes)
+    if remote:
+        refuse_remote_code(model)
     _refuse_inexpressible(model, shapes)
     refuse_full_disk(folder, _bytes_of(model))
     probe = Probe.of(model, inputs) if verify else None
-    form = format_of(model, shapes)
+    form = "remote code" if remote else format_of(model, shapes)
     verification = None
     with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
-        model.save_pretrained(scratch)
+        # Transformers does not translate an older format's names for remote code.
+        model.save_pretrained(scratch, save_original_format=not remote)
+        if remote:
+            add_remote_code(scratch, model)
         if processor is not None:
             processor.save_pretrained(scratch)
         for name, text in (extra_files or {}).items():

@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -25,7 +26,8 @@ def main(folder: str, class_name: str, probe_file: str, plugin: str = "") -> Non
     expected = probe["logits"]
     inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
     started = time.perf_counter()
-    model = getattr(transformers, class_name).from_pretrained(folder).eval()
+    trusted = {"trust_remote_code": True} if (Path(folder) / "modeling_uneven.py").is_file() else {}
+    model = getattr(transformers, class_name).from_pretrained(folder, **trusted).eval()
     seconds = time.perf_counter() - started
     with torch.inference_mode():
         logits = model(**inputs)["logits"]
