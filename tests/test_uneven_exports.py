@@ -102,7 +102,8 @@ def test_remote_code_loads_without_hfcompress_where_it_is_trusted(tmp_path: Path
     for name, auto in AUTO.items():
         model: PreTrainedModel = FAMILIES[name]()
         hfcompress.save_compressed(model, tmp_path / name, uneven="remote-code")
-        save_file({**inputs_of(model), "expected": output_of(model)}, tmp_path / f"{name}.probe")
+        probe = {key: value.clone() for key, value in inputs_of(model).items()}
+        save_file({**probe, "expected": output_of(model)}, tmp_path / f"{name}.probe")
         asked.append(f"{name},{auto},{type(model).__name__}")
         expected += [f"{name} untrusted stopped", f"{name} Uneven{type(model).__name__} True"]
     environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "", "HF_HUB_OFFLINE": "1"}
