@@ -1,5 +1,6 @@
 """The compression plugin for Hugging Face Transformers: prune, distil and quantize with Trainer and from_pretrained.
 
+Importing it registers the loader of unevenly pruned checkpoints with Transformers, and does nothing else.
 Names are imported when they are first used, so that ``import hfcompress`` stays cheap.
 """
 
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from hfcompress.loading.hook import register_with_transformers
 
 _HOME_OF = {
     "PruneCallback": "hfcompress.pruning",
@@ -26,6 +29,9 @@ _HOME_OF = {
     "prune_vocabulary": "hfcompress.vocabulary",
     "inspect_checkpoint": "hfcompress.checkpoint",
     "save_compressed": "hfcompress.checkpoint",
+    "to_dense": "hfcompress.checkpoint",
+    "HFCompressConfig": "hfcompress.loading.quantizer",
+    "from_config": "hfcompress.loading.record",
     "verify_checkpoint": "hfcompress.checkpoint",
     "Measurement": "hfcompress.evaluate",
     "measure": "hfcompress.evaluate",
@@ -33,6 +39,9 @@ _HOME_OF = {
     "HFCompressError": "hfcompress.errors",
 }
 __all__ = sorted(_HOME_OF)
+
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -117,7 +117,7 @@ def _publish(space: Workspace, source: Source, folder: Path) -> Path:
 def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
     """Gather what the card says, all of it recorded or measured on the way."""
     recipe = space.recipe
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    verified = json.loads((folder / MARKER).read_text(encoding="utf-8"))["verified"]
     rows, report = [], None
     for position, name in enumerate([ORIGINAL, *(stage.name for stage in recipe.stages)]):
         facts = space.facts_of(position, name)
@@ -135,8 +135,8 @@ def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
         "stages": rows,
-        "loads_without_hfcompress": marker["verified"] is not None,
-        "verification": {"stock": marker["verified"]},
+        "loads_without_hfcompress": verified is not None and not verified["with_hfcompress"],
+        "verification": {"hfcompress" if verified and verified["with_hfcompress"] else "stock": verified},
         "quantization_report": report,
     }
 

@@ -111,10 +111,10 @@ def test_nan_weight_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_shapes_that_the_config_cannot_say_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_neither_config_nor_record_can_say_are_refused(tmp_path: Path) -> None:
     model = tiny_llama()
-    model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
-    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' has shape \(64, 96\)"):
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(128, 64, bias=True)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.down_proj\.bias' has shape \(64,\)"):
         save_compressed(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

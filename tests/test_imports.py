@@ -13,8 +13,9 @@ import hfcompress
 
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
-    {"errors", "progress", "devices"},
+    {"errors", "progress", "devices", "formats"},
     {"structure", "packed", "vocabulary"},
+    {"loading"},
     {"calibration", "checkpoint", "evaluate"},
     {"pruning", "distillation", "quantization"},
     {"recipe", "bundled"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hfcompress.checkpoint.dense import to_dense
 from hfcompress.checkpoint.files import read_header, weight_files
 from hfcompress.checkpoint.inspect import CheckpointSummary, inspect_checkpoint
 from hfcompress.checkpoint.save import SavedCheckpoint, refuse_nan, save_compressed
@@ -16,6 +17,7 @@ __all__ = [
     "read_header",
     "refuse_nan",
     "save_compressed",
+    "to_dense",
     "verify_checkpoint",
     "weight_files",
 ]

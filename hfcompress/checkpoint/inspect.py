@@ -16,6 +16,7 @@ from torch import Tensor
 from hfcompress.checkpoint.files import read_header, read_json, weight_files
 from hfcompress.checkpoint.summary import CheckpointSummary, Part, QuantizationGroup
 from hfcompress.errors import CheckpointError
+from hfcompress.formats import METHOD
 from hfcompress.packed.packing import PACKABLE_BITS, unpack_codes
 
 __all__ = ["CheckpointSummary", "Part", "QuantizationGroup", "inspect_checkpoint", "read_header", "weight_files"]
@@ -56,8 +57,9 @@ def _quantization(config: dict[str, Any], folder: Path) -> tuple[str, tuple[Quan
     if not options:
         return "plain", ()
     method = options.get("quant_method")
-    if method == "hfcompress":
-        return "hfcompress", ()
+    if method == METHOD:
+        inner, inner_groups = _quantization({"quantization_config": options.get("quantization")}, folder)
+        return f"{METHOD} {inner.partition(' ')[2]}".strip(), inner_groups
     if method != "compressed-tensors":
         raise CheckpointError(
             f"{folder} is stored by the quantization method '{method}'. "
@@ -77,6 +79,12 @@ def _quantization(config: dict[str, Any], folder: Path) -> tuple[str, tuple[Quan
                 )
             )
     return f"compressed-tensors {options.get('format', '')}".strip(), tuple(groups)
+
+
+def _uneven(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    options = config.get("quantization_config") or {}
+    modules: dict[str, dict[str, Any]] = options.get("modules", {}) if options.get("quant_method") == METHOD else {}
+    return dict(sorted(modules.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
 
 
 @dataclass(frozen=True)
@@ -219,4 +227,5 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointSummary:
         bytes_on_disk=sum(path.stat().st_size for path in files),
         has_recipe=(folder / "recipe.yaml").is_file(),
         has_measurements=(folder / "measurements.json").is_file(),
+        uneven=_uneven(config),
     )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.atomic import MARKER, new_folder, recover, refuse_foreign, refuse_full_disk
+from hfcompress.checkpoint.dense import to_dense
+from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
+from hfcompress.formats import METHOD
+from hfcompress.loading.record import record_uneven
 from hfcompress.packed.format import packed_linears
 from hfcompress.progress import busy, quiet_bars
+from hfcompress.structure.shapes import Shapes, meta_twin, resize_
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,19 @@ def save_compressed(
     processor: Any = None,
     *,
     verify: bool = False,
+    uneven: Literal["loader", "dense", "remote-code"] = "loader",
     inputs: dict[str, Tensor] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> SavedCheckpoint:
-    """Save a model (and its processor) as a checkpoint that stock ``from_pretrained`` loads.
+    """Save a model (and its processor) as a checkpoint that ``from_pretrained`` loads.
 
+    Stock Transformers loads it where the config can say the model's shapes, and otherwise once hfcompress is imported;
+    the model's config then gets a record of its shapes, with which plain ``save_pretrained`` writes the same files.
     The folder appears only when everything in it is written and, with ``verify``, has been reloaded in a fresh
-    process to the same logits.  inputs: what verification feeds the model; random tokens unless given.
+    process to the same logits.
+    uneven: what to do with shapes that the config cannot say. ``loader`` writes them for our loader; ``dense`` fills
+    them up with zeros; ``remote-code`` adds a Python file that loads for those who pass ``trust_remote_code=True``.
+    inputs: what verification feeds the model; random tokens unless given.
     extra_files: text files by name, written into the same folder.
     Raises OutputError for a folder that hfcompress did not write, to which someone added files, or which another
     process is writing; ModelError for NaN weights; CheckpointError when the model's config cannot describe its shapes,
@@ -53,14 +63,23 @@ def save_compressed(
     recover(folder)
     refuse_foreign(folder)
     refuse_nan(model)
-    _refuse_inexpressible(model)
+    if uneven == "dense":
+        model = to_dense(model, inputs)
+    shapes = record_uneven(model)
+    remote = uneven == "remote-code" and bool(shapes)
+    if remote:
+        refuse_remote_code(model)
+    _refuse_inexpressible(model, shapes)
     refuse_full_disk(folder, _bytes_of(model))
     probe = Probe.of(model, inputs) if verify else None
-    form = "compressed-tensors pack-quantized" if packed_linears(model) else "plain"
+    form = "remote code" if remote else format_of(model, shapes)
     verification = None
     with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
         with busy(f"saving {folder.name}"):
-            model.save_pretrained(scratch)
+            # Transformers does not translate an older format's names for remote code.
+            model.save_pretrained(scratch, save_original_format=not remote)
+        if remote:
+            add_remote_code(scratch, model)
         if processor is not None:
             processor.save_pretrained(scratch)
         for name, text in (extra_files or {}).items():
@@ -86,13 +105,16 @@ def refuse_nan(model: nn.Module) -> None:
             )
 
 
-def _refuse_inexpressible(model: PreTrainedModel) -> None:
-    """Raise CheckpointError unless a model built from the config has the same tensors in the same shapes."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        twin = type(model)(config)
+def format_of(model: nn.Module, shapes: Shapes) -> str:
+    """Return the name of the format that a model with these uneven shapes is saved in."""
+    packed = "pack-quantized" if packed_linears(model) else ""
+    return f"{METHOD if shapes else 'compressed-tensors'} {packed}".strip() if shapes or packed else "plain"
+
+
+def _refuse_inexpressible(model: PreTrainedModel, shapes: Shapes) -> None:
+    """Raise CheckpointError unless the config and the record of uneven shapes make a model with the same tensors."""
+    twin = meta_twin(model)
+    resize_(twin, shapes)
     expected = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
     actual = logical_shapes(model)
     for name in sorted({*expected, *actual}):

@@ -1,28 +1,34 @@
-"""Reload a checkpoint with stock Transformers and compare its logits.  Run as a script; imports nothing of ours.
+"""Reload a checkpoint with Transformers and compare its logits.  Run as a script; imports nothing of ours by itself.
 
-Usage: stock_reload.py CHECKPOINT CLASS PROBE DEVICE.  PROBE is a safetensors file with the inputs (``input.*``)
-and the logits that the model gave in memory.  DEVICE is where it ran, ``auto`` for several.  Prints one line of JSON.
+Usage: stock_reload.py CHECKPOINT CLASS PROBE DEVICE [PLUGIN].  PROBE is a safetensors file with the inputs
+(``input.*``) and the logits that the model gave in memory.  DEVICE is where it ran, ``auto`` for several.  PLUGIN is
+imported first, as the checkpoint's users do.  Prints one line of JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file
 
 
-def main(folder: str, class_name: str, probe_file: str, device: str) -> None:
+def main(folder: str, class_name: str, probe_file: str, device: str, plugin: str = "") -> None:
     """Compare and print: the largest difference of a logit, the largest logit, and the seconds that loading took."""
+    if plugin:
+        importlib.import_module(plugin)
     probe = load_file(probe_file)
     expected = probe["logits"]
     inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
     started = time.perf_counter()
     spread = {"device_map": "auto"} if device == "auto" else {}
-    model = getattr(transformers, class_name).from_pretrained(folder, **spread).eval()
+    trusted = {"trust_remote_code": True} if (Path(folder) / "modeling_uneven.py").is_file() else {}
+    model = getattr(transformers, class_name).from_pretrained(folder, **spread, **trusted).eval()
     if device not in ("cpu", "auto"):
         model = model.to(device)
     seconds = time.perf_counter() - started

@@ -47,7 +47,10 @@ class QuantizationGroup:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What ``inspect_checkpoint`` found.  ``bytes_on_disk``: of the weight files, their headers included."""
+    """What ``inspect_checkpoint`` found.  ``bytes_on_disk``: of the weight files, their headers included.
+
+    uneven: by module, the sizes and counts that differ from what the config says, for which loading needs hfcompress.
+    """
 
     folder: str
     architectures: tuple[str, ...]
@@ -61,6 +64,7 @@ class CheckpointSummary:
     bytes_on_disk: int
     has_recipe: bool
     has_measurements: bool
+    uneven: dict[str, dict[str, Any]]
 
     @property
     def parameters(self) -> int:

@@ -1,4 +1,8 @@
-"""Prove that a checkpoint reloads to the same model, in a process that has never seen hfcompress."""
+"""Prove that a checkpoint reloads to the same model in a fresh process.
+
+The process has never seen hfcompress, unless the checkpoint's format needs it; then it begins with the import that
+the checkpoint's users write.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hfcompress.checkpoint.files import read_json
 from hfcompress.errors import CheckpointError
+from hfcompress.formats import METHOD
 from hfcompress.progress import busy
 from hfcompress.structure.modes import eval_mode
 
@@ -36,13 +43,17 @@ AUTO_CLASSES = (
 
 @dataclass(frozen=True)
 class Verification:
-    """What the reload showed.  max_logit_difference: absolute; tolerance: what was allowed, of the largest logit."""
+    """What the reload showed.  max_logit_difference: absolute; tolerance: what was allowed, of the largest logit.
+
+    with_hfcompress: whether the process had to import hfcompress first.
+    """
 
     max_logit_difference: float
     max_logit: float
     seconds: float
     loaded_by: str
     tolerance: float
+    with_hfcompress: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +107,12 @@ def auto_class_of(model: PreTrainedModel) -> str:
 
 
 def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
-    """Reload a checkpoint in a fresh process with stock Transformers and compare logits.
+    """Reload a checkpoint in a fresh process, with stock Transformers where its format allows, and compare logits.
 
     Raises CheckpointError when it does not load, or when a logit differs by more than the tolerance of its dtype
     times the largest logit.
     """
+    plugin = needs_hfcompress(read_json(Path(folder) / "config.json"))
     with tempfile.TemporaryDirectory() as scratch:
         probe_file = Path(scratch) / "probe.safetensors"
         tensors = {f"input.{name}": value.contiguous() for name, value in probe.inputs.items()}
@@ -108,15 +120,15 @@ def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
         # Run as text and in an empty folder: a script's own folder would come first on the import path.
         script = Path(__file__).with_name("stock_reload.py").read_text(encoding="utf-8")
         command = [sys.executable, "-c", script, str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
-        command.append(probe.device)
-        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+        command += [probe.device, *([METHOD] if plugin else [])]
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", **(_import_path() if plugin else {})}
         with busy("verifying in a fresh process"):
             run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     if run.returncode != 0:
         tail = "\n".join(run.stderr.strip().splitlines()[-3:])
         raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}")
     found = json.loads(run.stdout.strip().splitlines()[-1])
-    if found["hfcompress_imported"]:
+    if found["hfcompress_imported"] and not plugin:
         raise CheckpointError(
             "The verifying process imported hfcompress, so it proves nothing about stock Transformers."
         )
@@ -126,5 +138,16 @@ def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
             f"(largest logit {found['max_logit']:.2e}, allowed share {probe.tolerance:g})."
         )
     return Verification(
-        found["max_logit_difference"], found["max_logit"], found["seconds"], probe.loaded_by, probe.tolerance
+        found["max_logit_difference"], found["max_logit"], found["seconds"], probe.loaded_by, probe.tolerance, plugin
     )
+
+
+def needs_hfcompress(config: Mapping[str, Any]) -> bool:
+    """Tell from a checkpoint's ``config.json`` whether its users must import hfcompress."""
+    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def _import_path() -> dict[str, str]:
+    """Let the fresh process import the package that runs now, which may be a checkout."""
+    here = str(Path(__file__).parents[2])
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}

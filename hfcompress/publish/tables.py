@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions
@@ -153,7 +154,16 @@ def inspection_tables(summary: CheckpointSummary) -> list[Table]:
     tables = [whole, _parts_table("parts", (*summary.parts, summary.total))]
     if summary.layers:
         tables.append(_parts_table("layers", summary.layers))
+    if summary.uneven:
+        tables.append(_uneven_table(summary.uneven))
     return tables
+
+
+def _uneven_table(uneven: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("module", "differs from config.json", title="uneven shapes", title_justify="left")
+    for name, values in uneven.items():
+        table.add_row(name, ", ".join(f"{key} {value}" for key, value in values.items()))
+    return table
 
 
 def _parts_table(title: str, parts: tuple[Part, ...]) -> Table:

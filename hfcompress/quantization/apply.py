@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.calibration import InputHessian, LayerVisit, walk_layers
 from hfcompress.errors import HFCompressError, ModelError
+from hfcompress.loading.record import record_uneven
 from hfcompress.packed import PackedLinear, compressed_tensors_config
 from hfcompress.progress import meter
 from hfcompress.quantization.gptq import gptq_siblings
@@ -56,6 +57,7 @@ def quantize(
         _restore_(model, planned)
         raise
     model.config.quantization_config = compressed_tensors_config(model)
+    record_uneven(model)
     by_name = {row.name: row for row in rows}
     ordered = tuple(by_name[one.name] for one in planned)
     return QuantizationReport(type(method).__name__.lower(), ordered, time.perf_counter() - started)

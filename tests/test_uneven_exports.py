@@ -1,0 +1,130 @@
+"""Two more ways out for uneven models: zero-filled dense checkpoints, and remote code that a reader must trust."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+import hfcompress
+from hfcompress.errors import ModelError
+from hfcompress.structure.shapes import meta_twin, record_shapes, uneven_shapes
+from tests.uneven import FAMILIES, bert, inputs_of, output_of
+
+WITH_LOGITS = [name for name in FAMILIES if name != "bert-base"]
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
+def test_filled_up_with_zeros_gives_the_same_logits(name: str) -> None:
+    model = FAMILIES[name]()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    dense = hfcompress.to_dense(model, inputs_of(model))
+    shapes = {key: value.shape for key, value in meta_twin(model).state_dict().items()}
+    assert {key: value.shape for key, value in dense.state_dict().items()} == shapes
+    torch.testing.assert_close(output_of(dense), output_of(model), rtol=1e-4, atol=1e-4)
+    assert uneven_shapes(dense) == {}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_no_order_that_fits_is_an_error() -> None:
+    """Here the config's own activation is not what the model in memory applies."""
+    model = FAMILIES["bert"]()
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = torch.nn.Softmax(-1)
+    with pytest.raises(ModelError, match="cannot be filled up with zeros"):
+        hfcompress.to_dense(model)
+
+
+def test_packed_models_are_refused() -> None:
+    model = FAMILIES["bert"]()
+    hfcompress.quantize(model, hfcompress.RTN(bits=8, group_size=None))
+    with pytest.raises(ModelError, match="make the model dense first"):
+        hfcompress.to_dense(model)
+    with pytest.raises(ModelError, match="cannot be packed"):
+        hfcompress.checkpoint.remote_code.refuse_remote_code(model)
+
+
+def test_saved_dense_is_verified_with_stock_transformers(tmp_path: Path) -> None:
+    model = FAMILIES["bert"]()
+    saved = hfcompress.save_compressed(model, tmp_path / "out", uneven="dense", verify=True)
+    assert saved.format == "plain"
+    assert saved.verification is not None
+    assert not saved.verification.with_hfcompress
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert uneven_shapes(model) != {}
+
+
+def test_saved_for_the_loader_is_verified_with_hfcompress(tmp_path: Path) -> None:
+    saved = hfcompress.save_compressed(FAMILIES["bert"](), tmp_path / "out", verify=True)
+    assert saved.format == "hfcompress"
+    assert saved.verification is not None
+    assert saved.verification.with_hfcompress
+    assert saved.verification.max_logit_difference == 0.0
+    summary = hfcompress.inspect_checkpoint(tmp_path / "out")
+    assert summary.uneven["bert.encoder.layer.1.attention.self"] == {"all_head_size": 8, "num_attention_heads": 1}
+    assert next(iter(summary.uneven)).startswith("bert.encoder.layer.0")
+
+
+REMOTE = """
+import sys, torch
+from safetensors.torch import load_file
+import transformers
+for line in sys.argv[1:]:
+    name, auto, kind = line.split(",")
+    try:
+        getattr(transformers, kind).from_pretrained(name)
+        print(name, "untrusted loaded")
+    except RuntimeError:
+        print(name, "untrusted stopped")
+    model = getattr(transformers, auto).from_pretrained(name, trust_remote_code=True).eval()
+    probe = load_file(name + ".probe")
+    expected = probe.pop("expected")
+    with torch.no_grad():
+        print(name, type(model).__name__, torch.equal(model(**probe)[0], expected))
+    model.save_pretrained(name + "-again")
+assert "hfcompress" not in sys.modules
+"""
+AUTO = {
+    "bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM", "gpt2": "AutoModelForCausalLM",
+    "vit": "AutoModelForImageClassification", "t5": "AutoModelForSeq2SeqLM",
+}  # fmt: skip
+
+
+def test_remote_code_loads_without_hfcompress_where_it_is_trusted(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    asked, expected = [], []
+    for name, auto in AUTO.items():
+        model: PreTrainedModel = FAMILIES[name]()
+        hfcompress.save_compressed(model, tmp_path / name, uneven="remote-code")
+        probe = {key: value.clone() for key, value in inputs_of(model).items()}
+        save_file({**probe, "expected": output_of(model)}, tmp_path / f"{name}.probe")
+        asked.append(f"{name},{auto},{type(model).__name__}")
+        expected += [f"{name} untrusted stopped", f"{name} Uneven{type(model).__name__} True"]
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", REMOTE, *asked],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert run.stdout.splitlines() == expected, run.stdout + run.stderr
+    assert (tmp_path / "bert-again" / "modeling_uneven.py").is_file()
+
+
+def test_fresh_models_in_uneven_shapes(tmp_path: Path) -> None:
+    model = FAMILIES["bert"]()
+    record_shapes(model)
+    model.save_pretrained(tmp_path)
+    fresh = hfcompress.from_config(AutoConfig.from_pretrained(tmp_path), AutoModelForSequenceClassification)
+    assert uneven_shapes(fresh) == uneven_shapes(model)
+    assert fresh.config.quantization_config["modules"] == uneven_shapes(model)
+    dense = hfcompress.from_config(bert().config, AutoModelForSequenceClassification)
+    assert uneven_shapes(dense) == {}

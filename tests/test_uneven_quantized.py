@@ -1,0 +1,194 @@
+"""Unevenly pruned models that are quantized too: packed by us, or by another quantizer on top."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+import hfcompress
+from hfcompress.loading.quantizer import HFCompressConfig
+from hfcompress.packed import PackedLinear, packed_linears
+from hfcompress.structure.shapes import record_shapes, uneven_shapes
+from tests.uneven import FAMILIES, TOKENS, llama, narrow, output_of, separate_heads
+
+PACKABLE = [name for name in FAMILIES if name != "gpt2"]
+
+
+def packed(name: str, **options: object) -> PreTrainedModel:
+    model = FAMILIES[name]()
+    with pytest.warns(UserWarning, match="Group sizes that do not divide"):
+        hfcompress.quantize(model, hfcompress.RTN(**{"bits": 4, "group_size": 16, **options}))
+    return model
+
+
+def codes_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: layer.codes() for name, layer in packed_linears(model).items()}
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_quantized_after_shrinking_reloads_to_the_same_codes(name: str, tmp_path: Path) -> None:
+    model = packed(name)
+    expected = output_of(model)
+    model.save_pretrained(tmp_path)  # after a forward
+    reloaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(output_of(reloaded), expected)
+    own, theirs = codes_of(model), codes_of(reloaded)
+    assert own.keys() == theirs.keys() != set()
+    assert all(torch.equal(own[key], theirs[key]) for key in own)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_every_width_of_codes(bits: int, tmp_path: Path) -> None:
+    model = packed("llama", bits=bits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output_of(AutoModelForCausalLM.from_pretrained(tmp_path)), output_of(model))
+
+
+def test_saving_again_gives_the_same_files(tmp_path: Path) -> None:
+    model = packed("llama-tied")
+    hfcompress.save_compressed(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "plain")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "again")
+    plain = {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir()}
+    for folder in ("ours", "again"):
+        files = {f.name: f.read_bytes() for f in (tmp_path / folder).iterdir() if f.name != "hfcompress.json"}
+        assert files == plain, folder
+
+
+def test_sharded_and_bfloat16(tmp_path: Path) -> None:
+    model = packed("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    layer = reloaded.model.layers[0].mlp.gate_proj
+    assert isinstance(layer, PackedLinear)
+    assert layer.weight_scale.dtype == torch.bfloat16
+    assert torch.equal(layer.codes(), model.model.layers[0].mlp.gate_proj.codes())
+
+
+def test_the_base_class_finds_its_packed_layers(tmp_path: Path) -> None:
+    model = packed("llama-classifier")
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert {f"model.{name}" for name in packed_linears(base)} == set(packed_linears(model))
+    assert torch.equal(output_of(base), model.model(TOKENS)[0])
+
+
+def test_the_config_holds_both_and_the_file_no_dense_weight(tmp_path: Path) -> None:
+    model = packed("llama")
+    hfcompress.save_compressed(model, tmp_path / "out", verify=True)
+    recorded = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert recorded["quant_method"] == "hfcompress"
+    assert recorded["quantization"]["quant_method"] == "compressed-tensors"
+    assert recorded["modules"]["model.layers.0.mlp.gate_proj"] == {"out_features": 40}
+    summary = hfcompress.inspect_checkpoint(tmp_path / "out")
+    assert summary.format == "hfcompress pack-quantized"
+    assert {group.bits for group in summary.groups} == {4}
+    assert summary.parameters == sum(p.numel() for p in FAMILIES["llama"]().parameters())
+
+
+def test_an_even_model_stays_a_stock_checkpoint(tmp_path: Path) -> None:
+    model = llama()
+    hfcompress.quantize(model, hfcompress.RTN(bits=4, group_size=16))
+    hfcompress.save_compressed(model, tmp_path / "out")
+    recorded = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert recorded["quant_method"] == "compressed-tensors"
+    assert "modules" not in recorded
+
+
+STOCK = """
+import sys, transformers
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    print("loaded")
+except (RuntimeError, OSError, ValueError) as error:
+    print(type(error).__name__, error)
+assert "hfcompress" not in sys.modules
+"""
+
+
+def test_stock_transformers_stops_instead_of_loading_random_weights(tmp_path: Path) -> None:
+    """All that is uneven is packed, under names that it would pass over."""
+    model = packed("llama")
+    model.save_pretrained(tmp_path / "out")
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert run.stdout.startswith("RuntimeError"), run.stdout
+    assert "model.layers.{0, 1}.mlp.gate_proj.weight" in run.stderr + run.stdout
+
+
+bitsandbytes = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed"
+)
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+INT8 = {"load_in_8bit": True}
+
+
+def blocky() -> PreTrainedModel:
+    """Widths that 64 divides: the 4-bit kernel that bitsandbytes has for CPUs takes no others."""
+    model = llama(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=32, intermediate_size=128)
+    for layer, heads, width in zip(model.model.layers, ([0, 1, 2, 3], [1, 3]), (128, 64)):
+        own, ffn = layer.self_attn, layer.mlp
+        separate_heads(own.q_proj, own.k_proj, own.v_proj, own.o_proj, heads, 32)
+        narrow([ffn.gate_proj, ffn.up_proj], ffn.down_proj, width)
+    return model
+
+
+@bitsandbytes
+@pytest.mark.parametrize("options", [NF4, INT8], ids=["nf4", "int8"])
+def test_bitsandbytes_on_top_while_loading_and_from_its_own_checkpoint(options: dict, tmp_path: Path) -> None:
+    model = blocky()
+    record_shapes(model)
+    model.save_pretrained(tmp_path / "float")
+    on_top = HFCompressConfig(quantization=BitsAndBytesConfig(**options))
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=on_top)
+    layer = quantized.model.layers[1].mlp.gate_proj
+    assert type(layer).__module__.startswith("bitsandbytes")
+    assert (layer.in_features, layer.out_features) == (64, 64)
+    assert quantized.is_quantized
+    difference = (output_of(quantized) - output_of(model)).abs().max() / output_of(model).abs().max()
+    assert 0 < difference < 0.3
+    assert uneven_shapes(quantized) == uneven_shapes(model)
+
+    quantized.save_pretrained(tmp_path / "quantized")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(again.model.layers[1].mlp.gate_proj) is type(layer)
+    torch.testing.assert_close(output_of(again), output_of(quantized))
+    recorded = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
+    assert recorded["quantization"]["quant_method"] == "bitsandbytes"
+    size = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("float", "quantized")}
+    assert size["quantized"] < size["float"]
+
+
+@bitsandbytes
+def test_dequantizing_leaves_an_uneven_float_model(tmp_path: Path) -> None:
+    model = blocky()
+    record_shapes(model)
+    model.save_pretrained(tmp_path / "float")
+    on_top = HFCompressConfig(quantization=BitsAndBytesConfig(**NF4))
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=on_top)
+    dense = quantized.dequantize()
+    assert not dense.is_quantized
+    assert type(dense.model.layers[0].mlp.gate_proj) is nn.Linear
+    dense.save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(output_of(again), output_of(dense))
+    assert uneven_shapes(again) == uneven_shapes(model)
+
+
+def test_another_quantization_without_our_config_is_refused(tmp_path: Path) -> None:
+    """Transformers' own message names the config class to pass, which has room for the other."""
+    model = FAMILIES["llama"]()
+    record_shapes(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantized with HFCompressConfig but you are passing a BitsAndBytesConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
