@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-HALF_WORD = 1 << 16
+BUCKETS = 1 << 16
+ZERO = BUCKETS >> 1  # the bucket of 0.0
+UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 
-def _ordered_bits(scores: Tensor) -> Tensor:
-    """Return float32 scores as flat int32 in the same order; -0.0 and 0.0 are equal."""
-    bits = (scores.detach().float().flatten() + 0.0).view(torch.int32)
+def smallest(scores: Iterable[Tensor], count: int, sizes: Sequence[int] | None = None) -> list[Tensor]:
+    """Mark the smallest entries over all tensors together, as many as weigh ``count`` at most; ties never add more.
+
+    scores: of any shapes and signs, no NaN.  It is gone through twice, so an object that makes each tensor when it is
+    asked for keeps the memory at one tensor's worth.  sizes: what one entry of each tensor weighs, 1 by default.
+    Returns boolean tensors of the same shapes.  A histogram over half words finds the bucket that the threshold lies
+    in, and only what is inside that bucket is sorted.  Among equal scores those in earlier tensors and earlier places
+    go first.
+    """
+    counts = torch.zeros(BUCKETS, dtype=torch.int64)
+    shapes = []
+    for index, one in enumerate(scores):
+        counts += _histogram(one) * _size(sizes, index)
+        shapes.append((one.shape, one.device))
+    if count <= 0 or count >= int(counts.sum()):
+        return [torch.full(shape, count > 0, dtype=torch.bool, device=device) for shape, device in shapes]
+    bucket, below = _bucket_of(counts, count - 1)
+    lowest, highest = _edges(bucket)
+    marked, places, values = [], [], []
+    for one in scores:
+        flat = _flat(one)
+        under = flat < lowest
+        inside = ((flat <= highest) ^ under).nonzero().flatten()
+        marked.append(under)
+        places.append(inside)
+        values.append(flat[inside].cpu())
+    _mark_first_(marked, places, values, sizes, count - below)
+    return [flat.view(shape) for flat, (shape, _) in zip(marked, shapes)]
+
+
+def _mark_first_(
+    marked: list[Tensor], places: list[Tensor], values: list[Tensor], sizes: Sequence[int] | None, left: int
+) -> None:
+    """Mark the smallest of the candidates of all tensors as long as they weigh ``left`` at most."""
+    lengths = [len(one) for one in values]
+    together = torch.cat(values)
+    if bool((together == together[0]).all()):
+        order = torch.arange(len(together))
+    else:
+        order = together.sort(stable=True).indices
+    weighs = torch.cat([torch.full((length,), _size(sizes, index)) for index, length in enumerate(lengths)])
+    taken = torch.zeros(len(together), dtype=torch.bool)
+    taken[order[weighs[order].cumsum(0) <= left]] = True
+    for flat, inside, mine in zip(marked, places, taken.split(lengths)):
+        flat[inside[mine.to(inside.device)]] = True
+
+
+def _size(sizes: Sequence[int] | None, index: int) -> int:
+    return 1 if sizes is None else sizes[index]
+
+
+def _flat(scores: Tensor) -> Tensor:
+    return scores.detach().float().contiguous().flatten()
+
+
+def _histogram(scores: Tensor) -> Tensor:
+    """Count the entries by their upper half word: 65536 buckets in the order of the scores."""
+    high = _flat(scores).view(torch.int16)[UPPER_HALF::2]
     # Negative floats grow downwards as integers, so all bits but the sign are turned round.
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _histogram(bits: Tensor, upper: int | None) -> Tensor:
-    """Count upper half words (from -2^15), or the lower half words of the entries whose upper half word is given."""
-    high = bits >> 16
-    keys = high + (HALF_WORD >> 1) if upper is None else bits[high == upper] & (HALF_WORD - 1)
-    return torch.bincount(keys, minlength=HALF_WORD).cpu()
+    ordered = high ^ ((high >> 15) & 0x7FFF)
+    counts = torch.bincount(ordered.int() + ZERO, minlength=BUCKETS).cpu()
+    # -0.0 is 0.0, so the buckets on both sides of zero are one.
+    counts[ZERO] += counts[ZERO - 1]
+    counts[ZERO - 1] = 0
+    return counts
 
 
 def _bucket_of(counts: Tensor, rank: int) -> tuple[int, int]:
@@ -31,38 +87,15 @@ def _bucket_of(counts: Tensor, rank: int) -> tuple[int, int]:
     return bucket, int(cumulative[bucket - 1]) if bucket else 0
 
 
-def smallest(scores: Iterable[Tensor], count: int, sizes: Sequence[int] | None = None) -> list[Tensor]:
-    """Mark the smallest entries over all tensors together, as many as weigh ``count`` at most; ties never add more.
-
-    scores: of any shapes and signs, no NaN.  It is gone through three times, so an object that makes each tensor when
-    it is asked for keeps the memory at one tensor's worth.  sizes: what one entry of each tensor weighs, 1 by default.
-    Returns boolean tensors of the same shapes.  Two histograms of half words find the threshold (a radix select), so
-    nothing is sorted.  Among equal scores those in earlier tensors and earlier places go first.
-    """
-    high = _weighted_histogram(scores, sizes, None)
-    total = int(high.sum())
-    if count <= 0 or count >= total:
-        return [torch.full(one.shape, count > 0, dtype=torch.bool, device=one.device) for one in scores]
-    bucket, below = _bucket_of(high, count - 1)
-    upper = bucket - (HALF_WORD >> 1)
-    lower, below_here = _bucket_of(_weighted_histogram(scores, sizes, upper), count - 1 - below)
-    threshold = upper * HALF_WORD + lower
-    left = count - below - below_here
-    marked = []
-    for index, one in enumerate(scores):
-        size = 1 if sizes is None else sizes[index]
-        bits = _ordered_bits(one)
-        chosen = bits < threshold
-        if left >= size:
-            ties = (bits == threshold).nonzero().flatten()[: left // size]
-            chosen[ties] = True
-            left -= len(ties) * size
-        marked.append(chosen.view(one.shape))
-    return marked
+def _edges(bucket: int) -> tuple[float, float]:
+    """Return the smallest and the largest float of a bucket."""
+    upper = bucket - ZERO
+    lowest = _float_of(((upper - 1) if upper == 0 else upper) << 16)
+    highest = _float_of((upper << 16) | 0xFFFF)
+    # The buckets of the infinities hold nothing else.
+    return (lowest if lowest == lowest else -torch.inf), (highest if highest == highest else torch.inf)
 
 
-def _weighted_histogram(scores: Iterable[Tensor], sizes: Sequence[int] | None, upper: int | None) -> Tensor:
-    counts = torch.zeros(HALF_WORD, dtype=torch.int64)
-    for index, one in enumerate(scores):
-        counts += _histogram(_ordered_bits(one), upper) * (1 if sizes is None else sizes[index])
-    return counts
+def _float_of(ordered: int) -> float:
+    bits = ordered if ordered >= 0 else ordered ^ 0x7FFFFFFF
+    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
