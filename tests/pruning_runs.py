@@ -41,7 +41,17 @@ def small_llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def small_gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=5)
+    config = GPT2Config(
+        vocab_size=VOCABULARY_SIZE,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        eos_token_id=5,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 

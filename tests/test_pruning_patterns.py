@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
+from hfcompress.pruning.masks import prune_masks_
 from hfcompress.pruning.patterns import (
     Blocks,
     NofM,
@@ -148,3 +151,25 @@ def test_scores_may_be_made_when_they_are_asked_for() -> None:
 
     for mine, theirs in zip(smallest(Lazy(), 40), smallest(stored, 40)):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("text", [None, "2:4", "4x1", "row"])
+def test_masks_take_a_byte_a_weight_and_scores_are_never_held(text: str | None, scope: str) -> None:
+    masks = {str(index): torch.ones(8, 16, dtype=torch.bool) for index in range(6)}
+    alive: set[int] = set()
+    most = 0
+
+    def score(name: str) -> Tensor:
+        nonlocal most
+        made = _scores("random", (8, 16), int(name))
+        alive.add(id(made))
+        weakref.finalize(made, alive.discard, id(made))
+        most = max(most, len(alive))
+        return made
+
+    gc.collect()
+    prune_masks_(masks, score, 0.5, scope, None if text is None else parse_pattern(text))
+    assert most <= 2
+    assert all(mask.element_size() == 1 for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == 6 * 8 * 16 // 2
