@@ -144,7 +144,8 @@ REPLACED = [
      ["line 10, stages[1].distill.prune: start=0.8 must lie before end=0.7 (both are shares of the steps)"]),
     ("{sparsity: 0.3}", "0.3", ["line 10, stages[1].distill.prune: must be a mapping of options, not 0.3"]),
     ("{sparsity: 0.3}", "{criterion: magnitud}",
-     ["line 10, stages[1].distill.prune.criterion: 'magnitud' is not one of magnitude (magnitude?)"]),
+     ["line 10, stages[1].distill.prune.criterion: 'magnitud' is not one of "
+      "magnitude, movement, taylor, activation, random (magnitude?)"]),
     ("{sparsity: 0.3}", "{exclude: [[a]]}",
      ["line 10, stages[1].distill.prune.exclude[0]: must be text, not a list"]),
 ]  # fmt: skip

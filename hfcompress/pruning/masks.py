@@ -2,85 +2,112 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfcompress.errors import ModelError
-from hfcompress.pruning.criteria import CRITERIA
+from hfcompress.pruning.patterns import Blocks, NofM, Pattern, block_scores, nofm_pruned, spread_blocks, whole_units
 from hfcompress.pruning.select import smallest
-from hfcompress.structure import layer_stacks, stack_linears
+from hfcompress.pruning.targets import prunable_weights
+from hfcompress.structure import layer_stacks
+
+__all__ = [
+    "GradientMask",
+    "Masks",
+    "apply_masks_",
+    "clear_moments_",
+    "masks_from_zeros",
+    "prunable_weights",
+    "prune_masks_",
+    "sparsity_by_layer",
+    "sparsity_of",
+]
 
 Masks = dict[str, Tensor]
-
-
-def prunable_weights(
-    model: nn.Module, targets: Iterable[str] | None = None, exclude: Iterable[str] = ()
-) -> dict[str, nn.Parameter]:
-    """Return the weights to prune by name; a weight shared by two modules appears once.
-
-    targets, exclude: name patterns (``fnmatch``) over module names; targets None means every linear and Conv1D module
-    inside the layer stack, which leaves embeddings, the head and norms alone.
-    Raises ModelError when nothing matches, with names that exist.
-    """
-    if targets is None:
-        modules: dict[str, nn.Module] = stack_linears(model)
-    else:
-        modules = {name: module for name, module in model.named_modules() if _matches(name, targets)}
-    found: dict[str, nn.Parameter] = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or _matches(name, exclude):
-            continue
-        if all(weight is not other for other in found.values()):
-            found[f"{name}.weight"] = weight
-    if not found:
-        examples = ", ".join(list(stack_linears(model))[:3])
-        raise ModelError(
-            f"No weight matches targets={_shown(targets)} and exclude={_shown(exclude)}. "
-            f"Names in this model look like: {examples}."
-        )
-    return found
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _shown(patterns: Iterable[str] | None) -> str:
-    return "None" if patterns is None else str(list(patterns))
+LOWEST = torch.finfo(torch.float32).min
 
 
 def masks_from_zeros(weights: Mapping[str, Tensor]) -> Masks:
-    """Return masks (True: kept) that hold today's zeros in place."""
+    """Return masks (True: kept, one byte a weight) that hold today's zeros in place."""
     return {name: weight.detach() != 0 for name, weight in weights.items()}
 
 
-def magnitude_masks(weights: Mapping[str, Tensor], sparsity: float, criterion: str, scope: str) -> Masks:
-    """Prune the smallest scores to ``sparsity``, of all weights together or of each layer.
+def factors(mask: Tensor) -> Tensor:
+    """Return a mask's bytes as integers 0 and 1, which CPUs multiply by about twice as fast as by booleans."""
+    return mask.view(torch.int8)
 
-    Weights that are zero already have the smallest score there is, so they stay pruned.  The count is rounded down:
-    never more than asked.
+
+@torch.no_grad()
+def prune_masks_(
+    masks: Masks, score: Callable[[str], Tensor], sparsity: float, scope: str, pattern: Pattern | None = None
+) -> None:
+    """Prune the lowest scores to ``sparsity``, of all weights together or of each layer, in place.
+
+    masks: True where a weight is kept; what is pruned stays pruned and counts towards the sparsity.
+    score: returns the float32 scores of a weight by name, of its mask's shape; it is called several times so that no
+    copy of the model's scores is ever held.  Masks of matrices that patterns apply to lie (outputs, inputs).
+    The count is rounded down to whole units of the pattern: never more than asked.  N:M ramps up to the pattern:
+    at any sparsity below its own, what is pruned is a part of it.
     """
-    score = CRITERIA[criterion]
-    groups = [list(weights)] if scope == "global" else [[name] for name in weights]
-    masks: Masks = {}
-    for names in groups:
-        scores = [score(weights[name]) for name in names]
-        count = int(sparsity * sum(one.numel() for one in scores))
-        for name, pruned, one in zip(names, smallest(scores, count), scores):
-            masks[name] = ~(pruned | (one == 0))
-    return masks
+    for names in [list(masks)] if scope == "global" else [[name] for name in masks]:
+        units = _Units(masks, names, score, pattern)
+        total = sum(masks[name].numel() for name in names)
+        marked = smallest(units, whole_units(sparsity, total), [_size(pattern, masks[name]) for name in names])
+        for name, one in zip(names, marked):
+            masks[name] &= ~(spread_blocks(one, pattern, masks[name].shape[1]) if isinstance(pattern, Blocks) else one)
+
+
+def _size(pattern: Pattern | None, mask: Tensor) -> int:
+    return pattern.size(mask.shape[1]) if isinstance(pattern, Blocks) else 1
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The scores of what is pruned as one, weight by weight: made anew each time that they are gone through."""
+
+    masks: Masks
+    names: list[str]
+    score: Callable[[str], Tensor]
+    pattern: Pattern | None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for name in self.names:
+            yield self._units_of(self.score(name), self.masks[name])
+
+    def _units_of(self, scores: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(self.pattern, Blocks):
+            # A block with dead weights is worth what lives in it; one without life goes first.
+            live = block_scores(scores * factors(mask), self.pattern)
+            return live.where(block_scores(mask, self.pattern) > 0, LOWEST)
+        # Dead weights go first.  An arithmetic penalty is several times faster than `where`.
+        scores = scores.sub(factors(~mask), alpha=-LOWEST)
+        if isinstance(self.pattern, NofM):
+            return scores.where(nofm_pruned(scores, self.pattern), torch.inf)
+        return scores
 
 
 @torch.no_grad()
 def apply_masks_(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set every pruned weight to zero, in place."""
-    for name, mask in masks.items():
-        weights[name].mul_(mask)
+    if masks:
+        torch._foreach_mul_([weights[name].detach() for name in masks], [factors(mask) for mask in masks.values()])
+
+
+@dataclass(frozen=True)
+class GradientMask:
+    """A hook that zeroes the gradient of a parameter's pruned weights; the mask is looked up, because it changes."""
+
+    masks: Masks
+    name: str
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor) -> None:
+        """Zero what the parameter's gradient has gathered for pruned weights, in place."""
+        if weight.grad is not None:
+            weight.grad.mul_(factors(self.masks[self.name]))
 
 
 @torch.no_grad()
@@ -92,7 +119,7 @@ def clear_moments_(optimizer: Any, weights: Mapping[str, nn.Parameter], masks: M
         for value in state.get(weight, {}).values():
             # 8-bit optimizers keep codes, whose 0 is not the number 0.
             if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                value.mul_(mask)
+                value.mul_(factors(mask))
 
 
 def sparsity_of(weights: Mapping[str, Tensor]) -> float:

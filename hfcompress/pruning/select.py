@@ -1,62 +1,101 @@
-"""Find the weights with the smallest scores, exactly, without sorting or copying the model."""
+"""Find the entries with the smallest scores, exactly, without sorting or copying the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-HALF_WORD = 1 << 16
+BUCKETS = 1 << 16
+ZERO = BUCKETS >> 1  # the bucket of 0.0
+UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 
-def _ordered_bits(scores: Tensor) -> Tensor:
-    """Return the bits of non-negative float32 scores as int32: integers in the same order as the scores."""
-    return scores.detach().float().flatten().view(torch.int32)
+def smallest(scores: Iterable[Tensor], count: int, sizes: Sequence[int] | None = None) -> list[Tensor]:
+    """Mark the smallest entries over all tensors together, as many as weigh ``count`` at most; ties never add more.
+
+    scores: of any shapes and signs, no NaN.  It is gone through twice, so an object that makes each tensor when it is
+    asked for keeps the memory at one tensor's worth.  sizes: what one entry of each tensor weighs, 1 by default.
+    Returns boolean tensors of the same shapes.  A histogram over half words finds the bucket that the threshold lies
+    in, and only what is inside that bucket is sorted.  Among equal scores those in earlier tensors and earlier places
+    go first.
+    """
+    counts = torch.zeros(BUCKETS, dtype=torch.int64)
+    shapes = []
+    for index, one in enumerate(scores):
+        counts += _histogram(one) * _size(sizes, index)
+        shapes.append((one.shape, one.device))
+    if count <= 0 or count >= int(counts.sum()):
+        return [torch.full(shape, count > 0, dtype=torch.bool, device=device) for shape, device in shapes]
+    bucket, below = _bucket_of(counts, count - 1)
+    lowest, highest = _edges(bucket)
+    marked, places, values = [], [], []
+    for one in scores:
+        flat = _flat(one)
+        under = flat < lowest
+        inside = ((flat <= highest) ^ under).nonzero().flatten()
+        marked.append(under)
+        places.append(inside)
+        values.append(flat[inside].cpu())
+    _mark_first_(marked, places, values, sizes, count - below)
+    return [flat.view(shape) for flat, (shape, _) in zip(marked, shapes)]
 
 
-def _histogram(bits: Tensor, upper: int | None) -> Tensor:
-    """Count upper half words, or the lower half words of the entries whose upper half word is ``upper``."""
-    high = bits >> 16
-    keys = high if upper is None else bits[high == upper] & (HALF_WORD - 1)
-    return torch.bincount(keys, minlength=HALF_WORD).cpu()
+def _mark_first_(
+    marked: list[Tensor], places: list[Tensor], values: list[Tensor], sizes: Sequence[int] | None, left: int
+) -> None:
+    """Mark the smallest of the candidates of all tensors as long as they weigh ``left`` at most."""
+    lengths = [len(one) for one in values]
+    together = torch.cat(values)
+    if bool((together == together[0]).all()):
+        order = torch.arange(len(together))
+    else:
+        order = together.sort(stable=True).indices
+    weighs = torch.cat([torch.full((length,), _size(sizes, index)) for index, length in enumerate(lengths)])
+    taken = torch.zeros(len(together), dtype=torch.bool)
+    taken[order[weighs[order].cumsum(0) <= left]] = True
+    for flat, inside, mine in zip(marked, places, taken.split(lengths)):
+        flat[inside[mine.to(inside.device)]] = True
+
+
+def _size(sizes: Sequence[int] | None, index: int) -> int:
+    return 1 if sizes is None else sizes[index]
+
+
+def _flat(scores: Tensor) -> Tensor:
+    return scores.detach().float().contiguous().flatten()
+
+
+def _histogram(scores: Tensor) -> Tensor:
+    """Count the entries by their upper half word: 65536 buckets in the order of the scores."""
+    high = _flat(scores).view(torch.int16)[UPPER_HALF::2]
+    # Negative floats grow downwards as integers, so all bits but the sign are turned round.
+    ordered = high ^ ((high >> 15) & 0x7FFF)
+    counts = torch.bincount(ordered.int() + ZERO, minlength=BUCKETS).cpu()
+    # -0.0 is 0.0, so the buckets on both sides of zero are one.
+    counts[ZERO] += counts[ZERO - 1]
+    counts[ZERO - 1] = 0
+    return counts
 
 
 def _bucket_of(counts: Tensor, rank: int) -> tuple[int, int]:
-    """Return the bucket that holds the entry of this rank (from 0), and how many entries lie below the bucket."""
+    """Return the bucket that holds the entry of this rank (from 0), and how much lies below the bucket."""
     cumulative = counts.cumsum(0)
     bucket = int(torch.searchsorted(cumulative, rank, right=True))
     return bucket, int(cumulative[bucket - 1]) if bucket else 0
 
 
-def smallest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the ``count`` smallest entries over all tensors together; a tie never marks more than asked.
-
-    scores: non-negative, of any shapes.  Returns boolean tensors of the same shapes.  Two histograms of half words
-    find the threshold (a radix select), so the extra memory is one tensor's worth and nothing is sorted.  Among equal
-    scores those in earlier tensors and earlier places go first.
-    """
-    if count <= 0:
-        return [torch.zeros_like(one, dtype=torch.bool) for one in scores]
-    total = sum(one.numel() for one in scores)
-    if count >= total:
-        return [torch.ones_like(one, dtype=torch.bool) for one in scores]
-    rank = count - 1
-    upper, below = _bucket_of(_sum_histograms(scores, None), rank)
-    lower, below_here = _bucket_of(_sum_histograms(scores, upper), rank - below)
-    threshold = upper * HALF_WORD + lower
-    ties_wanted = count - below - below_here
-    marked = []
-    for one in scores:
-        bits = _ordered_bits(one)
-        chosen = bits < threshold
-        if ties_wanted > 0:
-            ties = (bits == threshold).nonzero().flatten()[:ties_wanted]
-            chosen[ties] = True
-            ties_wanted -= len(ties)
-        marked.append(chosen.view(one.shape))
-    return marked
+def _edges(bucket: int) -> tuple[float, float]:
+    """Return the smallest and the largest float of a bucket."""
+    upper = bucket - ZERO
+    lowest = _float_of(((upper - 1) if upper == 0 else upper) << 16)
+    highest = _float_of((upper << 16) | 0xFFFF)
+    # The buckets of the infinities hold nothing else.
+    return (lowest if lowest == lowest else -torch.inf), (highest if highest == highest else torch.inf)
 
 
-def _sum_histograms(scores: Sequence[Tensor], upper: int | None) -> Tensor:
-    return torch.stack([_histogram(_ordered_bits(one), upper) for one in scores]).sum(0)
+def _float_of(ordered: int) -> float:
+    bits = ordered if ordered >= 0 else ordered ^ 0x7FFFFFFF
+    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))

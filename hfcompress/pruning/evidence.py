@@ -1,0 +1,125 @@
+"""What a criterion has observed of the weights, kept where the Trainer's own checkpoints carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.utils import logging
+
+from hfcompress.errors import CheckpointError, HFCompressError
+from hfcompress.pruning.criteria import Criterion
+from hfcompress.pruning.targets import as_rows
+
+logger = logging.get_logger(__name__)
+KEY = "hfcompress.pruning"
+
+
+class Evidence:
+    """The states of one criterion over some weights.
+
+    They lie in the optimizer's first parameter group, which every torch optimizer saves and loads as it is: a
+    checkpoint has them or has no optimizer at all, wherever it is moved, and no file beside it can be lost or half
+    written.  ``trainer_state.json`` notes that they must be there, and they note the step that they belong to.
+    """
+
+    def __init__(self, criterion: Criterion, name: str, weights: Mapping[str, Tensor], transposed: set[str]) -> None:
+        self.criterion = criterion
+        self.transposed = transposed
+        self.label = f"{name} of {next(iter(weights))}"
+        self.observes = criterion.needs_gradient or criterion.needs_activations
+        self._kept: dict[str, Any] = {
+            "step": 0,
+            "observed": 0,
+            "states": {key: criterion.initial(self._rows(key, weight.detach())) for key, weight in weights.items()},
+        }
+
+    def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        return as_rows(tensor, name in self.transposed)
+
+    @property
+    def is_ready(self) -> bool:
+        """Say whether scores can be given."""
+        return not self.observes or self._kept["observed"] > 0
+
+    def restore(self, optimizer: Any, state: TrainerState) -> None:
+        """Go on with what the optimizer's checkpoint holds, or put the empty state there.
+
+        Raises CheckpointError when a checkpoint should have it and has not, or has that of another step.
+        """
+        if not self.observes:
+            return
+        marks: dict[str, Any] = state.stateful_callbacks if isinstance(state.stateful_callbacks, dict) else {}
+        places = optimizer.param_groups[0].setdefault(KEY, {})
+        found = places.get(self.label)
+        if found is None and self.label in marks.get(KEY, ()):
+            raise CheckpointError(
+                f"The checkpoint of step {state.global_step} lacks the scores ({self.label}) that its run had: it was "
+                "not written to its end, or with save_only_model=True. Resume from another one."
+            )
+        if found is not None and found["step"] != state.global_step:
+            raise CheckpointError(
+                f"The optimizer holds scores ({self.label}) of step {found['step']}, but training goes on from step "
+                f"{state.global_step}: the checkpoint was not written to its end, or train() was cut off before. "
+                "Resume from another checkpoint, or make a new Trainer."
+            )
+        if found is not None:
+            for name, mine in self._kept["states"].items():
+                mine.update({key: found["states"][name][key].to(empty.device) for key, empty in mine.items()})
+            self._kept["observed"] = found["observed"]
+        elif state.global_step > 0:
+            logger.warning(f"The checkpoint holds no scores ({self.label}); they begin at step {state.global_step}.")
+        self._kept["step"] = state.global_step
+        places[self.label] = self._kept
+        marks[KEY] = sorted({*marks.get(KEY, ()), self.label})
+
+    def remove_from(self, optimizer: Any) -> None:
+        """Take the state out of the optimizer."""
+        if self.observes:
+            optimizer.param_groups[0].get(KEY, {}).pop(self.label, None)
+
+    def belongs_to(self, step: int) -> None:
+        """Note the step that the next checkpoint will be of."""
+        self._kept["step"] = step
+
+    @torch.no_grad()
+    def observe_gradients(self, weights: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+        """Take in the gradients of one step; a step that the gradient scaler will skip does not count.
+
+        Raises HFCompressError when no weight has a gradient when the optimizer steps.
+        """
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        if not gradients:
+            raise HFCompressError(
+                f"No weight has a gradient before the optimizer's step, so there are no scores ({self.label}). "
+                "Optimizers that step inside the backward pass keep none; use criterion='magnitude' with them."
+            )
+        if getattr(optimizer, "scaler", None) is not None and not _all_finite(optimizer):
+            return
+        for name, gradient in gradients.items():
+            rows = self._rows(name, weights[name].detach()), self._rows(name, gradient)
+            self.criterion.observe_(self._kept["states"][name], *rows)
+        self._kept["observed"] += 1
+
+    @torch.no_grad()
+    def observe_inputs(self, weights: Mapping[str, nn.Parameter], squares: Mapping[str, Tensor]) -> None:
+        """Take in the sums of squared inputs of one step; they do not count if they overflowed."""
+        if not all(bool(torch.isfinite(one).all()) for one in squares.values()):
+            return
+        for name, one in squares.items():
+            self.criterion.observe_(self._kept["states"][name], self._rows(name, weights[name].detach()), one)
+        self._kept["observed"] += 1
+
+    @torch.no_grad()
+    def scores(self, name: str, weight: Tensor) -> Tensor:
+        """Return the scores of a weight, (outputs, inputs)."""
+        return self.criterion.scores(name, self._rows(name, weight.detach()), self._kept["states"][name])
+
+
+def _all_finite(optimizer: Any) -> bool:
+    """Say what the gradient scaler found: clipping keeps what is not finite as it is."""
+    gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
