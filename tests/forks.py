@@ -7,6 +7,7 @@ its own that imports hfcompress itself. What only a new interpreter can show is 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import runpy
@@ -136,6 +137,9 @@ class Forks:
 def import_and_serve(descriptor: int) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
+    # A table of a thousand regular expressions, made when a process first opens a model and the same in each.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    gc.freeze()
     _serve(Connection(descriptor))
 
 

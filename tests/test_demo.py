@@ -89,7 +89,7 @@ class TestQuickDemo:
         model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
         assert {*model, "README.md", "measurements.json", "recipe.yaml", "hfcompress.json"} <= names
         assert [path.name for path in (folder / "runs").iterdir()] == [self.OUTPUT.name]
-        assert all(f"{name}: saving" in run.stderr for name in self.STAGES)
+        assert all(f"stage {place} of 3, {name}" in run.stderr for place, name in enumerate(self.STAGES))
 
     def test_screen_and_card_show_what_was_measured(self, quick: QuickRun) -> None:
         run, folder = quick
@@ -104,9 +104,10 @@ class TestQuickDemo:
                 run.stdout,
             )
             assert any(all(cell in line for cell in cells) for line in card.splitlines() if line.startswith("|"))
-        for found in (facts.before, facts.after):
+        words = " ".join(run.stdout.split())
+        for moment, found in (("before", facts.before), ("after", facts.after)):
             assert found.continuation is not None
-            assert found.continuation.split()[0] in run.stdout.partition("before and after:")[2]
+            assert f"{moment}: {' '.join(found.continuation.split())}" in words
         assert card.startswith("---\n")
         assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
         assert f"Model card: {self.OUTPUT / 'README.md'}" in run.stdout
