@@ -104,7 +104,12 @@ def clip_tokenizer() -> Any:
 
 
 def pieces() -> list[tuple[str, float]]:
-    return [(token, score) for token, score in trained("unigram")["vocab"] if token != "<unk>"]
+    """Return the trained pieces with scores in 1024ths.
+
+    A tokenizer's file can come back with scores that differ in their last bit, which decides between splits of equal
+    score; a small corpus has many of them.  These scores, and their sums, come back as they were.
+    """
+    return [(token, round(1024 * score) / 1024) for token, score in trained("unigram")["vocab"] if token != "<unk>"]
 
 
 def t5_tokenizer() -> Any:

@@ -75,7 +75,7 @@ def prune_vocabulary(
     named = {index for config in configs_of(model) for index in named_ids(config) if 0 <= index < rows}
     ids = {*occurring, *named, *range(first_movable_id(model))}
     tokens = {token_of[index] for index in ids if index in token_of} | special_tokens(tokenizer, content) | extra
-    tokens = needed_tokens(content["model"], tokens & vocabulary.keys())
+    tokens = needed_tokens(content["model"], tokens & vocabulary.keys()) & vocabulary.keys()
     kept = sorted({vocabulary[token] for token in tokens} | {index for index in ids if index < rows})
 
     size = model.num_parameters()

@@ -78,7 +78,7 @@ def rewritten(content: Mapping[str, Any], new_ids: Mapping[str, int]) -> dict[st
         for place in ("sep", "cls"):
             if place in processor:
                 processor[place] = [processor[place][0], new_ids[processor[place][0]]]
-    if new["padding"] is not None:
+    if new["padding"] is not None and new["padding"]["pad_token"] in new_ids:
         new["padding"]["pad_id"] = new_ids[new["padding"]["pad_token"]]
     return new
 
