@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import InputHessian, LayerVisit, walk_layers
+from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.packed import PackedLinear, compressed_tensors_config
 from hfcompress.progress import meter
 from hfcompress.quantization.gptq import gptq_siblings
-from hfcompress.quantization.grids import dequantized, relative_error
+from hfcompress.quantization.grids import dequantized
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.plan import PlannedLinear, check_calibration, plan_linears
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
