@@ -10,6 +10,10 @@ from typing import Any
 
 _HOME_OF = {
     "PruneCallback": "hfcompress.pruning",
+    "Magnitude": "hfcompress.pruning.oneshot",
+    "SparseGPT": "hfcompress.pruning.oneshot",
+    "Wanda": "hfcompress.pruning.oneshot",
+    "prune": "hfcompress.pruning.oneshot",
     "DistillationConfig": "hfcompress.distillation",
     "DistillationTrainer": "hfcompress.distillation",
     "GPTQ": "hfcompress.quantization",

@@ -8,13 +8,14 @@ from __future__ import annotations
 from hfcompress.calibration.columns import ColumnPruning, Rounding, Selection, compress_columns
 from hfcompress.calibration.factor import HessianFactor, factor_hessian
 from hfcompress.calibration.hessian import accumulate_hessian_
-from hfcompress.calibration.observe import InputHessian
+from hfcompress.calibration.observe import InputHessian, InputSquares
 from hfcompress.calibration.walk import LayerVisit, walk_layers
 
 __all__ = [
     "ColumnPruning",
     "HessianFactor",
     "InputHessian",
+    "InputSquares",
     "LayerVisit",
     "Rounding",
     "Selection",

@@ -39,6 +39,14 @@ def accumulate_hessian_(hessian: Tensor, inputs: Tensor) -> None:
         hessian.addmm_(rows.T, rows)
 
 
+def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:
+    """Add the squares of one batch, column by column: the diagonal of its Gram matrix.
+
+    squares: (in,) float32, changed in place.  inputs: (tokens, in), padding already dropped.
+    """
+    squares.add_(inputs.float().square().sum(0))
+
+
 def relative_error(weight: Tensor, changed: Tensor, hessian: Tensor | None = None) -> float:
     """Return sqrt(tr(D H D^T) / tr(W H W^T)) for D = the difference; without a Hessian the Frobenius norms' ratio.
 

@@ -2,7 +2,7 @@
 
 The loop over columns is ``hfcompress.calibration.columns``; here is what a column is rounded to. A pruning method that
 chooses columns in the same way joins the pass: weights that it prunes become 0, and later columns absorb both errors
-(SparseGPT, arXiv 2301.00774, section 3.5 "Joint sparsification & quantization").
+(SparseGPT, arXiv 2301.00774, "Joint Sparsification & Quantization").
 """
 
 from __future__ import annotations
@@ -51,19 +51,39 @@ def gptq_siblings(
     """Quantize weights that see the same input, stacked into one: rows do not depend on each other.
 
     weights: (out_i, in) each, of one dtype.  hessian: (in, in) float32, not changed.  group_size: input columns that
-    share a scale, a divisor of ``in``; None is all.  prune: prunes each weight in the same pass.  Zero weights stay
-    zero and their rounding error is compensated.  Raises ModelError when the Hessian cannot be factored.
+    share a scale, a divisor of ``in``; None is all.  prune: prunes each weight in the same pass, or before it where
+    the error is smaller so.  Zero weights stay zero and their rounding error is compensated.  Raises ModelError when
+    the Hessian cannot be factored.
     """
     dtype = weights[0].dtype
-    apart = [weight.detach().float() for weight in weights]
+    dense = [weight.detach().float() for weight in weights]
     factor = factor_hessian(hessian, damping)
-    selection = None if prune is None else prune.selection(apart, factor)
-    stacked = torch.cat(apart)
-    codes, scale, quantized = _rounded(stacked, factor, _Grid(bits, group_size, dtype), selection)
-    parts = (rows.split([len(weight) for weight in weights]) for rows in (codes, scale.to(dtype), stacked, quantized))
+    grid, stacked = _Grid(bits, group_size, dtype), torch.cat(dense)
+    if prune is None:
+        passes = [_rounded(stacked, factor, grid)]
+    else:
+        passes = [_rounded(stacked, factor, grid, prune.selection(dense, factor))]
+        # A choice that knows the rounding errors is the better one mostly, not always.
+        sparse = compress_columns(stacked, factor, selection=prune.selection(dense, factor))
+        passes.append(_rounded(sparse, factor, grid))
+    sizes = [len(weight) for weight in weights]
+    results = [_results(dense, sizes, one, dtype, hessian, factor.damping) for one in passes]
+    return [min(choices, key=lambda result: result.relative_error) for choices in zip(*results)]
+
+
+def _results(
+    dense: Sequence[Tensor],
+    sizes: Sequence[int],
+    rounded: tuple[Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+    hessian: Tensor,
+    damping: float,
+) -> list[GPTQResult]:
+    """Take stacked weights apart again."""
+    codes, scale, quantized = (rows.split(sizes) for rows in rounded)
     return [
-        GPTQResult(own_codes, own_scale, factor.damping, relative_error(before, after, hessian))
-        for own_codes, own_scale, before, after in zip(*parts)
+        GPTQResult(own_codes, own_scale.to(dtype), damping, relative_error(before, after, hessian))
+        for own_codes, own_scale, before, after in zip(codes, scale, dense, quantized)
     ]
 
 
@@ -81,7 +101,7 @@ def round_columns(
     on the weights as they are.  weight: (out, in) float32.  dtype: of the stored scales.  scale: (out, groups) float32
     to use instead.  Returns codes (out, in) int8 and scale (out, groups) float32.
     """
-    return _rounded(weight, factor, _Grid(bits, group_size, dtype), None, scale)[:2]
+    return _rounded(weight, factor, _Grid(bits, group_size, dtype), scale=scale)[:2]
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,11 @@ class _Grid:
 
 
 def _rounded(
-    weight: Tensor, factor: HessianFactor, grid: _Grid, selection: Selection | None, scale: Tensor | None = None
+    weight: Tensor,
+    factor: HessianFactor,
+    grid: _Grid,
+    selection: Selection | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes (out, in) int8, scales (out, groups) float32 and the values (out, in) float32."""
     rounding = _GroupRounding(weight, factor, grid, selection, scale)
