@@ -114,16 +114,19 @@ class _Columns:
 
     def _begin_block_(self, start: int, target: Tensor) -> None:
         """Choose what goes from a whole block, and let the rounding look at what stays of it."""
+        if self.selection is None and self.rounding is None:
+            return
         block = slice(start, start + len(target))
-        gone = self.pruned[block] if self.pruned is not None else None
+        gone = None if self.pruned is None else self.pruned[block]
+        moved = self._moved(start, target)
         if self.selection is not None and gone is not None:
             if self.selection.period is None:
-                gone |= self.selection.choose(start, target)
+                gone |= self.selection.choose(start, moved)
             elif self.rounding is not None:
                 # Groups are chosen when it is their turn; until then the rounding's scale relies on today's choice.
-                gone = gone | self.selection.choose(start, target)
+                gone = gone | self.selection.choose(start, moved)
         if self.rounding is not None:
-            self.rounding.begin(start, target if gone is None else target.masked_fill(gone, 0))
+            self.rounding.begin(start, moved if gone is None else moved.masked_fill(gone, 0))
 
     def _choose_group_(self, column: int, rest: Tensor) -> None:
         """Choose what goes from the group of columns that begins here.  rest: the columns from ``column`` on."""
@@ -131,7 +134,19 @@ class _Columns:
             return
         period = self.selection.period
         if column % period == 0:
-            self.pruned[column : column + period] |= self.selection.choose(column, rest[:period])
+            moved = self._moved(column, rest[:period])
+            self.pruned[column : column + period] |= self.selection.choose(column, moved)
+
+    def _moved(self, start: int, target: Tensor) -> Tensor:
+        """Return columns as Optimal Brain Surgeon has them once all before ``start`` are done.
+
+        A target adds the errors of the columns before as if the others between were not to move; all together move
+        by the solution of X U = target - values for the block of U that lies between these columns.
+        """
+        block = slice(start, start + len(target))
+        shift = target - self.values[block]
+        shift = torch.linalg.solve_triangular(self.unit[block, block].T, shift, upper=False, unitriangular=True)
+        return shift.add_(self.values[block])
 
     def _compress_column_(self, column: int, target: Tensor) -> None:
         gone = None if self.pruned is None else self.pruned[column]

@@ -92,7 +92,7 @@ def _costs(start: int, target: Tensor, importance: Tensor) -> Tensor:
 
 @plain_dataclass(frozen=True)
 class _InGroups:
-    """Of every M neighbours those with the smallest costs go, when it is their turn ("Extension to Semi-Structured")."""
+    """Of every M neighbours the cheapest go, when it is their turn ("Extension to Semi-Structured Sparsity")."""
 
     pattern: NofM
     importance: Tensor
