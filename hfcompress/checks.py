@@ -10,7 +10,7 @@ from hfcompress.distillation import DistillationConfig
 from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
-from hfcompress.recipe import Distill, Finetune, ModelSpec, Quantize, Stage
+from hfcompress.recipe import Distill, Finetune, ModelSpec, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import layers_to_keep
 from hfcompress.training import training_options
@@ -45,13 +45,12 @@ def _check_stage(source: Source, stage: Stage) -> None:
             raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
     if isinstance(options, Distill) and options.teacher not in ("original", *_names(source)):
         opening.open_config(ModelSpec(id=options.teacher))
-    if isinstance(options, Quantize):
-        if importlib.util.find_spec("compressed_tensors") is None:
-            raise MissingDependencyError(
-                "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
-            )
-        if options.method.needs_calibration:
-            source.calibration_rows(options)
+    if isinstance(options, Quantize) and importlib.util.find_spec("compressed_tensors") is None:
+        raise MissingDependencyError(
+            "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
+        )
+    if isinstance(options, (Prune, Quantize)) and options.method.needs_calibration:
+        source.calibration_rows(options)
 
 
 def _names(source: Source) -> list[str]:
