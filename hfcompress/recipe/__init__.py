@@ -51,6 +51,7 @@ __all__ = [
     "bundled_recipes",
     "load_recipe",
     "parse_recipe",
+    "read_method",
     "recipe_differences",
     "recipe_schema",
 ]
@@ -171,7 +172,7 @@ def _read_stage(raw: Any, index: int, names: Sequence[str], faults: list[Fault])
     given = {} if given is None else given
     options: StageOptions | None
     if kind in METHODS and isinstance(given, Mapping):
-        options = _read_method(kind, given, path, faults)
+        options = read_method(kind, given, path, faults)
     else:
         options = read_options(STAGES[kind], given, path, faults)
     if isinstance(options, Distill):
@@ -180,8 +181,11 @@ def _read_stage(raw: Any, index: int, names: Sequence[str], faults: list[Fault])
     return None if options is None else Stage(kind, options, names[index])
 
 
-def _read_method(kind: str, raw: Mapping[str, Any], path: Place, faults: list[Fault]) -> StageOptions | None:
-    """Read a method's options, which stand beside ``method``, and the stage's own beside them."""
+def read_method(kind: str, raw: Mapping[str, Any], path: Place, faults: list[Fault]) -> StageOptions | None:
+    """Read a stage whose method's options stand beside ``method`` and the stage's own.
+
+    kind: of the stage, a key of ``METHODS``.  path: where the options stand.  On faults, add them and return None.
+    """
     methods, name = METHODS[kind], raw.get("method")
     if "method" not in raw:
         faults.append(Fault(path, f"'method' is missing; known: {', '.join(methods)}"))
