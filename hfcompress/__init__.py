@@ -13,6 +13,10 @@ from hfcompress.loading.hook import register_with_transformers
 
 _HOME_OF = {
     "PruneCallback": "hfcompress.pruning",
+    "Magnitude": "hfcompress.pruning.oneshot",
+    "SparseGPT": "hfcompress.pruning.oneshot",
+    "Wanda": "hfcompress.pruning.oneshot",
+    "prune": "hfcompress.pruning.oneshot",
     "DistillationConfig": "hfcompress.distillation",
     "DistillationTrainer": "hfcompress.distillation",
     "GPTQ": "hfcompress.quantization",

@@ -16,7 +16,7 @@ from hfcompress.distillation.pairs import (
 from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
-from hfcompress.recipe import Distill, Finetune, ModelSpec, Quantize, Stage
+from hfcompress.recipe import Distill, Finetune, ModelSpec, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
 from hfcompress.tasks.lengths import longest_input
@@ -55,13 +55,12 @@ def _check_stage(source: Source, stage: Stage) -> None:
             raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
     if isinstance(options, Distill) and options.teacher not in ("original", *_names(source)):
         _check_teacher(source, ModelSpec(id=options.teacher))
-    if isinstance(options, Quantize):
-        if importlib.util.find_spec("compressed_tensors") is None:
-            raise MissingDependencyError(
-                "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
-            )
-        if options.method.needs_calibration:
-            source.calibration_rows(options)
+    if isinstance(options, Quantize) and importlib.util.find_spec("compressed_tensors") is None:
+        raise MissingDependencyError(
+            "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
+        )
+    if isinstance(options, (Prune, Quantize)) and options.method.needs_calibration:
+        source.calibration_rows(options)
 
 
 def _check_padding(source: Source) -> None:
@@ -90,8 +89,10 @@ def _check_lengths(source: Source) -> None:
     for index, stage in enumerate(recipe.stages):
         options = stage.options
         # A classifier's calibration rows are cut to data.max_length, like all its rows.
-        if isinstance(options, Quantize) and options.method.needs_calibration and source.data_labels is None:
-            option = f"stages[{index}].quantize.calibration_length"
+        if not isinstance(options, (Prune, Quantize)) or not options.method.needs_calibration:
+            continue
+        if source.data_labels is None:
+            option = f"stages[{index}].{stage.kind}.calibration_length"
             _refuse_longer(model.id, limit, option, options.calibration_length)
 
 

@@ -58,6 +58,11 @@ def load_splits(spec: DataSpec, seed: int, needs_calibration: bool) -> DatasetDi
     return parts
 
 
+def load_train_rows(spec: DataSpec) -> Dataset:
+    """Return the raw training rows, all of them in their order.  Raises DataError for missing files or splits."""
+    return _only(_open(spec), spec.splits.train, ("train",), "train")
+
+
 def require_columns(rows: Dataset, columns: Iterable[str], spec: DataSpec) -> None:
     """Raise DataError, naming the columns that exist, unless every named one does."""
     for column in columns:

@@ -18,10 +18,15 @@ from hfcompress import opening
 from hfcompress.devices import fast_bfloat16
 from hfcompress.errors import DataError
 from hfcompress.progress import busy
-from hfcompress.recipe import ModelSpec, Quantize, Recipe
+from hfcompress.recipe import ModelSpec, Prune, Quantize, Recipe
 from hfcompress.tasks import TASKS, Task, batches
 
 Dtype = Literal["auto", "float32", "fast"]
+
+
+def needs_calibration_data(options: Any) -> bool:
+    """Tell whether a stage shows its method calibration rows."""
+    return isinstance(options, (Prune, Quantize)) and options.method.needs_calibration
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,7 @@ class Source:
     def raw(self) -> DatasetDict:
         """Return the raw splits, with their columns checked."""
         recipe = self.recipe
-        needs_calibration = any(
-            isinstance(stage.options, Quantize) and stage.options.method.needs_calibration for stage in recipe.stages
-        )
+        needs_calibration = any(needs_calibration_data(stage.options) for stage in recipe.stages)
         splits = opening_data.load_splits(recipe.data, recipe.seed, needs_calibration)
         for part in splits.values():
             opening_data.require_columns(part, self.task.columns(recipe.data), recipe.data)
@@ -76,7 +79,7 @@ class Source:
             self._encoded[part] = self.task.encode(self.raw[part], self.processor, self.recipe.data, self.labels)
         return self._encoded[part]
 
-    def calibration_rows(self, options: Quantize) -> Dataset:
+    def calibration_rows(self, options: Prune | Quantize) -> Dataset:
         """Return the rows for calibration.  Raises DataError when that part of the data fills no row."""
         count, length = options.calibration_rows, options.calibration_length
         rows = self.task.calibration_rows(self.raw["calibration"], self.processor, self.recipe.data, count, length)
@@ -163,7 +166,7 @@ class Job:
         rows = rows.select(range(min(len(rows), limit))) if limit else rows
         return batches(rows, self.task.collator(self.processor), self.recipe.evaluate.batch_size)
 
-    def calibration_batches(self, options: Quantize, batch_size: int = 8) -> list[dict[str, Tensor]]:
+    def calibration_batches(self, options: Prune | Quantize, batch_size: int = 8) -> list[dict[str, Tensor]]:
         """Return calibration batches of unlabelled rows."""
         return batches(self.source.calibration_rows(options), self.task.collator(self.processor), batch_size)
 

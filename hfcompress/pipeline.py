@@ -119,12 +119,14 @@ def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
     recipe = space.recipe
     verified = json.loads((folder / MARKER).read_text(encoding="utf-8"))["verified"]
     rows, report = [], None
-    for position, name in enumerate([ORIGINAL, *(stage.name for stage in recipe.stages)]):
+    for position, stage in enumerate([None, *recipe.stages]):
+        name = stage.name if stage else ORIGINAL
         facts = space.facts_of(position, name)
         assert facts is not None
         measured = json.loads(space.measurement_file(position, name).read_text(encoding="utf-8"))
         rows.append({"name": name, **{k: facts[k] for k in ("summary", "seconds")}, "measurement": measured})
-        report = facts["report"]["rows"] if facts["report"] else report
+        if stage is not None and stage.kind == "quantize":
+            report = facts["report"]["rows"]
     return {
         "hfcompress": version("hfcompress"),
         "name": recipe.name,

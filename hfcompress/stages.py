@@ -14,8 +14,9 @@ from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.job import Job
 from hfcompress.pruning import PruneCallback, PruneOptions
 from hfcompress.pruning.masks import prunable_weights, sparsity_of
+from hfcompress.pruning.oneshot import prune
 from hfcompress.quantization import quantize
-from hfcompress.recipe import Distill, Finetune, Quantize, Stage
+from hfcompress.recipe import Distill, Finetune, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers, drop_layers, find_stack
 from hfcompress.training import train, training_options
 
@@ -24,7 +25,7 @@ ROWS_FOR_LAYER_CHOICE = 128  # of the training data; a greedy choice by loss run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage leaves: the model to save, one line about it, and a quantization report if there is one."""
+    """What a stage leaves: the model to save, one line about it, and its report if there is one."""
 
     model: PreTrainedModel
     summary: str
@@ -70,20 +71,30 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
     return Outcome(_in_saved_dtype(student, job), summary)
 
 
+def _prune(job: Job, options: Prune, name: str) -> Outcome:
+    model = job.open_model()
+    method = options.method
+    calibration = job.calibration_batches(options) if method.needs_calibration else None
+    report = prune(model, method, calibration, targets=options.targets, exclude=options.exclude)
+    summary = f"{type(method).__name__}, {report.sparsity:.1%} of the targeted weights pruned"
+    return Outcome(model, summary + (f" in the pattern {method.pattern}" if method.pattern else ""), report.to_dict())
+
+
 def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
     model = job.open_model()
     method = options.method
-    calibration = None
-    if method.needs_calibration:
-        calibration = job.calibration_batches(options)
-    report = quantize(model, method, calibration)
+    calibration = job.calibration_batches(options) if method.needs_calibration else None
+    report = quantize(model, method, calibration, prune=options.prune)
     per = "row" if method.group_size is None else f"{method.group_size} columns"
     summary = f"{type(method).__name__}, {method.bits} bits, a scale per {per}"
+    if options.prune is not None:
+        summary += f", {options.prune.pattern or format(options.prune.sparsity, '.1%')} pruned in the same pass"
     return Outcome(model, summary, report.to_dict())
 
 
 _RUNNERS: dict[str, Callable[[Job, Any, str], Outcome]] = {
     "drop_layers": _drop_layers,
+    "prune": _prune,
     "finetune": _finetune,
     "distill": _distill,
     "quantize": _quantize,

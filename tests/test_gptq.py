@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfcompress.calibration import factor_hessian
+from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import ModelError
 from hfcompress.packed import code_range
-from hfcompress.quantization.gptq import GPTQResult, factor_hessian, gptq, gptq_siblings, round_columns
-from hfcompress.quantization.grids import absmax_scale, relative_error, search_scale, storable_scale
+from hfcompress.quantization.gptq import GPTQResult, gptq, gptq_siblings, round_columns
+from hfcompress.quantization.grids import absmax_scale, search_scale, storable_scale
 from hfcompress.quantization.rtn import round_to_nearest
 
 GRIDS = [(2, 32), (3, 16), (4, 8), (4, 32), (4, None), (8, None)]

@@ -22,7 +22,7 @@ LAYERS = [
     {"tasks", "data", "training"},
     {"opening"},
     {"job"},
-    {"stages", "publish", "workspace", "measuring", "checks"},
+    {"stages", "publish", "workspace", "measuring", "checks", "oneshot"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

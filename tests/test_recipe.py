@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hfcompress.pruning.options import PruneOptions
-from hfcompress.quantization import GPTQ, METHODS, RTN
+from hfcompress.quantization import GPTQ, RTN
 from hfcompress.recipe import (
     STAGES,
     Distill,
@@ -21,6 +21,7 @@ from hfcompress.recipe import (
     recipe_differences,
 )
 from hfcompress.recipe import text as recipe_text
+from hfcompress.recipe.options import METHODS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BUNDLED = sorted(RECIPES.rglob("*.yaml"))
@@ -160,10 +161,12 @@ def test_every_stage_and_method_survives_a_round_trip(tmp_path: Path) -> None:
         f"finetune: {{epochs: 1.5, training: {training}}}",
         "distill: {steps: 3, teacher: 1, prune: {targets: [a, b], exclude: [c]}}",
     ]
-    for method in METHODS:
+    prunes = [f"prune: {{method: {name}, pattern: '1:4', sparsity: 0.75, exclude: [a]}}" for name in METHODS["prune"]]
+    for method in METHODS["quantize"]:
+        joint = ", prune: {sparsity: 0.3}" if method == "gptq" else ""
         group_size = "group_size: null" if method == "gptq" else "group_size: 32"
-        last = f"quantize: {{method: {method}, bits: 3, {group_size}, exclude: [lm_head]}}"
-        recipe = load_recipe(write(tmp_path, with_stages(*stages, last)))
+        last = f"quantize: {{method: {method}, bits: 3, {group_size}, exclude: [lm_head]{joint}}}"
+        recipe = load_recipe(write(tmp_path, with_stages(*stages, *prunes, last)))
         assert {stage.kind for stage in recipe.stages} == set(STAGES)
         assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from hfcompress.quantization import METHODS
 from hfcompress.recipe import (
     STAGES,
     Recipe,
     load_recipe,
     recipe_schema,
 )
+from hfcompress.recipe.options import METHODS, options_beside_method
 from tests.test_recipe import BUNDLED, RECIPES
 
 
@@ -84,10 +84,15 @@ def test_schema_has_every_option_with_a_description() -> None:
     schema = recipe_schema()
     kinds = schema["properties"]["stages"]["items"]["properties"]
     assert list(kinds) == list(STAGES)
-    assert [one["properties"]["method"]["const"] for one in kinds["quantize"]["oneOf"]] == list(METHODS)
+    for kind, methods in METHODS.items():
+        assert [one["properties"]["method"]["const"] for one in kinds[kind]["oneOf"]] == list(methods)
+        for method, one in zip(methods.values(), kinds[kind]["oneOf"], strict=True):
+            own = [field.name for field in dataclasses.fields(method)]
+            assert set(one["properties"]) == {"method", *own, *options_beside_method(kind, method)}
+            assert all("description" in rules for name, rules in one["properties"].items())
     assert set(schema["properties"]) == {field.name for field in dataclasses.fields(Recipe)}
     for kind, options in STAGES.items():
-        if kind != "quantize":
+        if kind not in METHODS:
             assert set(kinds[kind]["properties"]) == {field.name for field in dataclasses.fields(options)}
     assert schema["$defs"]["DataSpec"]["properties"]["held_out_share"]["description"].startswith("share of the rows")
     for name in ("DataSpec", "ModelSpec", "EvaluateSpec", "Splits"):

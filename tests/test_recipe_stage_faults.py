@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.quantization import METHODS
 from tests.test_recipe import PLAIN, with_stages
 from tests.test_recipe_faults import faults
 
 STAGE_FAULTS = [
     ("finetun: {steps: 1}", "stages[0]: unknown stage 'finetun' (finetune?)"),
-    ("mystery: {}", "stages[0]: unknown stage 'mystery'; known: drop_layers, finetune, distill, quantize"),
+    ("mystery: {}", "stages[0]: unknown stage 'mystery'; known: drop_layers, prune, finetune, distill, quantize"),
     ("finetune", "stages[0]: must be a mapping from the stage's kind to its options, not 'finetune'"),
     ("{}", "stages[0]: must have one key, the stage's kind, but has none (indent options below the kind)"),
     ("finetune:\n    steps: 1",
@@ -48,6 +49,22 @@ STAGE_FAULTS = [
      "stages[0].quantize.calibration_rows: method rtn needs no calibration data: remove this"),
     ("quantize: {method: rtn, damping: 0.1}",
      "stages[0].quantize: unknown option 'damping'; known: bits, exclude, group_size, method"),
+    ("quantize: {method: rtn, prune: {sparsity: 0.5}}",
+     "stages[0].quantize.prune: method rtn cannot prune in the same pass: remove this"),
+    ("quantize: {method: gptq, prune: {sparsity: 1}}",
+     "stages[0].quantize.prune.sparsity: must be less than 1, not 1"),
+    ("quantize: {method: gptq, damping: 0.1, prune: {sparsity: 0.5}}",
+     "stages[0].quantize: one Hessian serves both, but damping is 0.1 here and 0.01 in prune; give both the same"),
+    ("prune: {method: wnda}", f"stages[0].prune.method: 'wnda' is not one of {', '.join(PRUNERS)} (wanda?)"),
+    ("prune: {method: magnitude, calibration_rows: 8}",
+     "stages[0].prune.calibration_rows: method magnitude needs no calibration data: remove this"),
+    ("prune: {method: wanda, damping: 0.1}",
+     "stages[0].prune: unknown option 'damping'; known: calibration_length, calibration_rows, exclude, method, "
+     "pattern, sparsity, targets"),
+    ("prune: {method: wanda, pattern: 2:4}", "stages[0].prune.pattern: must be text, not 124: put it in quotes"),
+    ("prune: {method: wanda, pattern: '1:4'}",
+     "stages[0].prune: pattern '1:4' keeps 1 of every 4 weights, which is sparsity=0.75, not 0.5"),
+    ("prune: {method: wanda, targets: [1]}", "stages[0].prune.targets[0]: must be text, not 1: put it in quotes"),
 ]  # fmt: skip
 
 
@@ -105,6 +122,14 @@ def test_quantize_comes_last_and_once(tmp_path: Path) -> None:
     assert faults(tmp_path, text) == [
         "line 6, stages[0]: quantize must be the last stage",
         "line 8, stages[2]: only one quantize stage is allowed, and stages[0] is one",
+    ]
+
+
+def test_training_must_not_undo_pruning(tmp_path: Path) -> None:
+    prune, kept = "prune: {method: magnitude}", "finetune: {steps: 1, prune: {sparsity: 0.5}}"
+    assert faults(tmp_path, with_stages("finetune: {steps: 1}", prune, kept, "distill: {steps: 1}")) == [
+        "line 9, stages[3].distill: training would undo stages[1]: prune here too, "
+        "which keeps the zeros that are there"
     ]
 
 

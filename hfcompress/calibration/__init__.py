@@ -1,9 +1,26 @@
-"""What a model's linear layers see on real data: one layer at a time, for quantization and one-shot pruning."""
+"""What a model's linear layers see on real data, and how their weights are changed by it, one layer at a time.
+
+Quantization and one-shot pruning share it.
+"""
 
 from __future__ import annotations
 
+from hfcompress.calibration.columns import ColumnPruning, Rounding, Selection, compress_columns
+from hfcompress.calibration.factor import HessianFactor, factor_hessian
 from hfcompress.calibration.hessian import accumulate_hessian_
-from hfcompress.calibration.observe import InputHessian
+from hfcompress.calibration.observe import InputHessian, InputSquares
 from hfcompress.calibration.walk import LayerVisit, walk_layers
 
-__all__ = ["InputHessian", "LayerVisit", "accumulate_hessian_", "walk_layers"]
+__all__ = [
+    "ColumnPruning",
+    "HessianFactor",
+    "InputHessian",
+    "InputSquares",
+    "LayerVisit",
+    "Rounding",
+    "Selection",
+    "accumulate_hessian_",
+    "compress_columns",
+    "factor_hessian",
+    "walk_layers",
+]

@@ -37,3 +37,25 @@ def accumulate_hessian_(hessian: Tensor, inputs: Tensor) -> None:
             hessian.addmm_(rows.T, rows)
     else:
         hessian.addmm_(rows.T, rows)
+
+
+def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:
+    """Add the squares of one batch, column by column: the diagonal of its Gram matrix.
+
+    squares: (in,) float32, changed in place.  inputs: (tokens, in), padding already dropped.
+    """
+    squares.add_(inputs.float().square().sum(0))
+
+
+def relative_error(weight: Tensor, changed: Tensor, hessian: Tensor | None = None) -> float:
+    """Return sqrt(tr(D H D^T) / tr(W H W^T)) for D = the difference; without a Hessian the Frobenius norms' ratio.
+
+    weight, changed: (out, in).  hessian: (in, in).  An all-zero weight has error 0.
+    """
+    weight = weight.float()
+    difference = weight - changed.float()
+    error, size = (
+        float((matrix if hessian is None else matrix @ hessian).mul(matrix).sum(dtype=torch.float64))
+        for matrix in (difference, weight)
+    )
+    return (max(error, 0.0) / size) ** 0.5 if size > 0 else 0.0

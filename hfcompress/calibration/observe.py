@@ -1,16 +1,16 @@
-"""Hessians of the linear layers inside one layer, shared where the inputs are the same tensor."""
+"""What the linear layers inside one layer see, added up, and shared where the inputs are the same tensor."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.hessian import accumulate_hessian_
+from hfcompress.calibration.hessian import accumulate_hessian_, accumulate_squares_
 from hfcompress.calibration.record import RecordedBatch
 from hfcompress.calibration.running import watching
 from hfcompress.errors import ModelError
@@ -26,6 +26,38 @@ class InputHessian:
     names: tuple[str, ...]
     hessian: Tensor
     tokens: int
+
+
+@dataclass(frozen=True)
+class InputSquares:
+    """What the linear layers ``names`` saw in common.
+
+    squares: (in,) float32, the sum of their squared inputs over ``tokens`` tokens: the diagonal of their Hessian.
+    """
+
+    names: tuple[str, ...]
+    squares: Tensor
+    tokens: int
+
+
+Observed = TypeVar("Observed", bound=InputHessian | InputSquares)
+
+
+@dataclass(frozen=True)
+class Statistic(Generic[Observed]):
+    """What is added up over a linear layer's inputs.
+
+    result: makes what is reported of names, total and tokens.  dimensions: of the total, each as long as the input.
+    add_: adds (tokens, in) rows to it.
+    """
+
+    result: Callable[[tuple[str, ...], Tensor, int], Observed]
+    dimensions: int
+    add_: Callable[[Tensor, Tensor], None]
+
+
+GRAM: Statistic[InputHessian] = Statistic(InputHessian, 2, accumulate_hessian_)
+SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, accumulate_squares_)
 
 
 @dataclass(frozen=True)
@@ -55,14 +87,15 @@ def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
     return inputs.reshape(-1, inputs.shape[-1])
 
 
-class _Observer:
-    """Accumulates the Hessians of linear layers while their layer runs."""
+class _Observer(Generic[Observed]):
+    """Adds up what linear layers see while their layer runs."""
 
-    def __init__(self, linears: Mapping[str, nn.Module], share: bool) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], statistic: Statistic[Observed], share: bool) -> None:
         self.linears = linears
+        self.statistic = statistic
         self.share = share
         self.owner: dict[str, str] = {}
-        self.hessians: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
         self.tokens: Counter[str] = Counter()
         self.first_batch: dict[str, int] = {}
         self.batch = -1
@@ -98,22 +131,24 @@ class _Observer:
         rows = real_tokens(inputs, self.masks.context if inputs.data_ptr() in self.context else self.masks.own)
         self.tokens[name] += len(rows)
         if owner == name:
-            if name not in self.hessians:
-                width = inputs.shape[-1]
-                self.hessians[name] = torch.zeros(width, width, dtype=torch.float32, device=inputs.device)
-            accumulate_hessian_(self.hessians[name], rows)
+            if name not in self.totals:
+                shape = inputs.shape[-1:] * self.statistic.dimensions
+                self.totals[name] = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
+            self.statistic.add_(self.totals[name], rows)
         elif first != owner:
             raise _DivergedError
 
-    def result(self) -> list[InputHessian]:
-        """Return one Hessian per distinct input; raises _DivergedError when siblings saw unlike counts of tokens."""
+    def result(self) -> list[Observed]:
+        """Return one total per distinct input; raises _DivergedError when siblings saw unlike counts of tokens."""
         if any(self.tokens[name] != self.tokens[owner] for name, owner in self.owner.items()):
             raise _DivergedError
         groups: dict[str, list[str]] = {}
         for name in self.linears:
             if self.tokens[name]:
                 groups.setdefault(self.owner[name], []).append(name)
-        return [InputHessian(tuple(names), self.hessians[key], self.tokens[key]) for key, names in groups.items()]
+        return [
+            self.statistic.result(tuple(names), self.totals[key], self.tokens[key]) for key, names in groups.items()
+        ]
 
 
 def observe_layer(
@@ -122,15 +157,16 @@ def observe_layer(
     batches: Sequence[RecordedBatch],
     masks: Sequence[TokenMasks],
     linears: Mapping[str, nn.Module],
-) -> list[InputHessian]:
-    """Run a layer over all batches and return the Hessians of some of its linear layers.
+    statistic: Statistic[Observed],
+) -> list[Observed]:
+    """Run a layer over all batches and return a statistic of the inputs of some of its linear layers.
 
-    Linear layers that always see the same tensor share one Hessian; those that see no token are in none.
+    Linear layers that always see the same tensor share one result; those that see no token are in none.
     """
     try:
-        return _observe(layer, index, batches, masks, linears, share=True)
+        return _observe(layer, index, batches, masks, linears, statistic, share=True)
     except _DivergedError:
-        return _observe(layer, index, batches, masks, linears, share=False)
+        return _observe(layer, index, batches, masks, linears, statistic, share=False)
 
 
 def _observe(
@@ -139,9 +175,10 @@ def _observe(
     batches: Sequence[RecordedBatch],
     masks: Sequence[TokenMasks],
     linears: Mapping[str, nn.Module],
+    statistic: Statistic[Observed],
     share: bool,
-) -> list[InputHessian]:
-    observer = _Observer(linears, share)
+) -> list[Observed]:
+    observer = _Observer(linears, statistic, share)
     handles = [module.register_forward_pre_hook(observer.hook(name)) for name, module in linears.items()]
     try:
         with watching(layer):
@@ -156,10 +193,11 @@ def _observe(
     return observer.result()
 
 
-def refuse_non_finite(name: str, found: Iterable[InputHessian]) -> None:
+def refuse_non_finite(name: str, found: Iterable[InputHessian | InputSquares]) -> None:
     """Raise ModelError when a linear layer of ``name`` saw NaN or infinite inputs."""
     for one in found:
-        if not bool(torch.isfinite(one.hessian).all()):
+        total = one.hessian if isinstance(one, InputHessian) else one.squares
+        if not bool(torch.isfinite(total).all()):
             raise ModelError(
                 f"{name}: the inputs of {', '.join(one.names)} hold NaN or infinite values on the calibration data. "
                 "Check the model in this dtype (float16 overflows where bfloat16 does not) and the data."

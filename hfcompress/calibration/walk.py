@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hfcompress.calibration.observe import InputHessian, TokenMasks, observe_layer, refuse_non_finite
+from hfcompress.calibration.observe import (
+    GRAM,
+    SQUARES,
+    InputHessian,
+    InputSquares,
+    Observed,
+    Statistic,
+    TokenMasks,
+    observe_layer,
+    refuse_non_finite,
+)
 from hfcompress.calibration.record import RecordedBatch, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.structure.stack import LayerStack, layer_stacks, linear_weights_of
@@ -38,9 +48,16 @@ class LayerVisit:
         names: relative to the layer; None is all.  A linear layer that saw no token is in no result. Raises ModelError
         when one saw NaN or infinite values.
         """
+        return self._observe(names, GRAM)
+
+    def input_squares(self, names: Sequence[str] | None = None) -> list[InputSquares]:
+        """Return the diagonals of ``input_hessians`` for a fraction of their cost."""
+        return self._observe(names, SQUARES)
+
+    def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
         linears = linear_weights_of(self.layer)
         chosen = {name: module for name, module in linears.items() if names is None or name in names}
-        found = observe_layer(self.layer, self.index, self.batches, self.masks, chosen)
+        found = observe_layer(self.layer, self.index, self.batches, self.masks, chosen, statistic)
         refuse_non_finite(self.name, found)
         return found
 

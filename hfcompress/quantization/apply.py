@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.calibration import InputHessian, LayerVisit, walk_layers
+from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
+from hfcompress.calibration.checks import calibration_list, observe_layers, warn_about_damping
+from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import PackedLinear, compressed_tensors_config
 from hfcompress.progress import meter
 from hfcompress.quantization.gptq import gptq_siblings
-from hfcompress.quantization.grids import dequantized, relative_error
+from hfcompress.quantization.grids import dequantized
 from hfcompress.quantization.options import GPTQ, RTN
-from hfcompress.quantization.plan import PlannedLinear, check_calibration, plan_linears
+from hfcompress.quantization.plan import PlannedLinear, check_joint_pruning, plan_linears
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import round_to_nearest
 from hfcompress.structure.stack import layer_stacks
@@ -32,18 +33,25 @@ def quantize(
     method: RTN | GPTQ,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     on_layer: OnLayer | None = None,
+    prune: ColumnPruning | None = None,
 ) -> QuantizationReport:
     """Replace the linear layers of a model's stacks by packed ones; embeddings and heads stay as they are.
 
     Afterwards plain ``model.save_pretrained`` writes a compressed-tensors checkpoint. calibration: batches as
     ``model(**batch)`` takes them, for methods that need data; padding does not count.  on_layer: called after each
-    layer with its name and rows.  Raises ModelError or DataError; the model is then as it was before, for which the
-    dense weights are kept until the end.
+    layer with its name and rows.  prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds
+    them, so that later columns absorb both errors.  Raises ModelError or DataError; the model is then as it was
+    before, for which the dense weights are kept until the end.
     """
     started = time.perf_counter()
-    batches = check_calibration(method, calibration)
+    batches = calibration_list(type(method).__name__, calibration) if method.needs_calibration else []
     planned = plan_linears(model, method)
-    steps = _calibrated(model, planned, method, batches) if isinstance(method, GPTQ) else _data_free(model, planned)
+    if prune is not None:
+        check_joint_pruning(method, prune, planned)
+    if isinstance(method, GPTQ):
+        steps = _calibrated(model, planned, method, batches, prune)
+    else:
+        steps = _data_free(model, planned)
     layers = sum(len(stack) for stack in layer_stacks(model))
     rows: Rows = []
     try:
@@ -106,47 +114,23 @@ def _row(one: PlannedLinear, error: float, damping: float | None, tokens: int, s
 
 
 def _calibrated(
-    model: nn.Module, planned: Sequence[PlannedLinear], method: GPTQ, batches: Sequence[Mapping[str, Any]]
+    model: nn.Module,
+    planned: Sequence[PlannedLinear],
+    method: GPTQ,
+    batches: Sequence[Mapping[str, Any]],
+    prune: ColumnPruning | None,
 ) -> Iterator[tuple[str, Rows]]:
     """Round layer by layer on what each sees once the layers before it are quantized."""
     by_name = {one.name: one for one in planned}
-    warned = False
-    for visit in walk_layers(model, batches):
-        prefix = f"{visit.name}."
-        inside = [name.removeprefix(prefix) for name in by_name if name.startswith(prefix)]
-        hessians = visit.input_hessians(inside) if inside else []
-        _check_all_seen(visit, inside, hessians)
-        warned = warned or _warn_about_few_tokens(visit, hessians)
-        rows: Rows = []
-        for found in hessians:
-            siblings = [by_name[prefix + name] for name in found.names]
-            rows.extend(_round_siblings_(model, siblings, found, method.damping))
+    for visit, hessians in observe_layers(model, by_name, batches, LayerVisit.input_hessians):
+        groups = [([by_name[f"{visit.name}.{name}"] for name in found.names], found) for found in hessians]
+        rows = [row for alike, found in groups for row in _round_siblings_(model, alike, found, method, prune)]
+        groups.clear()
         yield visit.name, rows
 
 
-def _check_all_seen(visit: LayerVisit, names: Iterable[str], hessians: Iterable[InputHessian]) -> None:
-    seen = {name for found in hessians if found.tokens for name in found.names}
-    missing = [f"{visit.name}.{name}" for name in names if name not in seen]
-    if missing:
-        raise ModelError(
-            f"No calibration token reaches {', '.join(missing)}. Add inputs that do (another modality, labels for a "
-            "decoder, more text for experts), or exclude these layers."
-        )
-
-
-def _warn_about_few_tokens(visit: LayerVisit, hessians: Iterable[InputHessian]) -> bool:
-    short = [found for found in hessians if found.tokens < len(found.hessian)]
-    for found in short[:1]:
-        warnings.warn(
-            f"{found.tokens} calibration tokens are fewer than the {len(found.hessian)} input columns of "
-            f"{visit.name}.{found.names[0]}, so its Hessian is singular and leans on damping; use more data.",
-            stacklevel=4,
-        )
-    return bool(short)
-
-
 def _round_siblings_(
-    model: nn.Module, siblings: Sequence[PlannedLinear], found: InputHessian, damping: float
+    model: nn.Module, siblings: Sequence[PlannedLinear], found: InputHessian, method: GPTQ, prune: ColumnPruning | None
 ) -> Iterator[QuantizedLinear]:
     """Quantize linear layers that share an input, those of one dtype in one call."""
     by_dtype: dict[Any, list[PlannedLinear]] = {}
@@ -156,9 +140,10 @@ def _round_siblings_(
         started = time.perf_counter()
         weights = [one.module.weight for one in alike]
         try:
-            results = gptq_siblings(weights, found.hessian, alike[0].bits, alike[0].group_size, damping)
+            results = gptq_siblings(weights, found.hessian, method.bits, alike[0].group_size, method.damping, prune)
         except HFCompressError as error:
             raise ModelError(f"{', '.join(one.name for one in alike)}: {error}") from error
+        warn_about_damping([one.name for one in alike], method.damping, results[0].damping_used)
         for one, result in zip(alike, results):
             _pack_(model, one, result.codes, result.scale)
         seconds = time.perf_counter() - started

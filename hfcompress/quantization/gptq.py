@@ -1,7 +1,8 @@
 """GPTQ: round column by column, and let later columns absorb the error (Frantar et al., arXiv 2210.17323).
 
-Written in the LDLQ form (QuIP, arXiv 2307.13304, theorem 6), which takes the same steps with one Cholesky factor and
-no inverse: with H = U D U^T, U unit upper triangular, column k rounds ``w_k + (W - Q)[:, :k] @ U[:k, k]``.
+The loop over columns is ``hfcompress.calibration.columns``; here is what a column is rounded to. A pruning method that
+chooses columns in the same way joins the pass: weights that it prunes become 0, and later columns absorb both errors
+(SparseGPT, arXiv 2301.00774, "Joint Sparsification & Quantization").
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfcompress.errors import ModelError
+from hfcompress.calibration import ColumnPruning, HessianFactor, Selection, compress_columns, factor_hessian
+from hfcompress.calibration.hessian import relative_error
 from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import dequantized, relative_error, search_scale
-
-CHANNEL_BLOCK = 128
-INNER_BLOCK = 16
-LARGEST_DAMPING = 10.0
+from hfcompress.quantization.grids import dequantized, search_scale
 
 
 @dataclass(frozen=True)
@@ -34,47 +32,6 @@ class GPTQResult:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class HessianFactor:
-    """H + damping * mean(diag H) * I = unit @ diag(strength) @ unit^T, with ``unit`` unit upper triangular.
-
-    strength[k] weighs the squared rounding error of column k after compensation by the later ones.
-    """
-
-    unit: Tensor
-    strength: Tensor
-    damping: float
-
-
-def factor_hessian(hessian: Tensor, damping: float) -> HessianFactor:
-    """Factor a Hessian; one that cannot be factored is damped ten times more, up to ``LARGEST_DAMPING``.
-
-    hessian: (in, in) float32.  damping: added to the diagonal, as a share of its mean.  Columns that saw only zeros
-    get the mean as their diagonal, so they are rounded on their own. Raises ModelError when no damping helps.
-    """
-    if not bool(torch.isfinite(hessian).all()):
-        raise ModelError("the Hessian holds NaN or infinite values, so the layer cannot be quantized with it.")
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if float(mean) <= 0:
-        raise ModelError("the Hessian is zero: the layer saw only zeros, so there is nothing to calibrate on.")
-    base = torch.where(diagonal > 0, diagonal, mean)
-    share = damping
-    while share <= LARGEST_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().copy_(base + share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            upper = lower.flip(0, 1)
-            root = upper.diagonal().clone()
-            return HessianFactor(upper.div_(root), root.square(), share)
-        share *= 10
-    raise ModelError(
-        f"the Hessian cannot be factored even with {share / 10:g} times its mean diagonal added, so it is no Gram "
-        "matrix of real inputs. Check the calibration data, or use RTN for this layer."
-    )
-
-
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, damping: float = 0.01) -> GPTQResult:
     """Quantize one weight; see ``gptq_siblings``.
 
@@ -84,24 +41,49 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, dam
 
 
 def gptq_siblings(
-    weights: Sequence[Tensor], hessian: Tensor, bits: int, group_size: int | None, damping: float = 0.01
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    bits: int,
+    group_size: int | None,
+    damping: float = 0.01,
+    prune: ColumnPruning | None = None,
 ) -> list[GPTQResult]:
     """Quantize weights that see the same input, stacked into one: rows do not depend on each other.
 
     weights: (out_i, in) each, of one dtype.  hessian: (in, in) float32, not changed.  group_size: input columns that
-    share a scale, a divisor of ``in``; None is all.  Zero weights stay zero and their rounding error is compensated.
-    Raises ModelError when the Hessian cannot be factored.
+    share a scale, a divisor of ``in``; None is all.  prune: prunes each weight in the same pass, or before it where
+    the error is smaller so.  Zero weights stay zero and their rounding error is compensated.  Raises ModelError when
+    the Hessian cannot be factored.
     """
     dtype = weights[0].dtype
-    stacked = torch.cat([weight.detach().float() for weight in weights])
+    dense = [weight.detach().float() for weight in weights]
     factor = factor_hessian(hessian, damping)
-    codes, scale = round_columns(stacked, factor, bits, group_size, dtype)
-    size = group_size or stacked.shape[1]
-    quantized = dequantized(codes.view(len(codes), -1, size), scale.unsqueeze(-1), dtype).view_as(stacked)
-    parts = (rows.split([len(weight) for weight in weights]) for rows in (codes, scale.to(dtype), stacked, quantized))
+    grid, stacked = _Grid(bits, group_size, dtype), torch.cat(dense)
+    if prune is None:
+        passes = [_rounded(stacked, factor, grid)]
+    else:
+        passes = [_rounded(stacked, factor, grid, prune.selection(dense, factor))]
+        # A choice that knows the rounding errors is the better one mostly, not always.
+        sparse = compress_columns(stacked, factor, selection=prune.selection(dense, factor))
+        passes.append(_rounded(sparse, factor, grid))
+    sizes = [len(weight) for weight in weights]
+    results = [_results(dense, sizes, one, dtype, hessian, factor.damping) for one in passes]
+    return [min(choices, key=lambda result: result.relative_error) for choices in zip(*results)]
+
+
+def _results(
+    dense: Sequence[Tensor],
+    sizes: Sequence[int],
+    rounded: tuple[Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+    hessian: Tensor,
+    damping: float,
+) -> list[GPTQResult]:
+    """Take stacked weights apart again."""
+    codes, scale, quantized = (rows.split(sizes) for rows in rounded)
     return [
-        GPTQResult(own_codes, own_scale, factor.damping, relative_error(before, after, hessian))
-        for own_codes, own_scale, before, after in zip(*parts)
+        GPTQResult(own_codes, own_scale.to(dtype), damping, relative_error(before, after, hessian))
+        for own_codes, own_scale, before, after in zip(codes, scale, dense, quantized)
     ]
 
 
@@ -119,56 +101,62 @@ def round_columns(
     on the weights as they are.  weight: (out, in) float32.  dtype: of the stored scales.  scale: (out, groups) float32
     to use instead.  Returns codes (out, in) int8 and scale (out, groups) float32.
     """
-    columns = weight.T.contiguous()
-    zeros = columns == 0
-    keep_zero = zeros if bool(zeros.any()) else None
-    error, codes = torch.zeros_like(columns), torch.empty_like(columns, dtype=torch.int8)
-    if group_size is None and scale is None:
-        scale = search_scale(columns, factor.strength, bits, dtype).unsqueeze(1)
-    chosen = []
-    width = group_size or CHANNEL_BLOCK
-    for start in range(0, len(columns), width):
-        block = slice(start, min(start + width, len(columns)))
-        target = columns[block].addmm(factor.unit[:start, block].T, error[:start])
-        if keep_zero is not None:
-            target.masked_fill_(keep_zero[block], 0)
-        if scale is None:
-            chosen.append(search_scale(target, factor.strength[block], bits, dtype))
-        row_scale = chosen[-1] if scale is None else scale[:, start // group_size if group_size else 0].contiguous()
-        zero = None if keep_zero is None else keep_zero[block]
-        grid = _Grid(row_scale, *code_range(bits), dtype)
-        _round_block_(target, columns[block], factor.unit[block, block], grid, zero, error[block], codes[block])
-    return codes.T.contiguous(), torch.stack(chosen, dim=1) if scale is None else scale
+    return _rounded(weight, factor, _Grid(bits, group_size, dtype), scale=scale)[:2]
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """The points that the columns of one block round to: scale (out,) times low .. high, as stored in ``dtype``."""
+    """The points that a group of columns rounds to: ``bits`` wide codes times a scale that is stored in ``dtype``."""
 
-    scale: Tensor
-    low: int
-    high: int
+    bits: int
+    group_size: int | None
     dtype: torch.dtype
 
 
-def _round_block_(
-    target: Tensor, weight: Tensor, unit: Tensor, grid: _Grid, zero: Tensor | None, error: Tensor, codes: Tensor
-) -> None:
-    """Round the columns of one block in place: ``error`` and ``codes`` are filled, ``target`` is used up.
+def _rounded(
+    weight: Tensor,
+    factor: HessianFactor,
+    grid: _Grid,
+    selection: Selection | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes (out, in) int8, scales (out, groups) float32 and the values (out, in) float32."""
+    rounding = _GroupRounding(weight, factor, grid, selection, scale)
+    values = compress_columns(weight, factor, grid.group_size, rounding, selection)
+    return rounding.codes.T.contiguous(), torch.stack(rounding.scales, dim=1), values
 
-    All but unit (width, width) and zero are (width, out).  target: the weights plus what earlier blocks' errors add.
-    Errors reach the next ``INNER_BLOCK`` columns one by one and the others in one product, for less memory traffic.
-    """
-    rounded = torch.empty_like(target[0])
-    for start in range(0, len(target), INNER_BLOCK):
-        stop = min(start + INNER_BLOCK, len(target))
-        for column in range(start, stop):
-            torch.div(target[column], grid.scale, out=rounded).round_().clamp_(grid.low, grid.high)
-            if zero is not None:
-                rounded.masked_fill_(zero[column], 0)
-            codes[column] = rounded
-            torch.sub(weight[column], dequantized(rounded, grid.scale, grid.dtype), out=error[column])
-            if column + 1 < stop:
-                target[column + 1 : stop].addr_(unit[column, column + 1 : stop], error[column])
-        if stop < len(target):
-            target[stop:].addmm_(unit[start:stop, stop:].T, error[start:stop])
+
+class _GroupRounding:
+    """Rounds columns to the grid of their group.  codes: (in, out) int8.  scales: one (out,) per group so far."""
+
+    def __init__(
+        self, weight: Tensor, factor: HessianFactor, grid: _Grid, selection: Selection | None, scale: Tensor | None
+    ) -> None:
+        rows, columns = weight.shape
+        self.grid, self.strength = grid, factor.strength
+        self.range = code_range(grid.bits)
+        self.codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+        self.rounded = torch.empty(rows, dtype=torch.float32, device=weight.device)
+        self.given = scale
+        self.scales: list[Tensor] = []
+        if grid.group_size is None and scale is None:
+            kept = weight.T if selection is None else weight.T.masked_fill(selection.choose(0, weight.T), 0)
+            self.given = search_scale(kept.contiguous(), self.strength, grid.bits, grid.dtype).unsqueeze(1)
+
+    def begin(self, start: int, target: Tensor) -> None:
+        """Find the scale of the group that begins here; one scale per row is found before the first column."""
+        if self.given is None:
+            importance = self.strength[start : start + len(target)]
+            self.scales.append(search_scale(target, importance, self.grid.bits, self.grid.dtype))
+        elif start == 0 or self.grid.group_size is not None:
+            group = 0 if self.grid.group_size is None else start // self.grid.group_size
+            self.scales.append(self.given[:, group].contiguous())
+
+    def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
+        """Return the values (out,) that a column gets, and note their codes."""
+        scale = self.scales[-1]
+        torch.div(target, scale, out=self.rounded).round_().clamp_(*self.range)
+        if pruned is not None:
+            self.rounded.masked_fill_(pruned, 0)
+        self.codes[column] = self.rounded
+        return dequantized(self.rounded, scale, self.grid.dtype)

@@ -51,17 +51,3 @@ def search_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dt
         smallest = torch.where(better, error, smallest)
         best = torch.where(better, scale, best)
     return best
-
-
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
-    """Return sqrt(tr(D H D^T) / tr(W H W^T)) for D = W - Q; without a Hessian the Frobenius norms' ratio.
-
-    weight, quantized: (out, in).  hessian: (in, in).  An all-zero weight has error 0.
-    """
-    weight = weight.float()
-    difference = weight - quantized.float()
-    error, size = (
-        float((matrix if hessian is None else matrix @ hessian).mul(matrix).sum(dtype=torch.float64))
-        for matrix in (difference, weight)
-    )
-    return (max(error, 0.0) / size) ** 0.5 if size > 0 else 0.0

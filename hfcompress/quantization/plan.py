@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from hfcompress.errors import DataError, ModelError, did_you_mean
+from hfcompress.calibration import ColumnPruning
+from hfcompress.errors import ModelError, did_you_mean
 from hfcompress.packed import packed_linears
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.structure.stack import stack_linears
@@ -78,27 +78,27 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLine
     return planned
 
 
-def check_calibration(method: RTN | GPTQ, calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
-    """Return the calibration batches as a list; empty for a method that needs none.
-
-    Raises DataError when they are missing, empty, or not mappings of tensors.
-    """
-    if not method.needs_calibration:
-        return []
-    name = type(method).__name__
-    if calibration is None:
-        raise DataError(f"{name} needs calibration=batches: a list of dicts of tensors, as model(**batch) takes them.")
-    batches = list(calibration)
-    if not batches:
-        raise DataError(f"calibration has 0 batches; {name} needs some text or images to see what the layers see.")
-    for index, batch in enumerate(batches):
-        values = batch.values() if isinstance(batch, Mapping) else ()
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        if not tensors:
-            raise DataError(f"calibration batch {index} is no dict of tensors but {type(batch).__name__}.")
-        if any(tensor.dim() and len(tensor) == 0 for tensor in tensors):
-            raise DataError(f"calibration batch {index} has 0 rows.")
-    return batches
+def check_joint_pruning(method: RTN | GPTQ, prune: ColumnPruning, planned: Iterable[PlannedLinear]) -> None:
+    """Raise ModelError for a pruning method that cannot share the quantizer's pass over the columns."""
+    if not isinstance(prune, ColumnPruning):
+        raise ModelError(
+            f"{type(prune).__name__} does not prune column by column, so it cannot share a pass with quantization; "
+            "use SparseGPT, or call hfcompress.prune first: quantize keeps its zeros."
+        )
+    if not isinstance(method, GPTQ):
+        raise ModelError(f"{type(method).__name__} sees no data; pruning and rounding in one pass needs GPTQ.")
+    if prune.damping != method.damping:
+        raise ModelError(
+            f"One Hessian serves both, but damping is {prune.damping:g} for pruning and {method.damping:g} for GPTQ; "
+            "give both the same."
+        )
+    period = prune.period or 1
+    for one in planned:
+        if one.module.in_features % period or (one.group_size or period) % period:
+            raise ModelError(
+                f"{one.name}: groups of {period} columns of the pruning pattern do not divide its "
+                f"{one.module.in_features} input columns or its quantization groups of {one.group_size} columns."
+            )
 
 
 def _is_seq2seq(model: PreTrainedModel) -> bool:

@@ -11,11 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfcompress.errors import RecipeError, did_you_mean
-from hfcompress.quantization import METHODS, RTN
+from hfcompress.quantization import RTN
 from hfcompress.recipe.checks import cross_faults, earlier_stage, stage_kind, stage_names
 from hfcompress.recipe.faults import Fault, near, not_a, not_one_of, place, read_options, recipe_error, shown
 from hfcompress.recipe.faults import Path as Place
-from hfcompress.recipe.options import STAGES, Distill, Finetune, Quantize, Recipe, Stage, StageOptions
+from hfcompress.recipe.options import (
+    METHODS,
+    NEED_DATA,
+    STAGES,
+    Distill,
+    Finetune,
+    Prune,
+    Quantize,
+    Recipe,
+    Stage,
+    StageOptions,
+    options_beside_method,
+)
 from hfcompress.recipe.schema import recipe_schema
 from hfcompress.recipe.sections import TASKS, DataSpec, EvaluateSpec, ModelSpec, Splits
 from hfcompress.recipe.text import apply_overrides_, read_yaml
@@ -31,6 +43,7 @@ __all__ = [
     "EvaluateSpec",
     "Finetune",
     "ModelSpec",
+    "Prune",
     "Quantize",
     "Recipe",
     "Splits",
@@ -38,11 +51,11 @@ __all__ = [
     "bundled_recipes",
     "load_recipe",
     "parse_recipe",
+    "read_method",
     "recipe_differences",
     "recipe_schema",
 ]
 
-_CALIBRATION = ("calibration_rows", "calibration_length")
 _STANDS_IN = Stage("quantize", Quantize(RTN()), "quantize")  # lets other sections be checked when stages have faults
 
 
@@ -158,8 +171,8 @@ def _read_stage(raw: Any, index: int, names: Sequence[str], faults: list[Fault])
         return None
     given = {} if given is None else given
     options: StageOptions | None
-    if kind == "quantize" and isinstance(given, Mapping):
-        options = _read_quantize(given, path, faults)
+    if kind in METHODS and isinstance(given, Mapping):
+        options = read_method(kind, given, path, faults)
     else:
         options = read_options(STAGES[kind], given, path, faults)
     if isinstance(options, Distill):
@@ -168,24 +181,26 @@ def _read_stage(raw: Any, index: int, names: Sequence[str], faults: list[Fault])
     return None if options is None else Stage(kind, options, names[index])
 
 
-def _read_quantize(raw: Mapping[str, Any], path: Place, faults: list[Fault]) -> Quantize | None:
-    """Read a method's options, which stand beside ``method``, and how much it is calibrated with."""
-    name = raw.get("method")
+def read_method(kind: str, raw: Mapping[str, Any], path: Place, faults: list[Fault]) -> StageOptions | None:
+    """Read a stage whose method's options stand beside ``method`` and the stage's own.
+
+    kind: of the stage, a key of ``METHODS``.  path: where the options stand.  On faults, add them and return None.
+    """
+    methods, name = METHODS[kind], raw.get("method")
     if "method" not in raw:
-        faults.append(Fault(path, f"'method' is missing; known: {', '.join(METHODS)}"))
+        faults.append(Fault(path, f"'method' is missing; known: {', '.join(methods)}"))
         return None
-    if not isinstance(name, str) or name not in METHODS:
-        faults.append(Fault((*path, "method"), not_one_of(name, list(METHODS))))
+    if not isinstance(name, str) or name not in methods:
+        faults.append(Fault((*path, "method"), not_one_of(name, list(methods))))
         return None
-    calibrated = METHODS[name].needs_calibration
-    own = {option: raw[option] for option in _CALIBRATION if option in raw}
-    rest = {option: value for option, value in raw.items() if option != "method" and option not in own}
-    method = read_options(METHODS[name], rest, path, faults, more=("method", *(_CALIBRATION if calibrated else ())))
-    if calibrated:
-        options = read_options(Quantize, {"method": method or RTN(), **own}, path, faults)
-        return options if method is not None else None
-    faults += [Fault((*path, option), f"method {name} needs no calibration data: remove this") for option in own]
-    return Quantize(method) if method is not None and not own else None
+    beside = options_beside_method(kind, methods[name])
+    useless = [option for option in NEED_DATA if option in raw and option not in beside]
+    faults += [Fault((*path, option), f"method {name} {NEED_DATA[option]}: remove this") for option in useless]
+    own = {option: raw[option] for option in beside if option in raw}
+    rest = {option: value for option, value in raw.items() if option not in ("method", *own, *useless)}
+    method = read_options(methods[name], rest, path, faults, more=("method", *beside))
+    options = read_options(STAGES[kind], {"method": method or next(iter(methods.values()))(), **own}, path, faults)
+    return options if method is not None and not useless else None
 
 
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -45,6 +45,7 @@ def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
     if isinstance(stages, list):
         kinds = [stage_kind(stage) for stage in stages]
         yield from _order_faults(kinds)
+        yield from _lost_zeros_faults(stages, kinds)
         yield from _teacher_faults(stages, kinds)
 
 
@@ -54,6 +55,18 @@ def _order_faults(kinds: Sequence[str | None]) -> Iterator[Fault]:
         yield Fault(("stages", index), f"only one quantize stage is allowed, and stages[{quantize[0]}] is one")
     if quantize and any(kind != "quantize" for kind in kinds[quantize[0] + 1 :]):
         yield Fault(("stages", quantize[0]), "quantize must be the last stage")
+
+
+def _lost_zeros_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
+    """Training moves every weight, so zeros that were pruned before it only last under a pruning callback."""
+    if "prune" not in kinds:
+        return
+    first = kinds.index("prune")
+    for index, (stage, kind) in enumerate(zip(stages, kinds)):
+        options = stage[kind] if index > first and kind in ("finetune", "distill") else {"prune": "not trained"}
+        if not isinstance(options, Mapping) or not options.get("prune"):
+            text = f"training would undo stages[{first}]: prune here too, which keeps the zeros that are there"
+            yield Fault(("stages", index, kind), text)
 
 
 def earlier_stage(teacher: str, names: Sequence[str], index: int) -> str | None:

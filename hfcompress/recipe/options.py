@@ -10,8 +10,11 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
+from hfcompress.pruning.oneshot import METHODS as PRUNERS
+from hfcompress.pruning.oneshot import Magnitude, SparseGPT, Wanda
 from hfcompress.pruning.options import PruneOptions
-from hfcompress.quantization import GPTQ, METHODS, RTN
+from hfcompress.quantization import GPTQ, RTN
+from hfcompress.quantization import METHODS as QUANTIZERS
 from hfcompress.recipe.sections import (
     FROZEN,
     TASKS,
@@ -83,24 +86,66 @@ class Distill:
 
 
 @dataclass(frozen=True, config=FROZEN)
+class Prune:
+    """Set weights to zero in one shot; the method's own options stand beside ``method`` in the YAML.
+
+    targets, exclude: name patterns (``fnmatch``) over the modules whose weights are pruned; targets None means every
+    linear and Conv1D weight inside the layer stack.
+    calibration_rows: training rows shown to the method.  calibration_length: tokens of one such row.
+    """
+
+    method: Magnitude | Wanda | SparseGPT
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    calibration_rows: AtLeastOne = 128
+    calibration_length: Annotated[int, Field(ge=2)] = 512
+
+
+@dataclass(frozen=True, config=FROZEN)
 class Quantize:
     """Store the linear layers in few bits; the method's own options stand beside ``method`` in the YAML.
 
     calibration_rows: training rows shown to the method.  calibration_length: tokens of one such row.
+    prune: prune by SparseGPT in the same pass.
     """
 
     method: RTN | GPTQ
     calibration_rows: AtLeastOne = 128
     calibration_length: Annotated[int, Field(ge=2)] = 512
+    prune: SparseGPT | None = None
+
+    def __post_init__(self) -> None:
+        if self.prune is not None and isinstance(self.method, GPTQ) and self.prune.damping != self.method.damping:
+            raise ValueError(
+                f"one Hessian serves both, but damping is {self.method.damping:g} here and {self.prune.damping:g} in "
+                "prune; give both the same"
+            )
 
 
-StageOptions = DropLayers | Finetune | Distill | Quantize
+StageOptions = DropLayers | Prune | Finetune | Distill | Quantize
 STAGES: dict[str, type[StageOptions]] = {
     "drop_layers": DropLayers,
+    "prune": Prune,
     "finetune": Finetune,
     "distill": Distill,
     "quantize": Quantize,
 }
+
+
+# Options that only methods with calibration data take, and what is wrong with them elsewhere.
+NEED_DATA = {
+    "calibration_rows": "needs no calibration data",
+    "calibration_length": "needs no calibration data",
+    "prune": "cannot prune in the same pass",
+}
+# The kinds of stages whose options are those of a method, by the method's name.
+METHODS: dict[str, Mapping[str, type[Any]]] = {"prune": PRUNERS, "quantize": QUANTIZERS}
+
+
+def options_beside_method(kind: str, method: type[Any]) -> list[str]:
+    """Return the options that a stage has beside its method's own; those of ``NEED_DATA`` only where it does."""
+    names = [field.name for field in dataclasses.fields(STAGES[kind]) if field.name != "method"]
+    return [name for name in names if method.needs_calibration or name not in NEED_DATA]
 
 
 @dataclass(frozen=True, config=FROZEN)
@@ -146,10 +191,12 @@ class Recipe:
 def _plain(value: Any) -> Any:
     if isinstance(value, Stage):
         return {value.kind: _plain(value.options)}
-    if isinstance(value, Quantize):
-        name = next(name for name, method in METHODS.items() if type(value.method) is method)
-        calibration = {"calibration_rows": value.calibration_rows, "calibration_length": value.calibration_length}
-        return {"method": name, **_plain(value.method), **(calibration if value.method.needs_calibration else {})}
+    if isinstance(value, (Prune, Quantize)):
+        kind = next(kind for kind, options in STAGES.items() if type(value) is options)
+        name = next(name for name, method in METHODS[kind].items() if type(value.method) is method)
+        beside = options_beside_method(kind, type(value.method))
+        own = {option: _plain(getattr(value, option)) for option in beside if getattr(value, option) is not None}
+        return {"method": name, **_plain(value.method), **own}
     if dataclasses.is_dataclass(value):
         pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
         return {field.name: _plain(one) for field, one in pairs if not (one is None and field.default is None)}

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.pruning.options import PruneOptions
-from hfcompress.quantization import METHODS
-from hfcompress.recipe.options import STAGES, Quantize, Recipe
+from hfcompress.recipe.options import METHODS, STAGES, Recipe, options_beside_method
 from hfcompress.recipe.sections import DataSpec, EvaluateSpec, ModelSpec, Splits
 from hfcompress.recipe.training import REFUSED, choices_of, training_types
 
-_DESCRIBED = {one.__name__: one for one in (ModelSpec, DataSpec, Splits, EvaluateSpec, PruneOptions)}
+_DESCRIBED = {one.__name__: one for one in (ModelSpec, DataSpec, Splits, EvaluateSpec, PruneOptions, SparseGPT)}
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -27,14 +27,9 @@ def recipe_schema() -> dict[str, Any]:
     top = _schema_of(Recipe, definitions)
     kinds = {kind: _stage_schema(kind, definitions) for kind in STAGES}
     definitions["training"] = _training_schema(definitions)
-    for unused in (
-        "Stage",
-        "Distill",
-        "DropLayers",
-        "Finetune",
-        "Quantize",
-        *(one.__name__ for one in METHODS.values()),
-    ):
+    shared = {"Stage", *(one.__name__ for one in STAGES.values())}
+    methods = {one.__name__ for table in METHODS.values() for one in table.values()}
+    for unused in (shared | methods) - _DESCRIBED.keys():
         definitions.pop(unused, None)
     for name, options in _DESCRIBED.items():
         _describe_(definitions[name], options)
@@ -81,25 +76,23 @@ def _describe_(schema: dict[str, Any], options: type) -> None:
 
 def _stage_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
     schema = _schema_of(STAGES[kind], definitions)
-    if kind == "quantize":
-        return _quantize_schema(schema, definitions)
+    if kind in METHODS:
+        return _method_schema(kind, schema, definitions)
     if "training" in schema["properties"]:
         schema["properties"]["training"] = {"$ref": "#/$defs/training"}
     return schema
 
 
-def _quantize_schema(own: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """One alternative per method, each with the method's own options beside ``method``."""
+def _method_schema(kind: str, own: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """One alternative per method, each with the method's own options beside ``method`` and the stage's."""
     alternatives = []
-    for name, method in METHODS.items():
+    for name, method in METHODS[kind].items():
         schema = _schema_of(method, definitions)
         properties = {"method": {"const": name, "description": schema["description"]}, **schema["properties"]}
-        if method.needs_calibration:
-            calibration = {option: rules for option, rules in own["properties"].items() if option != "method"}
-            properties.update(calibration)
+        properties.update({option: own["properties"][option] for option in options_beside_method(kind, method)})
         required = ["method", *schema.get("required", [])]
         alternatives.append({**schema, "properties": properties, "required": required})
-    return {"description": (Quantize.__doc__ or "").splitlines()[0], "oneOf": alternatives}
+    return {"description": (STAGES[kind].__doc__ or "").splitlines()[0], "oneOf": alternatives}
 
 
 def _training_schema(definitions: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.plan import Plan, plan_shrink
 from hfcompress.structure.probe import trace_model
 from hfcompress.structure.resize import Edits
+from hfcompress.structure.shapes import record_shapes
 from hfcompress.structure.sites import AttentionSite, FfnSite
 
 # Relative to the largest output; sums over fewer terms round differently.
@@ -61,7 +62,8 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> S
     In place.  A head goes when its columns of the output projection are zero, a neuron when its column of the down
     projection is; gates on the model are multiplied into these columns first and taken off.  Key/value heads go with
     all their query heads; where an architecture needs equal numbers, the fewest closed heads that make them equal
-    stay, as zeros.  The config is changed where it can say the new sizes.  inputs: arguments of one forward; made from
+    stay, as zeros.  The config is changed where it can say the new sizes, and else gets a record of them that
+    ``from_pretrained`` reads once hfcompress is imported.  inputs: arguments of one forward; made from
     the config by default.
 
     The shrunk model is run against the model as it was: a difference, or an architecture that cannot express the new
@@ -78,6 +80,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> S
     except Exception:
         edits.undo()
         raise
+    record_shapes(model)
     after = sum(parameter.numel() for parameter in model.parameters())
     return ShrinkReport(
         heads={site.name: (site.heads, len(plan.heads[site.name].units)) for site in attention},

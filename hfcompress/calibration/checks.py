@@ -1,0 +1,92 @@
+"""What a calibrated method needs before and while it walks through a model, and how it says so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hfcompress.calibration.observe import InputHessian, InputSquares, Observed
+from hfcompress.calibration.running import Batch
+from hfcompress.calibration.walk import LayerVisit, walk_layers
+from hfcompress.errors import DataError, ModelError
+
+
+def calibration_list(method: str, calibration: Iterable[Mapping[str, Any]] | None) -> list[Batch]:
+    """Return the calibration batches as a list.
+
+    method: what asks for them, for messages.  Raises DataError when they are missing, empty, or not mappings of
+    tensors.
+    """
+    if calibration is None:
+        raise DataError(
+            f"{method} needs calibration=batches: a list of dicts of tensors, as model(**batch) takes them."
+        )
+    batches = list(calibration)
+    if not batches:
+        raise DataError(f"calibration has 0 batches; {method} needs some text or images to see what the layers see.")
+    for index, batch in enumerate(batches):
+        values = batch.values() if isinstance(batch, Mapping) else ()
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not tensors:
+            raise DataError(f"calibration batch {index} is no dict of tensors but {type(batch).__name__}.")
+        if any(tensor.dim() and len(tensor) == 0 for tensor in tensors):
+            raise DataError(f"calibration batch {index} has 0 rows.")
+    return batches
+
+
+def observe_layers(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    observe: Callable[[LayerVisit, Sequence[str]], list[Observed]],
+) -> Iterator[tuple[LayerVisit, list[Observed]]]:
+    """Walk through a model and yield every layer with what the linear layers ``names`` inside it see.
+
+    observe: ``LayerVisit.input_hessians`` or another of its methods.  The next layer's inputs come from this one as it
+    is by then.  Raises ModelError when one of the linear layers sees no token, or NaN or infinite inputs.
+    """
+    wanted = list(names)
+    warned = False
+    for visit in walk_layers(model, batches):
+        prefix = f"{visit.name}."
+        inside = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+        found = observe(visit, inside) if inside else []
+        _check_all_seen(visit, inside, found)
+        warned = warned or _warn_about_few_tokens(visit, found)
+        yield visit, found
+        # A large layer's Hessians go before the next layer's come.
+        found.clear()
+
+
+def _check_all_seen(visit: LayerVisit, names: Iterable[str], found: Iterable[InputHessian | InputSquares]) -> None:
+    seen = {name for one in found if one.tokens for name in one.names}
+    missing = [f"{visit.name}.{name}" for name in names if name not in seen]
+    if missing:
+        raise ModelError(
+            f"No calibration token reaches {', '.join(missing)}. Add inputs that do (another modality, labels for a "
+            "decoder, more text for experts), or exclude these layers."
+        )
+
+
+def _warn_about_few_tokens(visit: LayerVisit, found: Iterable[InputHessian | InputSquares]) -> bool:
+    short = [one for one in found if isinstance(one, InputHessian) and one.tokens < len(one.hessian)]
+    for one in short[:1]:
+        warnings.warn(
+            f"{one.tokens} calibration tokens are fewer than the {len(one.hessian)} input columns of "
+            f"{visit.name}.{one.names[0]}, so its Hessian is singular and leans on damping; use more data.",
+            stacklevel=5,
+        )
+    return bool(short)
+
+
+def warn_about_damping(names: Iterable[str], asked: float, used: float) -> None:
+    """Say so when a Hessian needed more damping than was asked for."""
+    if used > asked:
+        warnings.warn(
+            f"The Hessian of {', '.join(names)} could not be factored with damping {asked:g} and was damped by "
+            f"{used:g} of its mean diagonal; its layers lose more than others. Use more or more varied data.",
+            stacklevel=5,
+        )

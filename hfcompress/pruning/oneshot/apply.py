@@ -1,0 +1,143 @@
+"""Prune a model in one shot, in place and without training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfcompress.calibration import InputHessian, InputSquares, LayerVisit
+from hfcompress.calibration.checks import calibration_list, observe_layers, warn_about_damping
+from hfcompress.calibration.hessian import relative_error
+from hfcompress.calibration.running import Batch
+from hfcompress.errors import HFCompressError, ModelError
+from hfcompress.progress import meter
+from hfcompress.pruning.oneshot.magnitude import Magnitude, magnitude_pruned
+from hfcompress.pruning.oneshot.plan import PlannedWeight, plan_weights
+from hfcompress.pruning.oneshot.report import PrunedLayer, PruningReport
+from hfcompress.pruning.oneshot.sparsegpt import SparseGPT, sparsegpt
+from hfcompress.pruning.oneshot.wanda import Wanda, wanda_pruned
+
+Planned = Mapping[str, PlannedWeight]
+Rows = list[PrunedLayer]
+
+
+def prune(
+    model: PreTrainedModel,
+    method: Magnitude | Wanda | SparseGPT,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    targets: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> PruningReport:
+    """Set weights of a model to zero in place, layer by layer, each calibrated on what the pruned layers before give.
+
+    calibration: batches as ``model(**batch)`` takes them, for methods that need data; padding does not count.
+    targets, exclude: name patterns (``fnmatch``) over module names; targets None means every linear and Conv1D module
+    inside the layer stacks.  Weights that are zero stay zero and count towards the sparsity, which is never exceeded.
+    Beyond the model it takes the memory of one layer's activations and Hessians, so there is no way back: an error
+    that shows half way, such as NaN activations, says that earlier layers are pruned.  Raises ModelError or DataError.
+    """
+    started = time.perf_counter()
+    name = type(method).__name__
+    batches = calibration_list(name, calibration) if method.needs_calibration else []
+    planned = plan_weights(model, method, targets, exclude)
+    rows: Rows = []
+    try:
+        with meter(f"Pruning with {name}", len(planned)) as bar, torch.no_grad():
+            for layer, done in _steps(model, planned, method, batches):
+                rows.extend(done)
+                bar.advance(len(done), note=layer)
+    except HFCompressError as error:
+        if not rows:
+            raise
+        raise type(error)(
+            f"{error} {len(rows)} of {len(planned)} layers are pruned by now, so load the model again."
+        ) from error
+    by_name = {row.name: row for row in rows}
+    ordered = tuple(by_name[name] for name in planned)
+    return PruningReport(name.lower(), ordered, time.perf_counter() - started)
+
+
+def _steps(
+    model: PreTrainedModel, planned: Planned, method: Magnitude | Wanda | SparseGPT, batches: Sequence[Batch]
+) -> Iterator[tuple[str, Rows]]:
+    """Prune and yield each layer's name and rows."""
+    if isinstance(method, Magnitude):
+        for name, one in planned.items():
+            yield name, [_prune_by_magnitude_(one, method)]
+    elif isinstance(method, Wanda):
+        yield from _walked(model, planned, batches, LayerVisit.input_squares, _prune_by_wanda_, method)
+    else:
+        yield from _walked(model, planned, batches, LayerVisit.input_hessians, _prune_by_sparsegpt_, method)
+
+
+def _walked(
+    model: PreTrainedModel,
+    planned: Planned,
+    batches: Sequence[Batch],
+    observe: Callable[[LayerVisit, Sequence[str]], list[Any]],
+    prune_: Callable[[list[PlannedWeight], Any, Any], Rows],
+    method: Wanda | SparseGPT,
+) -> Iterator[tuple[str, Rows]]:
+    """Prune the linear layers of each layer by what they see once the layers before it are pruned."""
+    for visit, found in observe_layers(model, planned, batches, observe):
+        yield (
+            visit.name,
+            [
+                row
+                for one in found
+                for row in prune_([planned[f"{visit.name}.{name}"] for name in one.names], one, method)
+            ],
+        )
+
+
+def _prune_by_magnitude_(one: PlannedWeight, method: Magnitude) -> PrunedLayer:
+    started = time.perf_counter()
+    pruned = magnitude_pruned(one.weight, method)
+    error = relative_error(one.weight, one.weight.masked_fill(pruned, 0))
+    one.weight.masked_fill_(pruned, 0)
+    return _row(one, error, None, 0, time.perf_counter() - started)
+
+
+def _prune_by_wanda_(siblings: list[PlannedWeight], found: InputSquares, method: Wanda) -> Rows:
+    rows = []
+    for one in siblings:
+        started = time.perf_counter()
+        pruned = wanda_pruned(one.weight, found.squares, method)
+        size = one.weight.float().square() @ found.squares
+        lost = (one.weight.float().square() * pruned) @ found.squares
+        error = float((lost.sum() / size.sum()).sqrt()) if float(size.sum()) > 0 else 0.0
+        one.weight.masked_fill_(pruned, 0)
+        rows.append(_row(one, error, None, found.tokens, time.perf_counter() - started))
+    return rows
+
+
+def _prune_by_sparsegpt_(siblings: list[PlannedWeight], found: InputHessian, method: SparseGPT) -> Rows:
+    started = time.perf_counter()
+    names = [one.name for one in siblings]
+    try:
+        results = sparsegpt([one.weight for one in siblings], found.hessian, method)
+    except ModelError as error:
+        raise ModelError(f"{', '.join(names)}: {error}") from error
+    warn_about_damping(names, method.damping, results[0].damping_used)
+    for one, result in zip(siblings, results):
+        one.weight.copy_(result.weight)
+    seconds = (time.perf_counter() - started) / sum(one.weight.numel() for one in siblings)
+    return [
+        _row(one, result.relative_error, result.damping_used, found.tokens, seconds * one.weight.numel())
+        for one, result in zip(siblings, results)
+    ]
+
+
+def _row(one: PlannedWeight, error: float, damping: float | None, tokens: int, seconds: float) -> PrunedLayer:
+    count = one.weight.numel()
+    return PrunedLayer(one.name, count - _nonzero(one.weight), count, error, damping, tokens, seconds)
+
+
+def _nonzero(weight: Tensor) -> int:
+    return int(weight.count_nonzero())

@@ -1,0 +1,40 @@
+"""A shrunk model saved with plain ``save_pretrained`` comes back with plain ``from_pretrained``, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfcompress.structure import shrink
+from tests.families import FAMILIES
+from tests.test_structure_shrink import _even, _gated, _logits, _uneven
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gated_shrunk_and_reloaded_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name].model().eval()
+    _gated(model, _uneven)
+    with torch.no_grad():
+        gated = _logits(model, name)
+        report = shrink(model)
+        shrunk = _logits(model, name)
+        model.save_pretrained(tmp_path)
+        reloaded = FAMILIES[name].auto.from_pretrained(tmp_path).eval()
+        again = _logits(reloaded, name)
+    assert report.removed_heads + report.removed_neurons > 0
+    torch.testing.assert_close(shrunk, gated, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again, shrunk)
+    assert sum(one.numel() for one in reloaded.parameters()) == report.parameters[1] < report.parameters[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_the_config_cannot_say_is_recorded(name: str) -> None:
+    model = FAMILIES[name].model().eval()
+    _gated(model, _even)
+    report = shrink(model)
+    recorded = getattr(model.config, "quantization_config", None)
+    assert bool(recorded) == bool(report.uneven)
+    if recorded:
+        assert recorded["quant_method"] == "hfcompress"
