@@ -48,7 +48,7 @@ def run(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of two to three minutes.")] = False,
     resume: Resume = False,
     restart: Restart = False,
     as_json: AsJson = False,

@@ -40,6 +40,7 @@ def load_splits(spec: DataSpec, seed: int, needs_calibration: bool) -> DatasetDi
     raw = _open(spec)
     train = _only(raw, spec.splits.train if spec.splits else None, ("train",), "train")
     named = spec.splits.held_out if spec.splits else None
+    _refuse_overlap(spec)
     has_own = named is not None or any(name in raw for name in HELD_OUT_NAMES)
     parts = DatasetDict()
     if has_own:
@@ -56,6 +57,18 @@ def load_splits(spec: DataSpec, seed: int, needs_calibration: bool) -> DatasetDi
         if len(part) == 0:
             raise DataError(f"The {name} part of {describe(spec)} has 0 rows.")
     return parts
+
+
+def _refuse_overlap(spec: DataSpec) -> None:
+    """Raise DataError when the held-out part is the training part by its name or by its files."""
+    if spec.splits and spec.splits.held_out is not None and spec.splits.held_out == (spec.splits.train or "train"):
+        raise DataError(f"data.splits names '{spec.splits.held_out}' for training and held-out rows; name two splits.")
+    if spec.id is None:
+        owner: dict[Path, str] = {}
+        for split, paths in _files_by_split(spec).items():
+            for path in paths:
+                if owner.setdefault(path.resolve(), split) != split:
+                    raise DataError(f"{path} is in data.files for both {owner[path.resolve()]} and {split}.")
 
 
 def load_train_rows(spec: DataSpec) -> Dataset:

@@ -25,7 +25,7 @@ from hfcompress.progress import say
 from hfcompress.publish import write_model_card
 from hfcompress.recipe import ModelSpec, Recipe, Stage
 from hfcompress.stages import Outcome, run_stage
-from hfcompress.workspace import STAGE, Workspace, is_finished, output_folder
+from hfcompress.workspace import MEASUREMENTS, STAGE, Workspace, is_finished, output_folder
 
 ORIGINAL = "original"
 
@@ -107,7 +107,7 @@ def _publish(space: Workspace, source: Source, folder: Path) -> Path:
     with new_folder(output) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE))
         facts = _facts(space, source, folder)
-        (scratch / "measurements.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (scratch / MEASUREMENTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (scratch / "recipe.yaml").write_text(space.recipe.to_yaml(), encoding="utf-8")
         write_model_card(scratch)
     space.clear()
@@ -136,6 +136,7 @@ def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
         "data": recipe.to_dict()["data"],
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
+        "inputs": space.inputs,
         "stages": rows,
         "loads_without_hfcompress": verified is not None and not verified["with_hfcompress"],
         "verification": {"hfcompress" if verified and verified["with_hfcompress"] else "stock": verified},

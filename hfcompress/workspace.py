@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from hfcompress.errors import OutputError
 from hfcompress.opening import model_digest
 from hfcompress.recipe import Distill, ModelSpec, Recipe, recipe_differences
 
-RUN, STAGE, LOCK = "run.json", "stage.json", "lock"
+RUN, STAGE, LOCK, MEASUREMENTS = "run.json", "stage.json", "lock", "measurements.json"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,10 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Tell whether the output is this recipe's result, and tidy up if a kill came just after it was published."""
+    """Tell whether the output is this recipe's result, and tidy up if a kill came just after it was published.
+
+    Raises OutputError when the model, the data, a teacher or hfcompress has changed since it was made.
+    """
     output = output_folder(recipe)
     written = output / "recipe.yaml"
     if not (output / MARKER).is_file() or not written.is_file():
@@ -185,12 +188,25 @@ def is_finished(recipe: Recipe) -> bool:
     if written.read_text(encoding="utf-8") != recipe.to_yaml():
         return False
     space = Workspace(recipe, output.with_name(output.name + ".partial"))
+    _refuse_outdated(output, space.inputs)
     if space.folder.is_dir() and _is_workspace(space.folder):
         with suppress(OutputError), locked(space.folder / LOCK, str(space.folder)):  # in use: its holder tidies up
             space.clear()
         with suppress(OSError):
             space.folder.rmdir()
     return True
+
+
+def _refuse_outdated(output: Path, inputs: Mapping[str, str]) -> None:
+    made_from = json.loads((output / MEASUREMENTS).read_text(encoding="utf-8"))
+    now = {**inputs, "version of hfcompress": version("hfcompress")}
+    then = {**made_from.get("inputs", {}), "version of hfcompress": made_from["hfcompress"]}
+    changed = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
+    if changed:
+        raise OutputError(
+            f"{output} holds a finished result of this recipe, but the {' and the '.join(changed)} changed since. "
+            "Use --restart to replace it, or name another output."
+        )
 
 
 def refuse_foreign_workspace(folder: Path) -> None:

@@ -35,6 +35,13 @@ def test_verified_in_a_process_without_hfcompress(make, dtype, tmp_path: Path, t
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+def test_files_can_be_read_by_others(tmp_path: Path) -> None:
+    save_compressed(tiny_llama(), tmp_path / "out")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {0o644}
+
+
 def test_same_files_as_save_pretrained(tmp_path: Path) -> None:
     model = tiny_llama()
     save_compressed(model, tmp_path / "ours")

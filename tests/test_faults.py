@@ -410,3 +410,13 @@ def test_a_classifier_whose_rows_cannot_be_padded(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "gpt2")
     write_reviews(tmp_path / "reviews.tsv")
     refused(tmp_path, classification(tmp_path, tmp_path / "gpt2"), ModelError, "no padding token and no end token")
+
+
+def test_held_out_rows_that_are_training_rows(tmp_path: Path, llama_dir: Path, text: Path) -> None:
+    recipe = language_recipe(llama_dir, text, tmp_path / "out").to_dict()
+    same_file = {**recipe["data"], "files": {"train": str(text), "validation": str(text)}}
+    same_split = {**recipe["data"], "splits": {"train": "train", "held_out": "train"}}
+    for data, expected in ((same_file, "for both train and validation"), (same_split, "name two splits")):
+        with pytest.raises(DataError, match=expected):
+            compress(parse_recipe({**recipe, "data": data}))
+    assert not (tmp_path / "out.partial").exists()

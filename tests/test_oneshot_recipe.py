@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hfcompress.checks import check_before_work
-from hfcompress.errors import DataError
+from hfcompress.errors import RecipeError
 from hfcompress.job import Job, Source
 from hfcompress.pruning.oneshot import METHODS
 from hfcompress.stages import Outcome, run_stage
@@ -50,5 +50,5 @@ def test_a_quantize_stage_prunes_in_its_pass(llama_dir: Path, tmp_path: Path) ->
 
 
 def test_too_little_calibration_text_is_found_before_the_first_stage(llama_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Calibration has 0 rows"):
+    with pytest.raises(RecipeError, match=r"stages\[0\].prune.calibration_length is 100000 tokens, .* at most 128"):
         outcome_of({"prune": {"method": "wanda", "calibration_length": 100000}}, llama_dir, tmp_path)

@@ -133,6 +133,14 @@ def test_training_must_not_undo_pruning(tmp_path: Path) -> None:
     ]
 
 
+def test_zeros_that_training_made_must_last_too(tmp_path: Path) -> None:
+    pruning = "finetune: {steps: 1, prune: {sparsity: 0.5}}"
+    assert faults(tmp_path, with_stages("finetune: {steps: 1}", pruning, "distill: {steps: 1}")) == [
+        "line 8, stages[2].distill: training would undo stages[1]: prune here too, "
+        "which keeps the zeros that are there"
+    ]
+
+
 def test_cross_checks_are_made_although_options_have_faults(tmp_path: Path) -> None:
     text = with_stages("quantize: {method: rtn, bits: 5}", "distill: {steps: x, teacher: finetune}",
                        "finetune: {steps: 1}")  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import datasets.config
@@ -209,6 +210,26 @@ def test_a_finished_output_is_refused_before_data_are_opened(
     with pytest.raises(OutputError, match="Use --resume to go on"):
         compress(recipe)
     assert finished == ["llama", "out", "text.jsonl"]
+
+
+@pytest.mark.parametrize("changed", ["model", "data", "version of hfcompress", None])
+def test_a_finished_result_is_taken_only_while_what_it_was_made_from_is_the_same(
+    changed: str | None, recipe: Recipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    made_from = {**Workspace(recipe, tmp_path / "out.partial").inputs, "version of hfcompress": version("hfcompress")}
+    if changed:
+        made_from[changed] = "before"
+    facts = {"hfcompress": made_from.pop("version of hfcompress"), "inputs": made_from}
+    (output / MARKER).write_text('{"files": ["recipe.yaml", "measurements.json"]}')
+    (output / "recipe.yaml").write_text(recipe.to_yaml())
+    (output / "measurements.json").write_text(json.dumps(facts))
+    if changed is None:
+        assert compress(recipe, resume=True) == output
+        return
+    with pytest.raises(OutputError, match=f"the {changed} changed since"):
+        compress(recipe, resume=True)
 
 
 def test_files_that_a_user_added_to_the_output_survive_a_restart(recipe: Recipe, tmp_path: Path) -> None:

@@ -100,13 +100,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 yield scratch
                 list_own_files(scratch, _files_in(scratch))
                 to_disk(scratch)
-                scratch.chmod(0o755)
+                _open_to_readers(scratch)
                 refuse_foreign(folder)
                 _replace(folder, scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} could not be written: {error}. Nothing was changed.") from error
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files and folders the usual modes: temporary folders and safetensors' files are their owner's alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def recover(folder: Path) -> None:

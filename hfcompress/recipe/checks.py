@@ -59,13 +59,14 @@ def _order_faults(kinds: Sequence[str | None]) -> Iterator[Fault]:
 
 def _lost_zeros_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
     """Training moves every weight, so zeros that were pruned before it only last under a pruning callback."""
-    if "prune" not in kinds:
-        return
-    first = kinds.index("prune")
+    pruned: int | None = None
     for index, (stage, kind) in enumerate(zip(stages, kinds)):
-        options = stage[kind] if index > first and kind in ("finetune", "distill") else {"prune": "not trained"}
-        if not isinstance(options, Mapping) or not options.get("prune"):
-            text = f"training would undo stages[{first}]: prune here too, which keeps the zeros that are there"
+        options = stage[kind] if kind in ("prune", "finetune", "distill") else None
+        prunes = kind == "prune" or (isinstance(options, Mapping) and bool(options.get("prune")))
+        if prunes and pruned is None:
+            pruned = index
+        elif kind in ("finetune", "distill") and pruned is not None and not prunes:
+            text = f"training would undo stages[{pruned}]: prune here too, which keeps the zeros that are there"
             yield Fault(("stages", index, kind), text)
 
 
