@@ -25,6 +25,7 @@ from hfcompress.errors import ModelError
 from hfcompress.structure.exceptions import ATTENTION_RULES
 from hfcompress.structure.influence import leaves_of
 from hfcompress.structure.inputs import dummy_inputs
+from hfcompress.structure.modes import eval_mode
 from hfcompress.structure.stack import LINEAR_TYPES
 
 NAME = "hfcompress_probe"
@@ -126,7 +127,7 @@ def trace_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
     if takes_any and hasattr(model.config.get_text_config(decoder=True), "use_cache"):
         arguments["use_cache"] = True
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(_attention_implementation(model))
         stack.enter_context(_recorded_configs(model, trace))
         stack.enter_context(torch.enable_grad())
@@ -147,17 +148,6 @@ def trace_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
         elif isinstance(value, Cache):
             trace.caches.append(value)
     return trace
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -9,25 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfcompress.structure.modes import eval_mode
+
 Batch = Mapping[str, Any]
 
 
 @contextmanager
 def watching(module: nn.Module) -> Iterator[None]:
     """Run a module in eval mode, without gradients and without a key/value cache; restore everything afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
     configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
     try:
-        for part, _ in modes:
-            part.training = False
         for config in cached:
             config.use_cache = False
-        with torch.no_grad():
+        with eval_mode(module), torch.no_grad():
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
         for config in cached:
             config.use_cache = True
 

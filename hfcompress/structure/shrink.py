@@ -17,6 +17,7 @@ from hfcompress.structure.cut import cut_
 from hfcompress.structure.ffn import ffn_in
 from hfcompress.structure.gates import fold_gates_
 from hfcompress.structure.inputs import dummy_inputs
+from hfcompress.structure.modes import eval_mode
 from hfcompress.structure.plan import Plan, plan_shrink
 from hfcompress.structure.probe import trace_model
 from hfcompress.structure.resize import Edits
@@ -142,13 +143,8 @@ def _shrink_to_fit(
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Run the model in eval mode and return its floating-point outputs."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         outputs = model(**inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
