@@ -19,7 +19,7 @@ from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, ModelSpec, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
-from hfcompress.tasks.lengths import longest_input
+from hfcompress.tasks.lengths import longest_input, refuse_longer
 from hfcompress.training import training_options
 
 
@@ -82,10 +82,10 @@ def _check_padding(source: Source) -> None:
 def _check_lengths(source: Source) -> None:
     recipe, model = source.recipe, source.recipe.model
     limit = longest_input(opening.open_config(model))
-    _refuse_longer(model.id, limit, *source.task.row_length(recipe.data))
+    refuse_longer(model.id, limit, *source.task.row_length(recipe.data))
     if recipe.evaluate.prompt:
         length = len(source.processor(recipe.evaluate.prompt)["input_ids"]) + recipe.evaluate.new_tokens
-        _refuse_longer(model.id, limit, "evaluate.prompt with evaluate.new_tokens", length)
+        refuse_longer(model.id, limit, "evaluate.prompt with evaluate.new_tokens", length)
     for index, stage in enumerate(recipe.stages):
         options = stage.options
         # A classifier's calibration rows are cut to data.max_length, like all its rows.
@@ -93,20 +93,13 @@ def _check_lengths(source: Source) -> None:
             continue
         if source.data_labels is None:
             option = f"stages[{index}].{stage.kind}.calibration_length"
-            _refuse_longer(model.id, limit, option, options.calibration_length)
-
-
-def _refuse_longer(model: str, limit: int | None, option: str, length: int) -> None:
-    if limit is not None and length > limit:
-        raise RecipeError(
-            f"{option} is {length} tokens, but '{model}' takes at most {limit}. Use {limit} or less there."
-        )
+            refuse_longer(model.id, limit, option, options.calibration_length)
 
 
 def _check_teacher(source: Source, teacher: ModelSpec) -> None:
     """An outside teacher reads the student's tokens, and its logits must mean the student's classes."""
     config, student = opening.open_config(teacher), opening.open_config(source.recipe.model)
-    _refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
+    refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
     refuse_other_vocabulary(source.processor.get_vocab(), opening.open_processor(teacher).get_vocab())
     if source.labels is None:
         refuse_other_size(*(int(one.get_text_config().vocab_size or 0) for one in (student, config)))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hfcompress.errors import HFCompressError
+from hfcompress.errors import CheckpointError, HFCompressError, OutputError, RecipeError
 
 app = typer.Typer(
     help="Compress Hugging Face models: prune, distil, quantize, measure and document.",
@@ -21,6 +21,13 @@ app = typer.Typer(
 )
 DEMO_RECIPE = "smollm2_python_docs"
 
+
+def _path(text: str) -> Path:
+    """Read a path as shells do, also where one leaves the ``~`` of a quoted or ``--output=~/x`` path alone."""
+    return Path(text).expanduser()
+
+
+Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER", help="A checkpoint folder.")]
 RecipePath = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Override: stages.1.distill.steps=50; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
@@ -116,11 +123,13 @@ def validate(
 
 @app.command(name="eval")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    folder: Folder,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe with the data and metrics; default: the folder's own.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the measurement to this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="Also write the measurement to this JSON file.")
+    ] = None,
     without_metrics: Annotated[bool, typer.Option(help="Measure size, speed and memory alone.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no table.")] = False,
     as_json: AsJson = False,
@@ -132,8 +141,10 @@ def evaluate(
     from hfcompress.publish import measurement_table
     from hfcompress.recipe import load_recipe
 
+    named = _recipe_for(folder, recipe)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise OutputError(f"--output {output} cannot be written: name a file in a folder that exists.")
     keep_freed_memory()
-    named = recipe or str(folder / "recipe.yaml")
     measured = evaluate_folder(folder, load_recipe(named), f"measure {folder.name}", not without_metrics)
     if output is not None:
         write_text(output, json.dumps(measured.to_dict(), indent=2, allow_nan=False) + "\n")
@@ -143,10 +154,23 @@ def evaluate(
         Console().print(measurement_table(measured))
 
 
+def _recipe_for(folder: Path, named: str | None) -> str:
+    """Return the recipe to measure a checkpoint by: the one named, else the one that made it."""
+    if not folder.is_dir():
+        raise CheckpointError(f"No such checkpoint folder: {folder}.")
+    own = folder / "recipe.yaml"
+    if named is None and not own.is_file():
+        raise RecipeError(f"{folder} has no recipe.yaml; name a recipe with data and metrics by --recipe.")
+    return named or str(own)
+
+
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A model id, a checkpoint folder, or package:<name>.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pruned checkpoint.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=_path, metavar="FOLDER", help="Folder for the pruned checkpoint."),
+    ],
     method: Annotated[str, typer.Option(help="magnitude (needs no data), wanda or sparsegpt.")] = "wanda",
     sparsity: Annotated[float | None, typer.Option(help="Share of each layer's weights to set to zero.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, such as 2:4: keep N of every M neighbours.")] = None,
@@ -157,6 +181,7 @@ def prune(
     target: Annotated[list[str] | None, typer.Option(help="Name pattern of modules to prune; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern of modules to leave; repeatable.")] = None,
     task: Annotated[str, typer.Option(help="What the model is for.")] = "causal-lm",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in the folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint in one shot, without training, and verify what is written."""
@@ -167,7 +192,7 @@ def prune(
     options = {"method": method, "sparsity": sparsity, "pattern": pattern, "targets": target, "exclude": exclude}
     options |= {"calibration_rows": rows, "calibration_length": length}
     given = {name: value for name, value in options.items() if value is not None}
-    report = prune_checkpoint(model, given, output, task=task, data=data, text_column=text_column)
+    report = prune_checkpoint(model, given, output, task=task, data=data, text_column=text_column, overwrite=overwrite)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -176,7 +201,7 @@ def prune(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: AsJson = False) -> None:
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
     """Show what a checkpoint holds: parameters, zeros, bits and bytes per part and layer."""
     from hfcompress.checkpoint import inspect_checkpoint
     from hfcompress.publish import inspection_tables

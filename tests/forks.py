@@ -93,8 +93,8 @@ def _meaning(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:
 class Forks:
     """The other end of a process that forks one process for each request, waits for it and says how it ended."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, process: subprocess.Popen[bytes] | None = None) -> None:
+        self.connection, self.process = connection, process
 
     @classmethod
     def start(cls) -> Forks:
@@ -103,9 +103,9 @@ class Forks:
         code = f"from tests.forks import import_and_serve; import_and_serve({theirs.fileno()})"
         # Asking the driver itself for devices would make them unusable in forks.
         environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment)
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment)
         theirs.close()
-        return cls(Connection(ours.detach()))
+        return cls(Connection(ours.detach()), process)
 
     @classmethod
     def fork(cls) -> Forks:
@@ -132,6 +132,8 @@ class Forks:
     def close(self) -> None:
         """End the serving process."""
         self.connection.close()
+        if self.process is not None:
+            self.process.wait()
 
 
 def import_and_serve(descriptor: int) -> None:

@@ -236,7 +236,13 @@ def test_five_faults_on_the_command_line(tmp_path: Path, forks: Forks) -> None:
         (["run", "nowhere.yaml"], "hfcompress: No such recipe 'nowhere.yaml'."),
         (["inspect", "nowhere"], "hfcompress: nowhere is not a folder."),
         (["validate"], "hfcompress: Name a recipe to check, or use --schema."),
-        (["eval", "nowhere"], "hfcompress: No such recipe 'nowhere/recipe.yaml'."),
+        (["eval", "nowhere"], "hfcompress: No such checkpoint folder: nowhere."),
+        (["eval", "nowhere", "--recipe", "sst2_minilm"], "hfcompress: No such checkpoint folder: nowhere."),
+        (
+            ["eval", "recipes"],
+            "hfcompress: recipes has no recipe.yaml; name a recipe with data and metrics by --recipe.",
+        ),
+        (["eval", "recipes", "--recipe", "nowhere.yaml"], "hfcompress: No such recipe 'nowhere.yaml'."),
     ],
 )
 def test_command_line_errors_are_one_message(words: list[str], message: str, tmp_path: Path, forks: Forks) -> None:
@@ -245,6 +251,14 @@ def test_command_line_errors_are_one_message(words: list[str], message: str, tmp
     assert run.stdout == ""
     assert run.stderr.startswith(message)
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("output", ["nowhere/measured.json", "."])
+def test_a_measurement_that_cannot_be_written_is_not_begun(output: str, finished: Path, forks: Forks) -> None:
+    run = forks.hfcompress("eval", finished, "--output", output)
+    assert run.returncode == 1
+    message = f"hfcompress: --output {output} cannot be written: name a file in a folder that exists.\n"
+    assert run.stderr == message
 
 
 def test_json_output_is_json_alone(llama_dir: Path, forks: Forks) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import TrainingArguments
 
+from hfcompress.errors import RecipeError
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.quantization import GPTQ, RTN
 from hfcompress.recipe import (
@@ -22,6 +26,7 @@ from hfcompress.recipe import (
 )
 from hfcompress.recipe import text as recipe_text
 from hfcompress.recipe.options import METHODS
+from hfcompress.recipe.training import REFUSED
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BUNDLED = sorted(RECIPES.rglob("*.yaml"))
@@ -135,6 +140,32 @@ def test_training_values_get_the_types_of_training_arguments(tmp_path: Path) -> 
         "learning_rate": 2e-4, "eval_strategy": "no", "max_grad_norm": 1.0, "report_to": ["a", "b"], "save_steps": 5.0,
     }  # fmt: skip
     assert isinstance(values["max_grad_norm"], float)
+
+
+TRAINING_FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+@pytest.mark.parametrize("name", TRAINING_FIELDS)
+def test_every_field_of_training_arguments_is_an_option_or_refused_with_the_reason(name: str) -> None:
+    """Its default is accepted, written down, read back the same, and Transformers takes it from there."""
+    field = TRAINING_FIELDS[name]
+    made = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = made if field.default is dataclasses.MISSING else field.default
+    stages = [{"finetune": {"steps": 1, "training": {name: default}}}]
+    mapping = {**yaml.safe_load(PLAIN), "stages": stages}
+    if name in REFUSED:
+        with pytest.raises(RecipeError, match=re.escape(f"training.{name}: {REFUSED[name]}")):
+            parse_recipe(mapping)
+        return
+    recipe = parse_recipe(mapping)
+    read = parse_recipe(yaml.safe_load(recipe.to_yaml())).stages[0].options.training
+    assert read == recipe.stages[0].options.training
+    taken = TrainingArguments(output_dir="unused", **read)
+    assert getattr(taken, name) == getattr(TrainingArguments(output_dir="unused"), name)
+
+
+def test_only_fields_of_training_arguments_are_refused_by_name() -> None:
+    assert REFUSED.keys() <= TRAINING_FIELDS.keys()
 
 
 def test_options_check_themselves_without_a_recipe() -> None:

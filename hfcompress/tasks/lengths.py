@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
+from hfcompress.errors import RecipeError
+
 
 def longest_input(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model takes at most (its ``max_position_embeddings``), None where it has no limit.
@@ -18,6 +20,14 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     if not isinstance(limit, int) or limit <= 0:
         return None
     return limit - _unreached_positions(text, limit)
+
+
+def refuse_longer(model: str, limit: int | None, option: str, length: int) -> None:
+    """Raise RecipeError when an option asks for more tokens than the model, named for the message, takes at most."""
+    if limit is not None and length > limit:
+        raise RecipeError(
+            f"{option} is {length} tokens, but '{model}' takes at most {limit}. Use {limit} or less there."
+        )
 
 
 def _unreached_positions(config: PreTrainedConfig, limit: int) -> int:

@@ -1,0 +1,75 @@
+"""What the commands print when all is well: tables for people, or JSON and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfcompress.checkpoint import inspect_checkpoint
+from hfcompress.recipe import load_recipe, recipe_schema
+from hfcompress.structure import DropLayers
+from tests.forks import Forks
+from tests.runs import language_recipe
+
+
+def printed(forks: Forks, *words: object) -> str:
+    run = forks.hfcompress(*words)
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stdout
+
+
+def test_validate_tells_what_the_recipe_is(forks: Forks) -> None:
+    recipe = load_recipe("sst2_minilm")
+    names = ", ".join(stage.name for stage in recipe.stages)
+    expected = f"sst2_minilm is valid: sequence-classification, {len(recipe.stages)} stages ({names}).\n"
+    assert printed(forks, "validate", "sst2_minilm") == expected
+
+
+def test_validate_prints_the_recipe_with_its_defaults_and_changes(forks: Forks) -> None:
+    changes = ["evaluate.max_rows=7"]
+    shown = json.loads(printed(forks, "validate", "sst2_minilm", "--json", "--set", *changes))
+    assert shown == load_recipe("sst2_minilm", changes).to_dict()
+    assert shown["evaluate"]["max_rows"] == 7
+
+
+def test_validate_prints_the_schema(forks: Forks) -> None:
+    assert json.loads(printed(forks, "validate", "--schema")) == recipe_schema()
+
+
+def test_inspect_shows_totals_and_layers(finished: Path, forks: Forks) -> None:
+    table, summary = printed(forks, "inspect", finished), inspect_checkpoint(finished)
+    assert "LlamaForCausalLM" in table
+    assert f"{summary.total.parameters:,}" in table
+
+
+def test_eval_measures_by_the_folders_own_recipe(finished: Path, tmp_path: Path, forks: Forks) -> None:
+    """The metrics are those that the run itself measured on the same files and rows."""
+    shown = json.loads(printed(forks, "eval", finished, "--json", "--output", tmp_path / "measured.json"))
+    assert json.loads((tmp_path / "measured.json").read_text()) == shown
+    stages: list[dict[str, Any]] = json.loads((finished / "measurements.json").read_text())["stages"]
+    recorded = stages[-1]["measurement"]
+    assert shown["metrics"] == pytest.approx(recorded["metrics"], rel=1e-5)
+    for exact in ("parameters", "nonzero", "bytes_on_disk"):
+        assert shown[exact] == recorded[exact]
+
+
+def test_eval_prints_a_table_or_nothing(finished: Path, forks: Forks) -> None:
+    assert "perplexity" in printed(forks, "eval", finished)
+    assert printed(forks, "eval", finished, "--without-metrics", "--quiet") == ""
+
+
+def test_run_takes_changes_and_shows_the_result(sources: Path, tmp_path: Path, forks: Forks) -> None:
+    stages = [{"drop_layers": {"keep": 3}}]
+    recipe = language_recipe(sources / "llama", sources / "text.jsonl", tmp_path / "out", stages=stages)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    changes = ["--set", "stages.0.drop_layers.keep=1", "--set", f"output={tmp_path / 'changed'}"]
+    table = printed(forks, "run", tmp_path / "recipe.yaml", *changes)
+    assert "drop_layers" in table
+    assert "changed" in table
+    assert not (tmp_path / "out").exists()
+    assert json.loads((tmp_path / "changed" / "config.json").read_text())["num_hidden_layers"] == 1
+    assert load_recipe(tmp_path / "changed" / "recipe.yaml").stages[0].options == DropLayers(keep=1)
