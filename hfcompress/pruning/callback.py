@@ -26,8 +26,8 @@ class PruneCallback(GradualPruneCallback):
     see ``PruneOptions`` for all of them.  The sparsity is a function of ``state.global_step`` alone, the masks are the
     weights' own zeros, and what a criterion has observed lies in the optimizer's checkpoint, so a run resumes from any
     checkpoint with no special flag.  Zeros that are there when training begins stay: ``sparsity=0`` trains a sparse
-    model further and adds none.  Several callbacks may prune weights of their own.  Beside ``HeadPruneCallback`` or
-    ``NeuronPruneCallback``, the zeros of heads and neurons that they closed so far count towards the sparsity; what they
+    model further and adds none.  Several callbacks may prune weights of their own.  Zeros of heads and
+    neurons that ``HeadPruneCallback`` and ``NeuronPruneCallback`` closed so far count towards the sparsity; what they
     close later comes on top.
     Every evaluation logs ``sparsity`` and ``sparsity/LAYER`` to the Trainer's log and to what ``report_to`` names; the
     first of several callbacks logs ``sparsity_1``, the next ``sparsity_2``.
@@ -36,6 +36,7 @@ class PruneCallback(GradualPruneCallback):
 
     options_type = PruneOptions
     log_name: ClassVar[str] = "sparsity"
+    what: ClassVar[str] = "weights"
     options: PruneOptions
     _transposed: frozenset[str] = frozenset()
 

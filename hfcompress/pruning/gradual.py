@@ -33,6 +33,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
 
     options_type: ClassVar[type[GradualOptions]]
     log_name: ClassVar[str]
+    what: ClassVar[str]  # is pruned: the plain word for it
     scored: ClassVar[str] = ""  # what the scores are of; two kinds may score the same weights
     options: GradualOptions
 
@@ -98,6 +99,10 @@ class GradualPruneCallback(TrainerCallback, ABC):
 
     def _ramp(self, state: TrainerState) -> tuple[int, int]:
         return ramp(self.options.schedule, self.options.start, self.options.end, state.max_steps)
+
+    def reached(self, model: nn.Module) -> float:
+        """Return the share of what is targeted that is pruned in a model now, counted from its weights."""
+        return self._reached(model, self._find(model))[0]
 
     def sparsity_at(self, step: int, state: TrainerState) -> float:
         """Return the target sparsity after ``step`` optimizer steps."""

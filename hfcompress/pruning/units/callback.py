@@ -38,7 +38,6 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
     Their masks have one entry per column, and lie as the weight's inputs do.
     """
 
-    what: ClassVar[str]
     options: UnitPruneOptions
     _sites: Sequence[Site] = ()
     _bundles: Sequence[Bundle] = ()
