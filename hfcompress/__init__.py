@@ -13,6 +13,8 @@ from hfcompress.loading.hook import register_with_transformers
 
 _HOME_OF = {
     "PruneCallback": "hfcompress.pruning",
+    "HeadPruneCallback": "hfcompress.pruning",
+    "NeuronPruneCallback": "hfcompress.pruning",
     "Magnitude": "hfcompress.pruning.oneshot",
     "SparseGPT": "hfcompress.pruning.oneshot",
     "Wanda": "hfcompress.pruning.oneshot",

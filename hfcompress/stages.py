@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.job import Job
-from hfcompress.pruning import PruneCallback, PruneOptions
-from hfcompress.pruning.masks import prunable_weights, sparsity_of
+from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
+from hfcompress.pruning.gradual import GradualPruneCallback
 from hfcompress.pruning.oneshot import prune
 from hfcompress.quantization import quantize
-from hfcompress.recipe import Distill, Finetune, Prune, Quantize, Stage
-from hfcompress.structure import DropLayers, drop_layers, find_stack
+from hfcompress.recipe import Distill, Finetune, Prune, Quantize, Shrink, Stage
+from hfcompress.structure import DropLayers, drop_layers, find_stack, shrink
 from hfcompress.training import train, training_options
 
 ROWS_FOR_LAYER_CHOICE = 128  # of the training data; a greedy choice by loss runs them once per layer and drop
@@ -48,13 +49,14 @@ def _drop_layers(job: Job, options: DropLayers, name: str) -> Outcome:
 def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
     model = job.open_model("float32")
     arguments = TrainingArguments(**training_options(options, job.work, job.recipe.seed))
-    trainer = Trainer(model=model, args=arguments, **_data_of(job), callbacks=_pruning(options.prune))
+    pruning = _pruning(options)
+    trainer = Trainer(model=model, args=arguments, **_data_of(job), callbacks=list(pruning))
     if job.task.name != "causal-lm":
         # Classification heads return a mean whatever they are told (transformers#47688), so the Trainer must divide.
         trainer.model_accepts_loss_kwargs = False
         trainer.loss_is_scaled_for_ga = False
     train(trainer, name)
-    return Outcome(_in_saved_dtype(model, job), _trained(trainer, options.prune))
+    return Outcome(_in_saved_dtype(model, job), _trained(trainer, pruning))
 
 
 def _distill(job: Job, options: Distill, name: str) -> Outcome:
@@ -63,11 +65,12 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
     arguments = DistillationConfig(
         **training_options(options, job.work, job.recipe.seed), temperature=options.temperature, alpha=options.alpha
     )
+    pruning = _pruning(options)
     trainer = DistillationTrainer(
-        model=student, teacher_model=teacher, args=arguments, **_data_of(job), callbacks=_pruning(options.prune)
+        model=student, teacher_model=teacher, args=arguments, **_data_of(job), callbacks=list(pruning)
     )
     train(trainer, name)
-    summary = f"teacher {options.teacher}, {_trained(trainer, options.prune)}"
+    summary = f"teacher {options.teacher}, {_trained(trainer, pruning)}"
     return Outcome(_in_saved_dtype(student, job), summary)
 
 
@@ -78,6 +81,16 @@ def _prune(job: Job, options: Prune, name: str) -> Outcome:
     report = prune(model, method, calibration, targets=options.targets, exclude=options.exclude)
     summary = f"{type(method).__name__}, {report.sparsity:.1%} of the targeted weights pruned"
     return Outcome(model, summary + (f" in the pattern {method.pattern}" if method.pattern else ""), report.to_dict())
+
+
+def _shrink(job: Job, options: Shrink, name: str) -> Outcome:
+    model = job.open_model()
+    report = shrink(model)
+    before, after = report.parameters
+    summary = (
+        f"{report.removed_heads} heads and {report.removed_neurons} neurons removed, {before - after:,} parameters"
+    )
+    return Outcome(model, summary, dataclasses.asdict(report))
 
 
 def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
@@ -97,6 +110,7 @@ _RUNNERS: dict[str, Callable[[Job, Any, str], Outcome]] = {
     "prune": _prune,
     "finetune": _finetune,
     "distill": _distill,
+    "shrink": _shrink,
     "quantize": _quantize,
 }
 
@@ -109,17 +123,22 @@ def _data_of(job: Job) -> dict[str, Any]:
     }
 
 
-def _pruning(options: PruneOptions | None) -> list[TrainerCallback]:
-    return [] if options is None else [PruneCallback.from_options(options)]
+def _pruning(options: Finetune | Distill) -> list[GradualPruneCallback]:
+    """Return a callback for each kind of pruning; weights come last, so that zeros of heads and neurons count."""
+    callbacks: list[GradualPruneCallback] = []
+    if options.prune_heads is not None:
+        callbacks.append(HeadPruneCallback.from_options(options.prune_heads))
+    if options.prune_neurons is not None:
+        callbacks.append(NeuronPruneCallback.from_options(options.prune_neurons))
+    if options.prune is not None:
+        callbacks.append(PruneCallback.from_options(options.prune))
+    return callbacks
 
 
-def _trained(trainer: Trainer, pruning: PruneOptions | None) -> str:
-    steps = f"{trainer.state.global_step} steps"
-    if pruning is None:
-        return steps
+def _trained(trainer: Trainer, pruning: Sequence[GradualPruneCallback]) -> str:
     assert isinstance(trainer.model, nn.Module)
-    reached = sparsity_of(prunable_weights(trainer.model, pruning.targets, pruning.exclude))
-    return f"{steps}, {reached:.1%} of the targeted weights pruned"
+    shares = [f"{one.reached(trainer.model):.1%} of the targeted {one.what} pruned" for one in pruning]
+    return ", ".join([f"{trainer.state.global_step} steps", *shares])
 
 
 def _in_saved_dtype(model: PreTrainedModel, job: Job) -> PreTrainedModel:

@@ -13,7 +13,10 @@ from tests.test_recipe_faults import faults
 
 STAGE_FAULTS = [
     ("finetun: {steps: 1}", "stages[0]: unknown stage 'finetun' (finetune?)"),
-    ("mystery: {}", "stages[0]: unknown stage 'mystery'; known: drop_layers, prune, finetune, distill, quantize"),
+    (
+        "mystery: {}",
+        "stages[0]: unknown stage 'mystery'; known: drop_layers, prune, finetune, distill, shrink, quantize",
+    ),
     ("finetune", "stages[0]: must be a mapping from the stage's kind to its options, not 'finetune'"),
     ("{}", "stages[0]: must have one key, the stage's kind, but has none (indent options below the kind)"),
     ("finetune:\n    steps: 1",

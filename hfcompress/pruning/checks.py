@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from hfcompress.pruning.targets import as_rows
 Weights = Mapping[str, nn.Parameter]
 
 
-def refuse_sharding(args: TrainingArguments) -> None:
+def refuse_sharding(args: TrainingArguments, kind: str) -> None:
     """Raise HFCompressError when FSDP or DeepSpeed shards the weights."""
     from accelerate.state import DistributedType, PartialState
 
@@ -23,7 +23,7 @@ def refuse_sharding(args: TrainingArguments) -> None:
     launched = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if launched or args.deepspeed or getattr(args, "fsdp", None):
         raise HFCompressError(
-            "PruneCallback needs whole weights on every device, but FSDP or DeepSpeed shards them. "
+            f"{kind} needs whole weights on every device, but FSDP or DeepSpeed shards them. "
             "Train with DDP or on one device."
         )
 
@@ -49,12 +49,12 @@ def refuse_frozen(weights: Weights, criterion: str) -> None:
     frozen = [name for name, weight in weights.items() if not weight.requires_grad]
     if frozen:
         raise ModelError(
-            f"criterion='{criterion}' needs gradients, but {_some(frozen)} have requires_grad=False. "
+            f"criterion='{criterion}' needs gradients, but {some(frozen)} have requires_grad=False. "
             "Exclude or unfreeze them, or use criterion='magnitude'."
         )
 
 
-def refuse_misfits(weights: Weights, options: PruneOptions, transposed: set[str]) -> None:
+def refuse_misfits(weights: Weights, options: PruneOptions, transposed: Collection[str]) -> None:
     """Raise ModelError when the pattern does not divide a weight."""
     pattern = options.parsed_pattern()
     if pattern is None:
@@ -66,22 +66,23 @@ def refuse_misfits(weights: Weights, options: PruneOptions, transposed: set[str]
             misfits.append(f"{name} ({' x '.join(map(str, shape))})")
     if misfits:
         raise ModelError(
-            f"pattern='{options.pattern}' does not divide {_some(misfits)} (outputs x inputs). Exclude them or choose "
+            f"pattern='{options.pattern}' does not divide {some(misfits)} (outputs x inputs). Exclude them or choose "
             "another pattern."
         )
 
 
-def refuse_overlap(mine: Weights, others: Iterable[Weights]) -> None:
+def refuse_overlap(mine: Weights, others: Iterable[Weights], kind: str) -> None:
     """Raise HFCompressError when two callbacks would prune the same weight."""
     own = {id(weight): name for name, weight in mine.items()}
     for other in others:
         shared = [own[id(weight)] for weight in other.values() if id(weight) in own]
         if shared:
             raise HFCompressError(
-                f"Two PruneCallbacks target {_some(shared)}. Give each its own targets, or use one callback."
+                f"Two {kind}s target {some(shared)}. Give each its own targets, or use one callback."
             )
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return the first names of many, as an error shows them."""
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

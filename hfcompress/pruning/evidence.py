@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,23 +12,23 @@ from transformers.utils import logging
 
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.pruning.criteria import Criterion
-from hfcompress.pruning.targets import as_rows
 
 logger = logging.get_logger(__name__)
 KEY = "hfcompress.pruning"
+Rows = Callable[[str, Tensor], Tensor]
 
 
 class Evidence:
-    """The states of one criterion over some weights.
+    """The states of one criterion over some weights, which ``rows`` lays out by name as the criterion takes them.
 
     They lie in the optimizer's first parameter group, which every torch optimizer saves and loads as it is: a
     checkpoint has them or has no optimizer at all, wherever it is moved, and no file beside it can be lost or half
     written.  ``trainer_state.json`` notes that they must be there, and they note the step that they belong to.
     """
 
-    def __init__(self, criterion: Criterion, name: str, weights: Mapping[str, Tensor], transposed: set[str]) -> None:
+    def __init__(self, criterion: Criterion, name: str, weights: Mapping[str, Tensor], rows: Rows) -> None:
         self.criterion = criterion
-        self.transposed = transposed
+        self._rows = rows
         self.label = f"{name} of {next(iter(weights))}"
         self.observes = criterion.needs_gradient or criterion.needs_activations
         self._kept: dict[str, Any] = {
@@ -36,9 +36,6 @@ class Evidence:
             "observed": 0,
             "states": {key: criterion.initial(self._rows(key, weight.detach())) for key, weight in weights.items()},
         }
-
-    def _rows(self, name: str, tensor: Tensor) -> Tensor:
-        return as_rows(tensor, name in self.transposed)
 
     @property
     def is_ready(self) -> bool:
@@ -115,7 +112,7 @@ class Evidence:
 
     @torch.no_grad()
     def scores(self, name: str, weight: Tensor) -> Tensor:
-        """Return the scores of a weight, (outputs, inputs)."""
+        """Return the scores of a weight: (outputs, inputs), or one per unit."""
         return self.criterion.scores(name, self._rows(name, weight.detach()), self._kept["states"][name])
 
 

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from hfcompress.pruning.criteria import CRITERIA
+from hfcompress.pruning.criteria import CRITERIA, Criterion
 from hfcompress.pruning.patterns import NofM, Pattern, parse_pattern
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class PruneOptions:
+class GradualOptions:
+    """What every kind of gradual pruning can be told; what the fields mean is said where they are used."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    criterion: str = "magnitude"
+    scope: Literal["global", "layer"] = "global"
+    schedule: Literal["cubic", "linear", "oneshot", "constant"] = "cubic"
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    end: Annotated[float, Field(gt=0, le=1)] = 0.7
+    frequency: Annotated[int, Field(ge=1)] | None = None
+
+    def refuse_bad_ramp(self, criteria: Mapping[str, type[Criterion]]) -> None:
+        """Raise ValueError for a ramp that ends before it starts, or starts before its criterion has seen anything."""
+        # One-shot and constant schedules have no end.
+        if self.start >= self.end and self.schedule in ("cubic", "linear"):
+            raise ValueError(f"start={self.start} must lie before end={self.end} (both are shares of the steps)")
+        criterion = criteria[self.criterion]
+        if self.schedule == "constant" and (criterion.needs_gradient or criterion.needs_activations):
+            raise ValueError(
+                f"schedule='constant' prunes before the first step, when criterion='{self.criterion}' has seen "
+                "nothing; use schedule='oneshot' with a later start, or criterion='magnitude'"
+            )
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PruneOptions(GradualOptions):
     """Gradual pruning of weights (Zhu and Gupta, arXiv 1710.01878).
 
     sparsity: share of the targeted weights that are zero at the end, in [0, 1); zeros that are there stay.
@@ -28,27 +54,13 @@ class PruneOptions:
     targets None means every linear and Conv1D weight inside the layer stack.
     """
 
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     criterion: Literal["magnitude", "movement", "taylor", "activation", "random"] = "magnitude"
-    scope: Literal["global", "layer"] = "global"
-    schedule: Literal["cubic", "linear", "oneshot", "constant"] = "cubic"
-    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    end: Annotated[float, Field(gt=0, le=1)] = 0.7
-    frequency: Annotated[int, Field(ge=1)] | None = None
     pattern: str | None = None
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # One-shot and constant schedules have no end.
-        if self.start >= self.end and self.schedule in ("cubic", "linear"):
-            raise ValueError(f"start={self.start} must lie before end={self.end} (both are shares of the steps)")
-        criterion = CRITERIA[self.criterion]
-        if self.schedule == "constant" and (criterion.needs_gradient or criterion.needs_activations):
-            raise ValueError(
-                f"schedule='constant' prunes before the first step, when criterion='{self.criterion}' has seen "
-                "nothing; use schedule='oneshot' with a later start, or criterion='magnitude'"
-            )
+        self.refuse_bad_ramp(CRITERIA)
         pattern = self.parsed_pattern()
         if isinstance(pattern, NofM) and abs(self.sparsity - pattern.sparsity) > 1e-6:
             raise ValueError(

@@ -97,7 +97,9 @@ def technique_tags(facts: Facts) -> list[str]:
     """Return which of pruned, distilled and quantized the recipe's stages made the model."""
     stages = [(kind, options) for stage in facts.recipe.get("stages", []) for kind, options in stage.items()]
     kinds = {kind for kind, _ in stages}
-    prunes = {"prune", "drop_layers", "shrink"} & kinds or any((options or {}).get("prune") for _, options in stages)
+    names = ("prune", "prune_heads", "prune_neurons")
+    trained = any((options or {}).get(name) for _, options in stages for name in names)
+    prunes = {"prune", "drop_layers", "shrink"} & kinds or trained
     found = {"pruned": bool(prunes), "distilled": "distill" in kinds, "quantized": "quantize" in kinds}
     return [tag for tag, present in found.items() if present]
 

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.pruning.oneshot import Magnitude, SparseGPT, Wanda
 from hfcompress.pruning.options import PruneOptions
+from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
 from hfcompress.quantization import GPTQ, RTN
 from hfcompress.quantization import METHODS as QUANTIZERS
 from hfcompress.recipe.sections import (
@@ -51,12 +52,15 @@ class Finetune:
     """Train on the task, if asked while pruning.
 
     steps: optimizer steps.  epochs: passes over the training data, instead of steps.
-    prune: gradual pruning during the training.  training: fields of transformers.TrainingArguments.
+    prune: gradual pruning of weights during the training.  prune_heads, prune_neurons: gradual closing of heads or
+    neurons, which a shrink stage removes.  training: fields of transformers.TrainingArguments.
     """
 
     steps: AtLeastOne | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     prune: PruneOptions | None = None
+    prune_heads: HeadPruneOptions | None = None
+    prune_neurons: NeuronPruneOptions | None = None
     training: Training = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,7 +74,8 @@ class Distill:
     teacher: ``original``, the name or index of an earlier stage, or a model id.
     temperature: divides both models' logits.  alpha: share of the distillation loss; the task loss has the rest.
     steps: optimizer steps.  epochs: passes over the training data, instead of steps.
-    prune: gradual pruning during the training.  training: fields of transformers.TrainingArguments.
+    prune: gradual pruning of weights during the training.  prune_heads, prune_neurons: gradual closing of heads or
+    neurons, which a shrink stage removes.  training: fields of transformers.TrainingArguments.
     """
 
     teacher: Teacher = "original"
@@ -79,6 +84,8 @@ class Distill:
     steps: AtLeastOne | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     prune: PruneOptions | None = None
+    prune_heads: HeadPruneOptions | None = None
+    prune_neurons: NeuronPruneOptions | None = None
     training: Training = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,12 +129,18 @@ class Quantize:
             )
 
 
-StageOptions = DropLayers | Prune | Finetune | Distill | Quantize
+@dataclass(frozen=True, config=FROZEN)
+class Shrink:
+    """Remove the attention heads and feed-forward neurons that earlier stages closed."""
+
+
+StageOptions = DropLayers | Prune | Finetune | Distill | Shrink | Quantize
 STAGES: dict[str, type[StageOptions]] = {
     "drop_layers": DropLayers,
     "prune": Prune,
     "finetune": Finetune,
     "distill": Distill,
+    "shrink": Shrink,
     "quantize": Quantize,
 }
 

@@ -11,7 +11,7 @@ from hfcompress.structure.plan import Kept, plan_heads, plan_neurons
 from hfcompress.structure.shrink import ShrinkReport, shrink
 from hfcompress.structure.sites import AttentionSite, FfnSite, Part
 from hfcompress.structure.stack import LINEAR_TYPES, LayerStack, layer_stacks, linear_weights_of, stack_linears
-from hfcompress.structure.zeros import closed_heads, closed_neurons, zero_heads_, zero_neurons_
+from hfcompress.structure.zeros import closed_heads, closed_neurons, closed_units, zero_heads_, zero_neurons_
 
 __all__ = [
     "LINEAR_TYPES",
@@ -27,6 +27,7 @@ __all__ = [
     "attach_gates",
     "closed_heads",
     "closed_neurons",
+    "closed_units",
     "differences",
     "drop_layers",
     "find_attention",

@@ -13,12 +13,12 @@ from hfcompress.structure.sites import AttentionSite, FfnSite, Part
 
 def closed_heads(model: nn.Module, site: AttentionSite) -> Tensor:
     """Return which query heads have no effect, (heads,) bool: their columns of the output projection are all zero."""
-    return _silent(model, site.output)
+    return closed_units(model, site.output)
 
 
 def closed_neurons(model: nn.Module, site: FfnSite) -> Tensor:
     """Return which neurons have no effect, (width,) bool: their column of ``down`` is all zero."""
-    return _silent(model, site.down)
+    return closed_units(model, site.down)
 
 
 @torch.no_grad()
@@ -48,10 +48,11 @@ def zero_neurons_(model: nn.Module, site: FfnSite, neurons: Iterable[int]) -> No
         _zero_(model, part, chosen, rows=True)
 
 
-def _silent(model: nn.Module, part: Part) -> Tensor:
-    module = model.get_submodule(part.name)
+def closed_units(model: nn.Module, reader: Part) -> Tensor:
+    """Return which units have only zero columns in the linear layer that reads them: (units,) bool, on the CPU."""
+    module = model.get_submodule(reader.name)
     zero_column = (weight_of(module).detach() == 0).all(1 - input_dim(module)).cpu()
-    return zero_column[part.features].all(1)
+    return zero_column[reader.features].all(1)
 
 
 def _zero_(model: nn.Module, part: Part, units: list[int], rows: bool) -> None:
