@@ -191,7 +191,7 @@ def test_every_stage_and_method_survives_a_round_trip(tmp_path: Path) -> None:
         "drop_layers: {layers: [0, 2]}",
         f"finetune: {{epochs: 1.5, training: {training}}}",
         "distill: {steps: 3, teacher: 1, prune: {targets: [a, b], exclude: [c]}}",
-        "finetune: {steps: 3, prune_heads: {grouped: even}, prune_neurons: {exclude: [c], normalize: true}}",
+        "finetune: {steps: 3, prune: {}, prune_heads: {grouped: even}, prune_neurons: {exclude: [c]}}",
         "shrink: {}",
     ]
     prunes = [f"prune: {{method: {name}, pattern: '1:4', sparsity: 0.75, exclude: [a]}}" for name in METHODS["prune"]]

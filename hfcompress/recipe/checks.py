@@ -62,7 +62,7 @@ def _lost_zeros_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> It
     pruned: int | None = None
     for index, (stage, kind) in enumerate(zip(stages, kinds)):
         options = stage[kind] if kind in ("prune", "finetune", "distill") else None
-        prunes = kind == "prune" or (isinstance(options, Mapping) and bool(options.get("prune")))
+        prunes = kind == "prune" or (isinstance(options, Mapping) and options.get("prune") is not None)
         if prunes and pruned is None:
             pruned = index
         elif kind in ("finetune", "distill") and pruned is not None and not prunes:
