@@ -183,7 +183,7 @@ def is_finished(recipe: Recipe) -> bool:
     """
     output = output_folder(recipe)
     written = output / "recipe.yaml"
-    if not (output / MARKER).is_file() or not written.is_file():
+    if not all(file.is_file() for file in (output / MARKER, written, output / MEASUREMENTS)):
         return False
     if written.read_text(encoding="utf-8") != recipe.to_yaml():
         return False

@@ -136,6 +136,17 @@ def test_a_kill_before_the_first_finished_stage_asks_for_nothing(recipe: Recipe)
     assert not folder.exists()
 
 
+def finished_output(recipe: Recipe, output: Path, **changed: str) -> Path:
+    """Write what tells a finished result; changed: what it was made from, other than it is now."""
+    made_from = {**Workspace(recipe, output).inputs, "version of hfcompress": version("hfcompress"), **changed}
+    facts = {"hfcompress": made_from.pop("version of hfcompress"), "inputs": made_from}
+    output.mkdir(parents=True)
+    (output / MARKER).write_text('{"files": ["recipe.yaml", "measurements.json"]}')
+    (output / "recipe.yaml").write_text(recipe.to_yaml())
+    (output / "measurements.json").write_text(json.dumps(facts))
+    return output
+
+
 @pytest.mark.parametrize("left", [[], [LOCK], [LOCK, f".{RUN}.123"]], ids=str)
 def test_a_kill_before_anything_was_written_down_asks_for_nothing(left: list[str], recipe: Recipe) -> None:
     folder = Path(recipe.output + ".partial")
@@ -150,9 +161,7 @@ def test_a_kill_before_anything_was_written_down_asks_for_nothing(left: list[str
 
 @pytest.mark.parametrize("left", [[], [LOCK], [LOCK, RUN]], ids=str)
 def test_what_a_kill_after_publishing_leaves_is_removed(left: list[str], recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / MARKER).write_text('{"files": ["recipe.yaml"]}')
-    (tmp_path / "out" / "recipe.yaml").write_text(recipe.to_yaml())
+    finished_output(recipe, tmp_path / "out")
     (tmp_path / "out.partial").mkdir()
     for name in left:
         (tmp_path / "out.partial" / name).touch()
@@ -216,15 +225,7 @@ def test_a_finished_output_is_refused_before_data_are_opened(
 def test_a_finished_result_is_taken_only_while_what_it_was_made_from_is_the_same(
     changed: str | None, recipe: Recipe, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    made_from = {**Workspace(recipe, tmp_path / "out.partial").inputs, "version of hfcompress": version("hfcompress")}
-    if changed:
-        made_from[changed] = "before"
-    facts = {"hfcompress": made_from.pop("version of hfcompress"), "inputs": made_from}
-    (output / MARKER).write_text('{"files": ["recipe.yaml", "measurements.json"]}')
-    (output / "recipe.yaml").write_text(recipe.to_yaml())
-    (output / "measurements.json").write_text(json.dumps(facts))
+    output = finished_output(recipe, tmp_path / "out", **({changed: "before"} if changed else {}))
     if changed is None:
         assert compress(recipe, resume=True) == output
         return
@@ -253,9 +254,7 @@ def test_home_folders_are_expanded(llama_dir: Path, tmp_path: Path, monkeypatch:
         inputs = space.inputs
     with Workspace.open(absolute) as space:
         assert space.inputs == inputs
-    (tmp_path / "runs/x").mkdir(parents=True)
-    (tmp_path / "runs/x" / MARKER).write_text('{"files": ["recipe.yaml"]}')
-    (tmp_path / "runs/x/recipe.yaml").write_text(recipe.to_yaml())
+    finished_output(recipe, tmp_path / "runs/x")
     assert compress(recipe, resume=True) == tmp_path / "runs/x"
 
 
