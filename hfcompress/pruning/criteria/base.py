@@ -36,3 +36,17 @@ class Criterion(Protocol):
     def scores(self, name: str, weight: Tensor, state: State) -> Tensor:
         """Return the scores of a weight, laid out (outputs, inputs) where it is a matrix."""
         ...
+
+
+class OfWeightsAlone:
+    """The half of a criterion that observes nothing and keeps nothing: its scores come from the weight or its name."""
+
+    needs_gradient: ClassVar[bool] = False
+    needs_activations: ClassVar[bool] = False
+
+    def initial(self, weight: Tensor) -> State:
+        """Nothing is kept."""
+        return {}
+
+    def observe_(self, state: State, weight: Tensor, evidence: Tensor) -> None:
+        """Nothing is observed."""
