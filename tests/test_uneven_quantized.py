@@ -125,9 +125,6 @@ def test_stock_transformers_stops_instead_of_loading_random_weights(tmp_path: Pa
     assert "model.layers.{0, 1}.mlp.gate_proj.weight" in run.stderr + run.stdout
 
 
-bitsandbytes = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed"
-)
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 INT8 = {"load_in_8bit": True}
 
@@ -142,7 +139,6 @@ def blocky() -> PreTrainedModel:
     return model
 
 
-@bitsandbytes
 @pytest.mark.parametrize("options", [NF4, INT8], ids=["nf4", "int8"])
 def test_bitsandbytes_on_top_while_loading_and_from_its_own_checkpoint(options: dict, tmp_path: Path) -> None:
     model = blocky()
@@ -169,7 +165,6 @@ def test_bitsandbytes_on_top_while_loading_and_from_its_own_checkpoint(options: 
     assert size["quantized"] < size["float"]
 
 
-@bitsandbytes
 def test_dequantizing_leaves_an_uneven_float_model(tmp_path: Path) -> None:
     model = blocky()
     record_shapes(model)
