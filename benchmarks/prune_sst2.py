@@ -203,9 +203,14 @@ def answers(model: PreTrainedModel, data: Data) -> list[bool]:
     return right
 
 
+def slug(name: str) -> str:
+    """Return a row's name as files carry it."""
+    return name.replace(" ", "-").replace(",", "").replace("%", "")
+
+
 def row(bench: Bench, name: str) -> dict[str, Any]:
     """Make one row: train, keep the model, and count."""
-    file_name = name.replace(" ", "-").replace(",", "").replace("%", "")
+    file_name = slug(name)
 
     def make() -> dict[str, Any]:
         started = time.monotonic()
@@ -269,7 +274,7 @@ def main() -> None:
 def _speed(bench: Bench, names: list[str]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        models = {name: bench.open(name.replace(" ", "-").replace(",", "").replace("%", "")) for name in names}
+        models = {name: bench.open(slug(name)) for name in names}
         seconds = forward_seconds(models, dtype)
         for name in names:
             found.setdefault(name, []).append(seconds["dense"] / seconds[name])
