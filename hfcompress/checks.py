@@ -26,7 +26,7 @@ from hfcompress.training import training_options
 def check_before_work(source: Source) -> None:
     """Open everything a recipe names, so that a fault shows before the first stage and not hours into it."""
     recipe = source.recipe
-    opening.open_config(recipe.model)
+    _ = source.config  # a model that is not there is said before any data are opened
     if source.data_labels is not None and len(source.data_labels) < 2:
         raise DataError(f"The training data have only one label, {source.data_labels}; there is nothing to classify.")
     if source.head_is_new and recipe.stages[0].kind != "finetune":
@@ -66,7 +66,7 @@ def _check_stage(source: Source, stage: Stage) -> None:
 def _check_padding(source: Source) -> None:
     """A classifier's rows are padded to the longest of their batch, so there must be a token to do it with."""
     model, padding = source.recipe.model, source.processor.pad_token_id
-    size = opening.open_config(model).get_text_config().vocab_size
+    size = source.config.get_text_config().vocab_size
     if padding is None:
         raise ModelError(
             f"The tokenizer of '{model.id}' has no padding token and no end token, so its rows cannot be put into "
@@ -81,7 +81,7 @@ def _check_padding(source: Source) -> None:
 
 def _check_lengths(source: Source) -> None:
     recipe, model = source.recipe, source.recipe.model
-    limit = longest_input(opening.open_config(model))
+    limit = longest_input(source.config)
     refuse_longer(model.id, limit, *source.task.row_length(recipe.data))
     if recipe.evaluate.prompt:
         length = len(source.processor(recipe.evaluate.prompt)["input_ids"]) + recipe.evaluate.new_tokens
@@ -98,7 +98,7 @@ def _check_lengths(source: Source) -> None:
 
 def _check_teacher(source: Source, teacher: ModelSpec) -> None:
     """An outside teacher reads the student's tokens, and its logits must mean the student's classes."""
-    config, student = opening.open_config(teacher), opening.open_config(source.recipe.model)
+    config, student = opening.open_config(teacher), source.config
     refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
     refuse_other_vocabulary(source.processor.get_vocab(), opening.open_processor(teacher).get_vocab())
     if source.labels is None:
@@ -118,7 +118,7 @@ def _names(source: Source) -> list[str]:
 
 def _layers_before(source: Source, stage: Stage) -> int:
     """Return how many layers the stack has when this stage begins."""
-    layers = int(opening.open_config(source.recipe.model).get_text_config().num_hidden_layers)
+    layers = int(source.config.get_text_config().num_hidden_layers)
     for earlier in source.recipe.stages:
         if earlier is stage:
             break

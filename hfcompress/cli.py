@@ -55,7 +55,7 @@ def run(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of two to three minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of about two minutes.")] = False,
     resume: Resume = False,
     restart: Restart = False,
     as_json: AsJson = False,
@@ -71,10 +71,11 @@ QUICK = [
     "output=runs/smollm2-python-docs-quick",
     "stages.1.distill.steps=3",
     "stages.1.distill.training.per_device_train_batch_size=1",
+    "stages.1.distill.training.save_strategy=no",
     "stages.2.quantize.calibration_rows=4",
     "stages.2.quantize.calibration_length=128",
     "evaluate.max_rows=4",
-    "evaluate.new_tokens=16",
+    "evaluate.new_tokens=8",
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress import data as opening_data
 from hfcompress import opening
@@ -39,6 +39,11 @@ class Source:
     def task(self) -> Task:
         """Return the recipe's task."""
         return TASKS[self.recipe.task]
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Return the original model's config, read once: from a GGUF file that takes seconds."""
+        return opening.open_config(self.recipe.model)
 
     @cached_property
     def processor(self) -> Any:
@@ -93,7 +98,7 @@ class Source:
     @cached_property
     def head_is_new(self) -> bool:
         """Tell whether the model has no trained head for the task, so that its first answers are random."""
-        return self.data_labels is not None and not opening.has_trained_head(opening.open_config(self.recipe.model))
+        return self.data_labels is not None and not opening.has_trained_head(self.config)
 
     def open_original(self) -> PreTrainedModel:
         """Open the recipe's model; see ``opening.open_model`` for the errors."""
