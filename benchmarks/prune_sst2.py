@@ -108,6 +108,7 @@ class Bench:
             "logging_steps": 50,
             "report_to": "none",
             "bf16": fast_bfloat16(),
+            "use_cpu": not torch.accelerator.is_available(),
             "dataloader_pin_memory": False,
         }
         return {**shared, **changes}

@@ -33,6 +33,8 @@ def training_options(options: Finetune | Distill, work: Path, seed: int) -> dict
         "logging_steps": 5,
         "report_to": "none",
         "bf16": fast_bfloat16() and not options.training.get("fp16"),
+        # Without it the Trainer refuses bf16 where there is no GPU.
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return {**defaults, **options.training, **length, "disable_tqdm": True, "output_dir": str(work)}

@@ -90,3 +90,15 @@ def test_the_same_checkpoints_are_kept_as_by_the_trainer(count: int, tmp_path: P
                 rotate_checkpoints(str(work), limit, path)
             left.append(sorted(one.name for one in work.iterdir()))
         assert left[0] == left[1], (limit, best)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="concerns machines without an accelerator")
+@pytest.mark.parametrize("training", [{}, {"bf16": True}])
+def test_bfloat16_is_trained_on_a_cpu_that_is_fast_at_it(
+    training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer takes bf16 on a CPU only when it is told that there is nothing else."""
+    monkeypatch.setattr("hfcompress.training.fast_bfloat16", lambda: True)
+    arguments = TrainingArguments(**training_options(Finetune(steps=1, training=training), tmp_path, seed=0))
+    assert arguments.bf16
+    assert arguments.device.type == "cpu"
