@@ -102,13 +102,15 @@ class Source:
 
     def open_original(self) -> PreTrainedModel:
         """Open the recipe's model; see ``opening.open_model`` for the errors."""
-        return self.open(self.recipe.model, self.labels)
+        return self.open(self.recipe.model, self.labels, self.config)
 
-    def open(self, spec: ModelSpec, labels: list[str] | None = None) -> PreTrainedModel:
+    def open(
+        self, spec: ModelSpec, labels: list[str] | None = None, config: PreTrainedConfig | None = None
+    ) -> PreTrainedModel:
         """Open any model for the recipe's task and its batches."""
         # A Hub id and a file to convert bring their libraries' own bars.
         with busy(f"opening {Path(spec.id).name}") if Path(spec.id).is_dir() else nullcontext():
-            model = opening.open_model(spec, self.task, labels)
+            model = opening.open_model(spec, self.task, labels, config)
         self.task.prepare_(model, self.processor)
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,24 +24,26 @@ from hfcompress.tasks import Task
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_model(spec: ModelSpec, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+def open_model(
+    spec: ModelSpec, task: Task, labels: list[str] | None = None, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
     """Open the model for a task, in evaluation mode, with its weights checked.
 
     labels: class names in the order of the head, see ``head_labels``; None leaves the config's own.
+    config: the model's own, where ``open_config`` has read it before: from a GGUF file that takes seconds.
     Raises ModelError when there is no such model or a weight is NaN or infinite; CheckpointError when a file of a
     local folder is damaged.
     """
-    config = open_config(spec)
+    config = copy.deepcopy(config) if config is not None else open_config(spec)
     where, options = _location(spec)
+    options["config"] = config
     if "gguf_file" not in options:
         options["use_safetensors"] = True
     else:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if labels is not None:
-        if not has_trained_head(config):
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {name: index for index, name in enumerate(labels)}
-        options["config"] = config
+    if labels is not None and not has_trained_head(config):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
     auto_class = getattr(transformers, task.auto_class)
     dtype = DTYPES.get(spec.dtype, "auto")
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.atomic import MARKER, new_folder, write_text
 from hfcompress.checks import check_before_work
 from hfcompress.errors import HFCompressError
+from hfcompress.fresh import FreshProcesses
 from hfcompress.job import Job, Source
 from hfcompress.progress import say
 from hfcompress.publish import write_model_card
@@ -47,13 +46,15 @@ def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> 
         space.begin()
         job = Job(source, space.stage_folder(0, ORIGINAL), space.work_folder(ORIGINAL))
         stages: list[Stage | None] = [None, *recipe.stages]
-        for position, stage in enumerate(stages):
-            name = stage.name if stage else ORIGINAL
-            folder = space.stage_folder(position, name)
-            if space.facts_of(position, name) is None:
-                _run_and_save(space, position, stage, job, is_last=position == len(stages) - 1)
-            _measure_once(space, position, folder, with_metrics=stage is not None or not source.head_is_new)
-            job = job.after(name, folder, _work_of_next(space, recipe, position))
+        with FreshProcesses("hfcompress.measuring") as fresh:
+            for position, stage in enumerate(stages):
+                name = stage.name if stage else ORIGINAL
+                folder = space.stage_folder(position, name)
+                if space.facts_of(position, name) is None:
+                    _run_and_save(space, position, stage, job, is_last=position == len(stages) - 1)
+                with_metrics = stage is not None or not source.head_is_new
+                _measure_once(fresh, space, position, folder, with_metrics)
+                job = job.after(name, folder, _work_of_next(space, recipe, position))
         return _publish(space, source, job.folder)
 
 
@@ -86,7 +87,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     shutil.rmtree(space.work_folder(name), ignore_errors=True)
 
 
-def _measure_once(space: Workspace, position: int, folder: Path, with_metrics: bool) -> None:
+def _measure_once(fresh: FreshProcesses, space: Workspace, position: int, folder: Path, with_metrics: bool) -> None:
     """Measure a stage's checkpoint in a fresh process, unless that has been done."""
     file = space.measurement_file(position, folder.name.partition("-")[2])
     if file.is_file():
@@ -94,10 +95,8 @@ def _measure_once(space: Workspace, position: int, folder: Path, with_metrics: b
     file.parent.mkdir(parents=True, exist_ok=True)
     recipe_file = space.folder / "recipe.yaml"
     write_text(recipe_file, space.recipe.to_yaml())
-    command = [sys.executable, "-m", "hfcompress", "eval", str(folder), "--recipe", str(recipe_file)]
-    command += ["--output", str(file), "--quiet", *([] if with_metrics else ["--without-metrics"])]
-    done = subprocess.run(command, check=False)
-    if done.returncode != 0:
+    words = ["eval", str(folder), "--recipe", str(recipe_file), "--output", str(file), "--quiet"]
+    if fresh.run([*words, *([] if with_metrics else ["--without-metrics"])]) != 0:
         raise HFCompressError(f"Measuring {folder} in a fresh process failed; its message stands above.")
 
 

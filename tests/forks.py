@@ -187,6 +187,9 @@ def _become(words: list[str], cwd: str, spy: Spy | None) -> None:
 
 def _run(words: list[str]) -> None:
     kind, program, *arguments = words
+    if kind == "-m" or "from hfcompress" in program:
+        # A run's own server of fresh processes would begin with the imports that are made here already.
+        importlib.import_module("hfcompress.fresh").forks_are_safe = lambda: False
     if kind == "-m":
         sys.argv = [program, *arguments]
         runpy.run_module(program, run_name="__main__", alter_sys=True)

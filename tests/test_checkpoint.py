@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from hfcompress.checkpoint import Probe, save_compressed, verify_checkpoint
 from hfcompress.checkpoint.atomic import refuse_full_disk
 from hfcompress.errors import CheckpointError, ModelError, OutputError
+from hfcompress.structure.modes import eval_mode
 from tests.conftest import tiny_bert, tiny_gpt2_classifier, tiny_llama
 
 
@@ -55,6 +62,22 @@ def test_a_checkpoint_of_another_model_is_not_verified(tmp_path: Path) -> None:
     save_compressed(tiny_llama(seed=0), tmp_path / "out")
     with pytest.raises(CheckpointError, match="reloads to a different model: logits differ by"):
         verify_checkpoint(tmp_path / "out", Probe.of(tiny_llama(seed=1)))
+
+
+def test_a_model_is_verified_in_its_own_precision_after_training_in_mixed_precision(tmp_path: Path) -> None:
+    """Training in bfloat16 leaves an autocast around ``forward`` that the model's reload does not have."""
+    model = tiny_bert()
+    arguments = TrainingArguments(
+        str(tmp_path), bf16=True, use_cpu=True, max_steps=1, report_to="none", save_strategy="no"
+    )
+    rows = [{"input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4, "labels": 1}] * 8
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    wrapped = model.forward
+    inputs = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+    with eval_mode(model), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, type(model).forward(model, **inputs).logits)
+    assert model.forward == wrapped
+    save_compressed(model, tmp_path / "out", verify=True)
 
 
 def test_a_probe_leaves_every_mode_as_it_was_and_ignores_autocast() -> None:

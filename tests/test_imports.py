@@ -13,7 +13,7 @@ import hfcompress
 
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
-    {"errors", "progress", "devices", "formats"},
+    {"errors", "progress", "devices", "formats", "fresh"},
     {"structure", "packed", "vocabulary"},
     {"loading"},
     {"calibration", "checkpoint", "evaluate"},

@@ -1,4 +1,4 @@
-"""Training and evaluation mode, module by module."""
+"""How a model is while it is looked at: in evaluation mode, and in its own precision."""
 
 from __future__ import annotations
 
@@ -10,11 +10,29 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode; on leaving, also by an error, every module gets its own training flag back."""
+    """Switch to eval mode and the weights' own precision; on leaving, also by an error, all is as it was.
+
+    Every module gets its own training flag back.
+    """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with _own_precision(model):
+            yield
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def _own_precision(model: nn.Module) -> Iterator[None]:
+    """Take off the autocast that mixed-precision training (Accelerate) leaves around ``forward`` for good."""
+    wrapped = vars(model).get("forward")
+    if wrapped is None or "_original_forward" not in vars(model):
+        yield
+        return
+    model.forward = vars(model)["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = wrapped
