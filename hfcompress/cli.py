@@ -55,7 +55,7 @@ def run(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of about two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of about a minute.")] = False,
     resume: Resume = False,
     restart: Restart = False,
     as_json: AsJson = False,
