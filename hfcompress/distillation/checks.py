@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from hfcompress.distillation.losses import FeatureLoss, LogitLoss, named
 from hfcompress.distillation.losses.binary_kl import BinaryKL
 from hfcompress.distillation.losses.forward_kl import ForwardKL
 from hfcompress.distillation.losses.logit_mse import LogitMSE
+from hfcompress.distillation.losses.top_k_kl import TopKKL
 from hfcompress.distillation.pairs import (
     label_names,
     problem_of,
@@ -21,7 +23,7 @@ from hfcompress.distillation.pairs import (
     refuse_other_size,
     shared_vocabulary,
 )
-from hfcompress.distillation.teachers import LiveTeacher, Teacher
+from hfcompress.distillation.teachers import CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
 
 WeightedTeachers = list[tuple[Teacher, float]]
@@ -68,13 +70,23 @@ def _teacher(given: Any) -> Teacher:
         return given
     if isinstance(given, PreTrainedModel):
         return LiveTeacher(given)
-    raise ModelError(f"teacher_model must be a transformers PreTrainedModel, not a {type(given).__name__}.")
+    if isinstance(given, (str, Path)):
+        return CachedTeacher(given)
+    raise ModelError(
+        f"teacher_model must be a transformers PreTrainedModel, not a {type(given).__name__}; or a folder that "
+        "cache_teacher wrote."
+    )
 
 
-def logit_losses_of(args: DistillationConfig, student: PreTrainedModel) -> dict[str, LogitLoss]:
-    """Return the losses of logits by name: those of the arguments, or the one that fits the student's problem."""
+def logit_losses_of(
+    args: DistillationConfig, student: PreTrainedModel, teachers: WeightedTeachers
+) -> dict[str, LogitLoss]:
+    """Return the losses of logits by name: those of the arguments, or the one that fits student and teachers."""
     if args.losses is not None:
         return {name: loss for name, loss in named(args.chosen).items() if isinstance(loss, LogitLoss)}
+    if any(teacher.top_k for teacher, _ in teachers):
+        index = next(one.index for one, _ in teachers if isinstance(one, CachedTeacher) and one.top_k)
+        return named([TopKKL(k=index.k or 1, temperature=args.temperature or index.temperature)])  # type: ignore[return-value]
     temperature = args.temperature or DEFAULT_TEMPERATURE
     default: dict[str | None, LogitLoss] = {
         "regression": LogitMSE(),
@@ -98,7 +110,7 @@ def check_pair(
 
 
 def _check_losses(student: PreTrainedModel, teachers: WeightedTeachers, args: DistillationConfig) -> None:
-    losses = logit_losses_of(args, student)
+    losses = logit_losses_of(args, student, teachers)
     name, problem = type(student).__name__, problem_of(student)
     if isinstance(answers_of(student), Unanswered) and (losses or args.alpha < 1):
         raise ModelError(
@@ -113,9 +125,34 @@ def _check_losses(student: PreTrainedModel, teachers: WeightedTeachers, args: Di
         classes = answers_of(student).classes(student)
         if classes is not None and getattr(loss, "k", 1) > classes:
             raise ModelError(f"{one}: k={loss.k} is more than the {classes} classes there are.")  # type: ignore[attr-defined]
+    for teacher, _ in teachers:
+        if isinstance(teacher, CachedTeacher):
+            _check_cache(student, teacher, losses)
     features = [one for one, loss in named(args.chosen).items() if isinstance(loss, FeatureLoss)]
     if features and (len(teachers) > 1 or not isinstance(teachers[0][0], LiveTeacher)):
         raise ModelError(f"{features[0]} looks inside the teacher: it needs one teacher, which is a model.")
+
+
+def _check_cache(student: PreTrainedModel, cache: CachedTeacher, losses: Mapping[str, LogitLoss]) -> None:
+    """Refuse a cache that cannot answer what is asked."""
+    index, folder = cache.index, cache.folder
+    if index.answers != type(answers_of(student)).__name__:
+        raise ModelError(
+            f"{folder} holds answers of a {index.name}, which a {type(student).__name__} is not asked for."
+        )
+    if index.labels and student.get_output_embeddings() is None and index.classes is not None:
+        refuse_other_size(len(label_names(student.config)), index.classes)
+        refuse_other_labels(label_names(student.config), index.labels)
+    for name, loss in losses.items() if index.k is not None else ():
+        if not loss.takes_top_k:
+            raise ModelError(
+                f"{folder} holds the {index.k} most probable classes only; {name} needs all. Use top_k_kl."
+            )
+        if getattr(loss, "temperature", 1.0) != index.temperature:
+            raise ModelError(
+                f"{folder} was written at temperature {index.temperature:g}, but {name} has "
+                f"{getattr(loss, 'temperature', 1.0):g}. Give the loss the same, or write another cache."
+            )
 
 
 def _shared_classes(student: PreTrainedModel, teacher: Teacher, tokenizer: Any, teacher_tokenizer: Any) -> int | None:

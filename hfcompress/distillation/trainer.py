@@ -16,7 +16,7 @@ from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.projections import ProjectionTrainer
-from hfcompress.distillation.teachers import Answer, LiveTeacher, forward_arguments
+from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_own_task_loss
 
 
@@ -72,7 +72,7 @@ class DistillationTrainer(ProjectionTrainer, Trainer):
         )
         self.answers: Answers = answers_of(student)
         self.own_task_loss = takes_own_task_loss(self, student)
-        self.logit_losses = logit_losses_of(self.args, student)
+        self.logit_losses = logit_losses_of(self.args, student, self.teachers)
         features = {name: loss for name, loss in named(self.args.chosen).items() if isinstance(loss, FeatureLoss)}
         self.matcher: FeatureMatcher | None = None
         if features:
@@ -89,6 +89,18 @@ class DistillationTrainer(ProjectionTrainer, Trainer):
         self._signature_columns = sorted(  # type: ignore[assignment]
             {*(self._signature_columns or []), *self._teacher_only_columns()}
         )
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's batches; a cache that was made from other data is refused before the first."""
+        loader: Any = super().get_train_dataloader()
+        caches = [teacher for teacher, _ in self.teachers if isinstance(teacher, CachedTeacher)]
+        if caches and hasattr(loader.dataset, "__len__"):
+            last = len(loader.dataset) - 1
+            for row in sorted({0, last // 2, last}):
+                batch = loader.collate_fn([loader.dataset[row]])
+                for cache in caches:
+                    cache.refuse_other_data(batch)
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

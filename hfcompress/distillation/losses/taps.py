@@ -47,7 +47,7 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]
 
 def _keeper(outputs: dict[str, Tensor], name: str) -> Any:
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        outputs.setdefault(name, output[0] if isinstance(output, (tuple, list)) else output)
+        outputs.setdefault(name, output if isinstance(output, Tensor) else output[0])
 
     return keep
 

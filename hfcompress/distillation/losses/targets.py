@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,22 @@ class TopK:
     def part(self, rows: slice) -> TopK:
         """Return some of the rows."""
         return TopK(self.classes[rows], self.log_probabilities[rows], self.log_tail[rows], self.temperature)
+
+    def to(self, device: torch.device | str) -> TopK:
+        """Return the same on another device."""
+        classes, log, tail = (one.to(device) for one in (self.classes, self.log_probabilities, self.log_tail))
+        return TopK(classes, log, tail, self.temperature)
+
+    def cpu(self) -> TopK:
+        """Return the same on the CPU."""
+        return self.to("cpu")
+
+    @staticmethod
+    def cat(parts: Sequence[TopK]) -> TopK:
+        """Return the rows of all parts, one after another."""
+        columns = zip(*((one.classes, one.log_probabilities, one.log_tail) for one in parts))
+        classes, log, tail = (torch.cat(column) for column in columns)
+        return TopK(classes, log, tail, parts[0].temperature)
 
 
 def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:

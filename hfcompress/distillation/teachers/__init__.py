@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from hfcompress.distillation.teachers.base import Answer, Teacher
+from hfcompress.distillation.teachers.cache import INDEX, CacheReport, cache_teacher
+from hfcompress.distillation.teachers.cached import CachedTeacher
 from hfcompress.distillation.teachers.live import LiveTeacher, forward_arguments
 
-__all__ = ["Answer", "LiveTeacher", "Teacher", "forward_arguments"]
+__all__ = [
+    "INDEX",
+    "Answer",
+    "CacheReport",
+    "CachedTeacher",
+    "LiveTeacher",
+    "Teacher",
+    "cache_teacher",
+    "forward_arguments",
+]
