@@ -17,169 +17,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hfcompress.distillation import DistillationConfig, DistillationTrainer, losses
-from hfcompress.distillation.losses import forward_kl
+from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.pruning import PruneCallback
-from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama
+from tests.conftest import VOCABULARY_SIZE, tiny_bert
+from tests.distilling import (
+    ALPHA,
+    TEMPERATURE,
+    Rows,
+    StopAt,
+    bert,
+    bert_of_unscaled_loss,
+    class_rows,
+    distiller,
+    equal,
+    llama,
+    rows_for,
+    spread,
+    stack,
+    text_rows,
+    weights_of,
+)
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
-Rows = list[dict[str, Tensor]]
-TEMPERATURE, ALPHA = 1.7, 0.3
-
-
-# Models and rows
-
-
-def _llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
-    return _spread(tiny_llama(seed=seed, **{"hidden_size": 32, "intermediate_size": 64, **changes}), seed)
-
-
-def _bert(seed: int = 0, **changes: Any) -> PreTrainedModel:
-    return _spread(tiny_bert(seed=seed, **{"num_labels": 3, **changes}), seed)
-
-
-def _bert_of_unscaled_loss(seed: int = 0) -> PreTrainedModel:
-    """A model for whose loss the Trainer would divide by the accumulation steps itself."""
-    model = _bert(seed)
-    model.accepts_loss_kwargs = False
-    return model
-
-
-def _spread(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Add noise, so that predictions are far from uniform and teachers far from students."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def _text_rows(count: int = 16, length: int = 8) -> Rows:
-    """Rows whose numbers of labels and of padding tokens differ; the second row in eight has no label at all."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for index in range(count):
-        ids = torch.randint(6, VOCABULARY_SIZE, (length,), generator=generator)
-        attention, labels = torch.ones_like(ids), ids.clone()
-        labels[: index * 3 % (length - 1)] = -100
-        padding = index % 3
-        if padding:
-            ids[-padding:], attention[-padding:], labels[-padding:] = 0, 0, -100
-        if index % 8 == 1:
-            labels[:] = -100
-        rows.append({"input_ids": ids, "attention_mask": attention, "labels": labels})
-    return rows
-
-
-def _class_rows(count: int = 16, length: int = 8) -> Rows:
-    return [{**row, "labels": row["input_ids"].sum() % 3} for row in _text_rows(count, length)]
-
-
-def _rows_for(model: PreTrainedModel) -> Rows:
-    return _text_rows() if "Llama" in type(model).__name__ else _class_rows()
-
-
-def _stack(rows: Rows) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _trainer(
-    student: PreTrainedModel, teacher: PreTrainedModel, folder: Path, rows: Any = None, **options: Any
-) -> DistillationTrainer:
-    extra = {name: options.pop(name) for name in ("callbacks", "compute_metrics", "data_collator") if name in options}
-    defaults = {
-        "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1, "lr_scheduler_type": "constant",
-        "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 1, "use_cpu": True,
-        "report_to": "none", "disable_tqdm": True, "temperature": TEMPERATURE, "alpha": ALPHA,
-    }  # fmt: skip
-    rows = _rows_for(student) if rows is None else rows
-    return DistillationTrainer(
-        model=student,
-        args=DistillationConfig(folder, **{**defaults, **options}),
-        teacher_model=teacher,
-        train_dataset=rows,
-        eval_dataset=rows,
-        **extra,
-    )
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# The pure function
-
-
-def _logits(rows: int = 7, classes: int = 11, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(rows, classes, generator=generator, dtype=torch.float64) for _ in range(2))
-    return student.to(dtype).requires_grad_(), teacher.to(dtype)
-
-
-def _reference_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_forward_kl_equals_the_reference(chunk: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "ROWS_PER_CHUNK", chunk)
-    student, teacher = _logits()
-    loss = forward_kl(student, teacher, temperature)
-    expected = _reference_kl(student, teacher, temperature)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    # times three: what comes from above must be passed on
-    (gradient,) = torch.autograd.grad(3 * loss, student)
-    (expected_gradient,) = torch.autograd.grad(3 * expected, student)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda logits: forward_kl(logits, teacher, temperature), (student,))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_low_precision_logits_are_summed_in_float32(dtype: torch.dtype, tolerance: float) -> None:
-    student, teacher = _logits(rows=1000, dtype=dtype)
-    loss = forward_kl(student, teacher, 2.0)
-    exact = student.detach().double().requires_grad_()
-    expected = _reference_kl(exact, teacher.double(), 2.0)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    (gradient,) = torch.autograd.grad(loss, student)
-    (expected_gradient,) = torch.autograd.grad(expected, exact)
-    assert gradient.dtype == dtype
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance / 10)
-
-
-def test_identical_logits_cost_nothing_and_pull_nowhere() -> None:
-    student, _ = _logits()
-    loss = forward_kl(student, student.detach().clone(), 2.0)
-    assert loss.item() == 0.0
-    assert not torch.autograd.grad(loss, student)[0].any()
-
-
-def test_shifted_logits_are_the_same_distribution() -> None:
-    student, teacher = _logits()
-    torch.testing.assert_close(forward_kl(student + 5, teacher - 3, 2.0), forward_kl(student, teacher, 2.0))
-
-
-def test_gradient_keeps_its_size_over_temperatures() -> None:
-    student, teacher = _logits()
-    norms = [torch.autograd.grad(forward_kl(student, teacher, t), student)[0].norm().item() for t in (100.0, 1000.0)]
-    assert norms[1] == pytest.approx(norms[0], rel=0.1)
-
-
-def test_no_rows_are_a_loss_of_zero() -> None:
-    student, teacher = _logits(rows=0)
-    assert forward_kl(student, teacher, 2.0).item() == 0.0
-
-
 # The whole loss
 
 
@@ -207,19 +68,19 @@ def _reference_terms(student: PreTrainedModel, teacher: PreTrainedModel, rows: R
 
 
 @pytest.mark.parametrize(("size", "steps"), [(8, 1), (2, 4), (1, 8)])
-@pytest.mark.parametrize("make", [_llama, _bert, _bert_of_unscaled_loss])
+@pytest.mark.parametrize("make", [llama, bert, bert_of_unscaled_loss])
 def test_loss_and_gradient_equal_a_plain_loop_for_every_split(
     make: Callable[..., PreTrainedModel], size: int, steps: int, tmp_path: Path
 ) -> None:
     student, teacher = make(), make(seed=1)
-    rows = _rows_for(student)[:8]
+    rows = rows_for(student)[:8]
     reference = copy.deepcopy(student)
     kd, task = _reference_terms(reference.eval(), teacher.eval(), rows)
     loss = ALPHA * kd + (1 - ALPHA) * task
     loss.backward()
 
-    before = _parameters(student)
-    trainer = _trainer(
+    before = weights_of(student)
+    trainer = distiller(
         student, teacher, tmp_path, rows, per_device_train_batch_size=size, gradient_accumulation_steps=steps
     )
     trainer.train()
@@ -234,9 +95,9 @@ def test_loss_and_gradient_equal_a_plain_loop_for_every_split(
         torch.testing.assert_close(moved, gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("make", [_llama, _bert])
+@pytest.mark.parametrize("make", [llama, bert])
 def test_terms_are_logged_apart_and_add_up(make: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    trainer = _trainer(
+    trainer = distiller(
         make(), make(seed=1), tmp_path, max_steps=6, logging_steps=3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
     )  # fmt: skip
@@ -251,10 +112,10 @@ def test_terms_are_logged_apart_and_add_up(make: Callable[..., PreTrainedModel],
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_alpha_at_its_ends_leaves_one_term(alpha: float, tmp_path: Path) -> None:
-    student, teacher = _llama(), _llama(seed=1)
-    rows = _text_rows()[:8]
+    student, teacher = llama(), llama(seed=1)
+    rows = text_rows()[:8]
     terms = _reference_terms(copy.deepcopy(student).eval(), teacher.eval(), rows)
-    trainer = _trainer(student, teacher, tmp_path, rows, alpha=alpha)
+    trainer = distiller(student, teacher, tmp_path, rows, alpha=alpha)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(terms[0 if alpha else 1].item(), rel=1e-5)
 
@@ -289,39 +150,45 @@ def _one_labelled(row: dict[str, Tensor]) -> Tensor:
 
 
 def test_only_labelled_positions_of_the_teacher_count(tmp_path: Path) -> None:
-    rows = _text_rows()[:8]
+    rows = text_rows()[:8]
     results = []
     for where in (None, _unlabelled, _one_labelled):
-        student, teacher = _llama(), _llama(seed=1)
+        student, teacher = llama(), llama(seed=1)
         if where:
             counts = _disturb(teacher, where, rows)
-        _trainer(student, teacher, tmp_path, rows).train()
+        distiller(student, teacher, tmp_path, rows).train()
         assert where is None or sum(counts) >= 6
-        results.append(_parameters(student))
-    assert _equal(results[0], results[1])
-    assert not _equal(results[0], results[2])
+        results.append(weights_of(student))
+    assert equal(results[0], results[1])
+    assert not equal(results[0], results[2])
 
 
 def test_padding_tokens_do_not_matter(tmp_path: Path) -> None:
     results = []
     for filler in (0, 33):
-        rows = _text_rows()[:8]
+        rows = text_rows()[:8]
         for row in rows:
             row["input_ids"][row["attention_mask"] == 0] = filler
-        student = _llama(pad_token_id=None)
-        _trainer(student, _llama(seed=1), tmp_path, rows).train()
-        results.append(_parameters(student))
+        student = llama(pad_token_id=None)
+        distiller(student, llama(seed=1), tmp_path, rows).train()
+        results.append(weights_of(student))
     for name, weight in results[0].items():
         torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-6)
+
+
+def _reference_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
 
 
 def _train_and_compare_in_place(models: list[PreTrainedModel], folder: Path, rows: Rows) -> None:
     """One step of student and teacher logs the reference's loss, with labels that are not shifted."""
     with torch.no_grad():
-        own, guide = (model.eval()(**_stack(rows)).logits.double() for model in models)
-    counted = _stack(rows)["labels"] != -100
+        own, guide = (model.eval()(**stack(rows)).logits.double() for model in models)
+    counted = stack(rows)["labels"] != -100
     kd = _reference_kl(own[counted], guide[counted], TEMPERATURE) / counted.sum()
-    trainer = _trainer(*models, folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer = distiller(*models, folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     trainer.train()
     assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(kd.item(), rel=1e-5)
 
@@ -333,8 +200,8 @@ def test_token_classifier_counts_its_labels_in_place(tmp_path: Path) -> None:
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        models.append(_spread(hf.BertForTokenClassification(config), seed))
-    rows = [{**row, "labels": row["labels"].where(row["labels"] == -100, row["labels"] % 3)} for row in _text_rows(8)]
+        models.append(spread(hf.BertForTokenClassification(config), seed))
+    rows = [{**row, "labels": row["labels"].where(row["labels"] == -100, row["labels"] % 3)} for row in text_rows(8)]
     _train_and_compare_in_place(models, tmp_path, rows)
 
 
@@ -347,18 +214,18 @@ def test_sequence_to_sequence_teacher_sees_the_decoder_inputs(tmp_path: Path) ->
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        models.append(_spread(hf.T5ForConditionalGeneration(config), seed))
-    rows = [row for row in _text_rows(16) if (row["labels"] != -100).any()][:8]
+        models.append(spread(hf.T5ForConditionalGeneration(config), seed))
+    rows = [row for row in text_rows(16) if (row["labels"] != -100).any()][:8]
     _train_and_compare_in_place(models, tmp_path, rows)
 
 
 # Evaluation and prediction
 
 
-@pytest.mark.parametrize("make", [_llama, _bert])
+@pytest.mark.parametrize("make", [llama, bert])
 def test_evaluation_is_the_plain_trainers(make: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     student = make()
-    rows = _rows_for(student)
+    rows = rows_for(student)
     calls: list[int] = []
     teacher = make(seed=1)
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -366,7 +233,7 @@ def test_evaluation_is_the_plain_trainers(make: Callable[..., PreTrainedModel], 
         student, TrainingArguments(tmp_path, use_cpu=True, report_to="none", disable_tqdm=True), eval_dataset=rows
     )
     metrics = {"compute_metrics": lambda prediction: {"mean": float(prediction.predictions.mean())}}
-    ours = _trainer(student, teacher, tmp_path, rows, **metrics)
+    ours = distiller(student, teacher, tmp_path, rows, **metrics)
     plain.compute_metrics = metrics["compute_metrics"]
     expected, found = plain.evaluate(), ours.evaluate()
     assert found["eval_loss"] == expected["eval_loss"]
@@ -376,15 +243,15 @@ def test_evaluation_is_the_plain_trainers(make: Callable[..., PreTrainedModel], 
 
 
 def test_label_smoothing_smooths_the_task_loss(tmp_path: Path) -> None:
-    student, teacher = _bert(), _bert(seed=1)
-    rows = _class_rows()[:8]
-    batch = _stack(rows)
+    student, teacher = bert(), bert(seed=1)
+    rows = class_rows()[:8]
+    batch = stack(rows)
     with torch.no_grad():
         logits = student.eval()(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
     # the Trainer's own smoother: (1 - e) * NLL + e * mean over the classes
     log = F.log_softmax(logits, -1)
     expected = 0.8 * F.nll_loss(log, batch["labels"]) - 0.2 * log.mean()
-    trainer = _trainer(
+    trainer = distiller(
         student, teacher, tmp_path, rows, label_smoothing_factor=0.2, per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
     )  # fmt: skip
@@ -397,21 +264,21 @@ def test_label_smoothing_smooths_the_task_loss(tmp_path: Path) -> None:
 
 def test_teacher_is_untouched_and_stays_out(tmp_path: Path) -> None:
     dropout = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
-    student, teacher = _bert(), _bert(seed=1, **dropout)
+    student, teacher = bert(), bert(seed=1, **dropout)
     teacher.train()
-    before = _parameters(teacher)
+    before = weights_of(teacher)
     modes = []
     teacher.register_forward_hook(
         lambda module, args, output: modes.append(
             (any(one.training for one in module.modules()), output.logits.requires_grad)
         )
     )
-    trainer = _trainer(
+    trainer = distiller(
         student, teacher, tmp_path, max_steps=3, save_strategy="steps", save_steps=3, optim="adamw_torch"
     )
     trainer.train()
     assert modes == [(False, False)] * 3
-    assert _equal(_parameters(teacher), before)
+    assert equal(weights_of(teacher), before)
     assert all(weight.grad is None for weight in teacher.parameters())
     optimized = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
     assert optimized == {id(weight) for weight in student.parameters()}
@@ -428,16 +295,16 @@ def _distilbert() -> PreTrainedModel:
 
 
 def test_columns_that_only_the_teacher_takes_reach_it(tmp_path: Path) -> None:
-    columns = {name: value.tolist() for name, value in _stack(_class_rows()).items()}
+    columns = {name: value.tolist() for name, value in stack(class_rows()).items()}
     columns["token_type_ids"] = [[index % 2] * 8 for index in range(16)]
     data = Dataset.from_dict({**columns, "text": ["nobody takes this"] * 16})
-    teacher = _bert(seed=1)
+    teacher = bert(seed=1)
     seen: list[dict] = []
     teacher.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     student = _distilbert()
     got: list[set[str]] = []
     student.register_forward_pre_hook(lambda module, args, kwargs: got.append(set(kwargs)), with_kwargs=True)
-    trainer = _trainer(student, teacher, tmp_path, data)
+    trainer = distiller(student, teacher, tmp_path, data)
     trainer.train()
     types = {
         tuple(ids.tolist()): segment.tolist() for ids, segment in zip(seen[0]["input_ids"], seen[0]["token_type_ids"])
@@ -455,16 +322,8 @@ def test_columns_that_only_the_teacher_takes_reach_it(tmp_path: Path) -> None:
 # Resuming
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step >= self.step
-
-
 @pytest.mark.parametrize("prune", [False, True])
-@pytest.mark.parametrize("make", [_llama, _bert])
+@pytest.mark.parametrize("make", [llama, bert])
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     make: Callable[..., PreTrainedModel], prune: bool, tmp_path: Path
 ) -> None:
@@ -476,18 +335,18 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     def callbacks() -> list[TrainerCallback]:
         return [PruneCallback(sparsity=0.6, end=0.8)] if prune else []
 
-    whole = _trainer(make(), make(seed=1), tmp_path / "whole", callbacks=callbacks(), **options)
+    whole = distiller(make(), make(seed=1), tmp_path / "whole", callbacks=callbacks(), **options)
     whole.train()
-    stopped = _trainer(
+    stopped = distiller(
         make(), make(seed=1), tmp_path, callbacks=[*callbacks(), StopAt(4)], **{**options, "save_strategy": "steps"}
     )
     stopped.train()
-    resumed = _trainer(make(seed=2), make(seed=1), tmp_path, callbacks=callbacks(), **options)
+    resumed = distiller(make(seed=2), make(seed=1), tmp_path, callbacks=callbacks(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert not _equal(_parameters(stopped.model), _parameters(whole.model))
-    assert _equal(_parameters(resumed.model), _parameters(whole.model))
+    assert not equal(weights_of(stopped.model), weights_of(whole.model))
+    assert equal(weights_of(resumed.model), weights_of(whole.model))
     for one, other in zip(whole.optimizer.state.values(), resumed.optimizer.state.values()):
-        assert _equal(one, other)
+        assert equal(one, other)
     terms = [[(e["step"], e["kd_loss"]) for e in run.state.log_history if "kd_loss" in e] for run in (whole, resumed)]
     assert terms[0] == terms[1]
     if prune:
@@ -499,43 +358,60 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
 # Refusals
 
 
+def headless_bert() -> PreTrainedModel:
+    return hf.BertModel(tiny_bert().config)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        (lambda: _llama(), lambda: _llama(vocab_size=72), "student has 64 classes or tokens and the teacher 72"),
-        (lambda: _bert(), lambda: _bert(num_labels=4), "student has 3 classes or tokens and the teacher 4"),
+        (lambda: llama(), lambda: llama(vocab_size=72), "student has 64 classes or tokens and the teacher 72"),
+        (lambda: bert(), lambda: bert(num_labels=4), "student has 3 classes or tokens and the teacher 4"),
         (
-            lambda: _bert(id2label={0: "bad", 1: "fair", 2: "good"}),
-            lambda: _bert(id2label={0: "bad", 1: "good", 2: "fair"}),
+            lambda: bert(id2label={0: "bad", 1: "fair", 2: "good"}),
+            lambda: bert(id2label={0: "bad", 1: "good", 2: "fair"}),
             "Class 1 is 'fair' for the student and 'good' for the teacher",
         ),
-        (lambda: _bert(problem_type="regression"), lambda: _bert(), "model is a regression model"),
-        (lambda: _bert(), lambda: _bert(problem_type="regression"), "teacher_model is a regression model"),
-        (lambda: _bert(num_labels=1), lambda: _bert(num_labels=1), "model is a regression model"),
+        (lambda: bert(problem_type="regression"), lambda: bert(), "model is a regression model"),
+        (lambda: bert(), lambda: bert(problem_type="regression"), "and teacher_model a regression model"),
         (
-            lambda: _bert(problem_type="multi_label_classification"),
-            lambda: _bert(),
+            lambda: bert(problem_type="multi_label_classification"),
+            lambda: bert(),
             "model is a multi_label_classification model",
         ),
-        (lambda: _bert(), lambda: nn.Linear(2, 2), "teacher_model must be a transformers PreTrainedModel"),
+        (lambda: bert(), lambda: headless_bert(), "BertModel and cannot answer what a BertForSequenceClassification"),
+        (lambda: llama(), lambda: bert(), "BertForSequenceClassification and cannot answer what a LlamaForCausalLM"),
+        (lambda: bert(), lambda: [], "teacher_model is an empty list"),
+        (lambda: bert(), lambda: nn.Linear(2, 2), "teacher_model must be a transformers PreTrainedModel"),
     ],
-    ids=["vocabulary", "labels", "order", "regression", "regression teacher", "one label", "multi-label", "module"],
+    ids=[
+        "vocabulary",
+        "labels",
+        "order",
+        "regression",
+        "regression teacher",
+        "multi-label",
+        "no head",
+        "other head",
+        "none",
+        "module",
+    ],
 )
 def test_pairs_that_cannot_be_compared_are_refused(
     student: Callable[[], Any], teacher: Callable[[], Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        _trainer(student(), teacher(), tmp_path)
+        distiller(student(), teacher(), tmp_path)
 
 
 def test_liger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="use_liger_kernel leaves no logits"):
-        _trainer(_llama(), _llama(), tmp_path, use_liger_kernel=True)
+        distiller(llama(), llama(), tmp_path, use_liger_kernel=True)
 
 
 def test_plain_training_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="takes a DistillationConfig as args, not a TrainingArguments"):
-        DistillationTrainer(_llama(), TrainingArguments(tmp_path, use_cpu=True), teacher_model=_llama())
+        DistillationTrainer(llama(), TrainingArguments(tmp_path, use_cpu=True), teacher_model=llama())
 
 
 @pytest.mark.parametrize(
@@ -556,23 +432,23 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 
 
 def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
-    rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in _text_rows()]
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in text_rows()]
     with pytest.raises(ModelError, match=r"The batches hold no 'labels', only .*input_ids"):
-        _trainer(_llama(), _llama(seed=1), tmp_path, rows).train()
+        distiller(llama(), llama(seed=1), tmp_path, rows).train()
 
 
 # Two processes
 
 
 def _distil_in_one_process(folder: str) -> None:
-    student = _llama()
-    trainer = _trainer(
-        student, _llama(seed=1), Path(folder), max_steps=2, per_device_train_batch_size=2, ddp_backend="gloo",
+    student = llama()
+    trainer = distiller(
+        student, llama(seed=1), Path(folder), max_steps=2, per_device_train_batch_size=2, ddp_backend="gloo",
         gradient_accumulation_steps=2,
     )  # fmt: skip
     trainer.train()
     logs = [{k: e[k] for k in ("loss", "kd_loss", "task_loss")} for e in trainer.state.log_history if "loss" in e]
-    result = (trainer.args.world_size, _parameters(student), logs)
+    result = (trainer.args.world_size, weights_of(student), logs)
     torch.save(result, Path(folder) / f"{trainer.args.process_index}.pt")
 
 
@@ -582,13 +458,13 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path: Path
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     assert [size for size, *_ in results] == [WORLD_SIZE] * WORLD_SIZE
     (_, weights, logs), (_, other_weights, _) = results
-    assert _equal(weights, other_weights)
+    assert equal(weights, other_weights)
 
-    student = _llama()
-    initial = _parameters(student)
-    trainer = _trainer(student, _llama(seed=1), tmp_path, max_steps=2, per_device_train_batch_size=8)
+    student = llama()
+    initial = weights_of(student)
+    trainer = distiller(student, llama(seed=1), tmp_path, max_steps=2, per_device_train_batch_size=8)
     trainer.train()
-    for name, weight in _parameters(student).items():
+    for name, weight in weights_of(student).items():
         torch.testing.assert_close(weights[name] - initial[name], weight - initial[name], rtol=1e-3, atol=1e-6)
     for entry, expected in zip(logs, trainer.state.log_history):
         for term, value in entry.items():

@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
+from hfcompress.distillation.losses import Loss, read_losses, to_plain
 from hfcompress.errors import HFCompressError
+
+DEFAULT_TEMPERATURE = 2.0
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
     """TrainingArguments with the distillation's own options.
 
-    The loss is ``alpha * KD + (1 - alpha) * task loss``; KD is the forward KL at ``temperature``, times its square.
+    The loss is ``alpha * KD + (1 - alpha) * task loss``.  KD is the sum of ``losses``, each times its weight; without
+    any it is the forward KL at ``temperature`` (for independent labels their binary KL, for regression the mean
+    squared error).  A loss is an object, a name, or ``{name: options}`` as recipes write it.
     """
 
-    temperature: float = field(default=2.0, metadata={"help": "Softens both distributions; above 0."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Softens both distributions; above 0; 2 unless given."}
+    )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the distillation term, from 0 to 1."})
+    losses: Sequence[Loss | str | Mapping[str, Any]] | None = field(
+        default=None, metadata={"help": "What the distillation term is the sum of."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise HFCompressError(f"temperature={self.temperature} must be above 0 and finite.")
         if not 0 <= self.alpha <= 1:
             raise HFCompressError(f"alpha={self.alpha} must lie between 0 and 1.")
+        if self.losses is not None:
+            if self.temperature is not None:
+                raise HFCompressError(
+                    f"temperature={self.temperature} is an option of the losses that have one: give it to them."
+                )
+            self.losses = read_losses(self.losses)
+
+    @property
+    def chosen(self) -> tuple[Loss, ...]:
+        """Return the losses as objects; none where the default is meant."""
+        return () if self.losses is None else read_losses(self.losses)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments as plain values, as loggers take them."""
+        plain = super().to_dict()
+        if self.losses is not None:
+            plain["losses"] = to_plain(self.chosen)
+        return plain

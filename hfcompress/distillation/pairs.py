@@ -1,12 +1,23 @@
-"""What a student and a teacher must share before their logits can be compared."""
+"""What a student and a teacher must share before their outputs can be compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress.errors import ModelError
+
+
+def problem_of(model: PreTrainedModel) -> str | None:
+    """Return ``regression`` or ``multi_label_classification`` for a classifier's config that says so."""
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return None
+    problem = getattr(model.config, "problem_type", None)
+    if problem is None and model.config.num_labels == 1:
+        return "regression"
+    return None if problem == "single_label_classification" else problem
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
@@ -22,6 +33,27 @@ def refuse_other_size(student: int, teacher: int) -> None:
             f"The student has {student} classes or tokens and the teacher {teacher}, so their logits cannot be "
             "compared. Use a teacher with the same labels or the same tokenizer and vocabulary size."
         )
+
+
+def shared_vocabulary(student: int, teacher: int, tokenizer: Any, teacher_tokenizer: Any) -> int:
+    """Return how many logits two language models share: all, or those of the tokenizer that both have.
+
+    student, teacher: numbers of logits; models of one family pad their vocabularies to different sizes.
+    Raises ModelError for sizes that differ where the tokenizers do, or are not both known.
+    """
+    if tokenizer is not None and teacher_tokenizer is not None:
+        refuse_other_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+    elif student != teacher:
+        raise ModelError(
+            f"The student has {student} classes or tokens and the teacher {teacher}, so their logits cannot be "
+            "compared, unless both have the same tokenizer: give processing_class and teacher_processing_class to "
+            "show that they have."
+        )
+    if student != teacher and len(tokenizer) > min(student, teacher):
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens, but one of the models knows only {min(student, teacher)}."
+        )
+    return min(student, teacher)
 
 
 def refuse_other_labels(student: Sequence[str], teacher: Sequence[str]) -> None:

@@ -1,32 +1,38 @@
-"""A Trainer whose student learns from a teacher's logits."""
+"""A Trainer whose student learns from a teacher."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hfcompress.distillation.answers import Answers, answers_of, real_tokens, rows_of
+from hfcompress.distillation.checks import check_pair, check_run, logit_losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
-from hfcompress.distillation.losses import forward_kl
-from hfcompress.distillation.pairs import label_names, refuse_other_labels, refuse_other_size
-from hfcompress.errors import ModelError
+from hfcompress.distillation.losses import FeatureLoss, named
+from hfcompress.distillation.losses.taps import tapped
+from hfcompress.distillation.matching import FeatureMatcher
+from hfcompress.distillation.projections import ProjectionTrainer
+from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
+from hfcompress.distillation.terms import LogitTerms, takes_own_task_loss
 
-IGNORED = -100
 
+class DistillationTrainer(ProjectionTrainer, Trainer):
+    """Train ``model`` on its task and on what ``teacher_model`` answers (Hinton et al., arXiv 1503.02531).
 
-class DistillationTrainer(Trainer):
-    """Train ``model`` on its task and on the logits of ``teacher_model`` (Hinton et al., arXiv 1503.02531).
+    A teacher runs in evaluation mode without gradients, in its own dtype and on its own device, and is not part of
+    the student's checkpoints.  Losses of logits are sums over the answers that have a label, divided by their number
+    in the whole optimizer step; losses of features are means over a row's tokens and then over the step's rows.  So
+    gradients do not depend on how a batch is split, and padding never counts.  ``eval_loss`` is the task loss; the two
+    terms are logged as ``kd_loss`` and ``task_loss``, and each of several losses by its name.
 
-    The teacher runs in evaluation mode without gradients, in its own dtype and on its own device, and is not part of
-    the student's checkpoints.  Every loss is a sum over the tokens (or rows) that have a label, divided by their
-    number in the whole optimizer step, so gradients do not depend on how a batch is split.  ``eval_loss`` is the task
-    loss; the two terms are logged as ``kd_loss`` and ``task_loss``.
-    Raises ModelError before the first step for a pair of models that cannot be compared.
+    teacher_model: a model, a cache that ``cache_teacher`` wrote (its folder), or a list of models.
+    teacher_weights: shares of several teachers; equal unless given.
+    teacher_processing_class: the teacher's tokenizer, to show that it is the student's where vocabularies differ in
+    size.  Raises ModelError before the first step for models that cannot be compared.
     """
 
     args: DistillationConfig
@@ -38,29 +44,45 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel | nn.Module | None = None,
         args: DistillationConfig | None = None,
         *,
-        teacher_model: PreTrainedModel,
+        teacher_model: Any,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
             args = DistillationConfig(output_dir="trainer_output")
-        if not isinstance(args, DistillationConfig):
-            raise ModelError(f"DistillationTrainer takes a DistillationConfig as args, not a {type(args).__name__}.")
-        if args.use_liger_kernel:
-            raise ModelError("use_liger_kernel leaves no logits to distil from; turn it off for distillation.")
-        # The Trainer's own constructor reads the columns that either model takes.
+        check_run(args, kwargs)
         self.teacher_model = teacher_model
+        self.teacher_processing_class = teacher_processing_class
+        # The Trainer's own constructor reads the columns that either model takes.
+        self.teachers = teachers_of(teacher_model, teacher_weights)
         super().__init__(model=model, args=args, **kwargs)
-        assert isinstance(self.model, nn.Module)
-        _refuse_mismatch(self.model, teacher_model)
-        self._shifts = type(self.accelerator.unwrap_model(self.model)).__name__ in (
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        )
-        teacher_model.requires_grad_(False)
-        teacher_model.eval()
-        if getattr(teacher_model, "hf_device_map", None) is None and not getattr(teacher_model, "is_quantized", False):
-            nn.Module.to(teacher_model, self.args.device)
+        self._bind()
+        for teacher, _ in self.teachers:
+            teacher.place_on(self.args.device)
         self._terms: dict[str, Tensor] = {}
         self._terms_steps = 0
+        self._counts: dict[str, Tensor] = {}
+
+    def _bind(self) -> None:
+        """Find out how the student and its teachers compare; again for each model that ``model_init`` makes."""
+        student = self._student
+        self.shared_classes = check_pair(
+            student, self.teachers, self.args, self.processing_class, self.teacher_processing_class
+        )
+        self.answers: Answers = answers_of(student)
+        self.own_task_loss = takes_own_task_loss(self, student)
+        self.logit_losses = logit_losses_of(self.args, student, self.teachers)
+        features = {name: loss for name, loss in named(self.args.chosen).items() if isinstance(loss, FeatureLoss)}
+        self.matcher: FeatureMatcher | None = None
+        if features:
+            first = self.teachers[0][0]
+            assert isinstance(first, LiveTeacher)
+            self.matcher = FeatureMatcher(features, student, first.model, self.args.seed)
+
+    @property
+    def _student(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -68,21 +90,37 @@ class DistillationTrainer(Trainer):
             {*(self._signature_columns or []), *self._teacher_only_columns()}
         )
 
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's batches; a cache that was made from other data is refused before the first."""
+        loader: Any = super().get_train_dataloader()
+        caches = [teacher for teacher, _ in self.teachers if isinstance(teacher, CachedTeacher)]
+        if caches and hasattr(loader.dataset, "__len__"):
+            last = len(loader.dataset) - 1
+            for row in sorted({0, last // 2, last}):
+                batch = loader.collate_fn([loader.dataset[row]])
+                for cache in caches:
+                    cache.refuse_other_data(batch)
+        return loader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Collect one optimizer step's batches and count their labelled items over all processes."""
+        """Collect one optimizer step's batches and count what their losses are means of, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._terms_steps += 1
-        items = torch.tensor(sum(int(self._has_label(batch).sum()) for batch in batches), device=device)
-        return batches, self.accelerator.gather(items).sum().clamp_min(1)
+        self.zero_projections()
+        self._counts = self._count(batches, device)
+        return batches, self._counts["answers"]
 
-    def _has_label(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Mark the logits that count: (rows,) for one label a row, else (rows, tokens); shifted for causal LMs."""
-        if "labels" not in inputs:
-            raise ModelError(f"The batches hold no 'labels', only {', '.join(inputs)}; distillation needs them.")
-        labels = inputs["labels"]
-        return (labels[..., 1:] if self._shifts else labels) != IGNORED
+    def _count(self, batches: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
+        counts = {
+            "answers": sum(int(self.answers.counted(batch).sum()) for batch in batches),
+            "task": sum(int(self.answers.task_items(batch)) for batch in batches),
+            "rows": sum(rows_of(batch) for batch in batches),
+        }
+        local = torch.tensor([list(counts.values())], device=device)
+        joint = self.accelerator.gather(local).sum(0).clamp_min(1)
+        return dict(zip(counts, joint))
 
     def compute_loss(
         self,
@@ -95,19 +133,77 @@ class DistillationTrainer(Trainer):
         for_student = self._for_student(inputs)
         if not model.training:
             return super().compute_loss(model, for_student, return_outputs)
-        counted = self._has_label(inputs)
-        # A mean over this micro-batch whatever the head does, then weighted by its share of the whole step.
-        task_mean, outputs = super().compute_loss(model, for_student, return_outputs=True)
-        # The mean over no labels is 0 / 0.
-        task_mean = torch.where(counted.any(), task_mean, 0)
-        items = num_items_in_batch if num_items_in_batch is not None else counted.sum()
+        if num_items_in_batch is None:
+            self._counts = self._count([inputs], self.args.device)
         # DDP averages gradients over processes, and items are counted over all of them.
-        scale = self.accelerator.num_processes / items
-        task_loss = task_mean * (counted.sum() * scale)
-        kd_loss = self._kd_sum(outputs["logits"], inputs, counted) * scale
-        self._add_terms(kd_loss=kd_loss, task_loss=task_loss)
-        loss = self.args.alpha * kd_loss + (1 - self.args.alpha) * task_loss
+        scale = {name: self.accelerator.num_processes / count for name, count in self._counts.items()}
+        taps = self.matcher.student_taps if self.matcher else []
+        with tapped(self._student, taps) as features:
+            task_mean, outputs = self._forward(model, for_student)
+        own = {tap: features[tap] for tap in taps}
+        rows = self.answers.counted(inputs).reshape(-1).nonzero().squeeze(-1)
+        told = [
+            (teacher.answer(inputs, self.answers, rows, self.matcher.teacher_taps if self.matcher else ()), weight)
+            for teacher, weight in self.teachers
+        ]
+        loss, kd, task = self._logit_loss(outputs, inputs, rows, told)
+        loss, kd, task = (scale["answers"] * one for one in (loss, kd, task))
+        if task_mean is not None:
+            # A mean over this micro-batch, weighted by its share of the step.  The mean over no labels is 0 / 0.
+            weight = self.answers.task_weight(inputs) * scale["task"]
+            task = torch.where(self.answers.counted(inputs).any(), task_mean, 0) * weight
+            loss = loss + (1 - self.args.alpha) * task
+        if self.matcher is not None:
+            more = scale["rows"] * self._feature_loss(own, told[0][0], inputs)
+            loss, kd = loss + self.args.alpha * more, kd + more
+        self._add_terms(kd_loss=kd, task_loss=task)
         return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any]:
+        """Return the batch's mean task loss, unless it is made from the logits, and the student's outputs."""
+        if self.own_task_loss or not self.answers.has_logits:
+            return None, model(**{name: value for name, value in inputs.items() if name not in self.answers.labels})
+        self.answers.require_labels(inputs)
+        task_mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return task_mean, outputs
+
+    def _logit_loss(
+        self, outputs: Any, inputs: dict[str, Any], rows: Tensor, told: list[tuple[Answer, float]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums over the counted answers: what the logits add to the loss, KD of it, and the task loss."""
+        zero = torch.zeros((), device=self.args.device)
+        if not self.answers.has_logits:
+            return zero, zero, zero
+        logits = self.answers.logits(outputs, inputs)
+        terms = LogitTerms(logits, rows, self.shared_classes, self._progress)
+        for answer, share in told:
+            terms.add_teacher(answer, self.logit_losses, share, self.args.alpha)
+        if self.own_task_loss:
+            labels = self.answers.targets(inputs["labels"]).reshape(-1)  # type: ignore[attr-defined]
+            terms.add_task(labels[rows], 1 - self.args.alpha)
+        total, by_name = terms.sums()
+        if len(self.logit_losses) + (self.matcher is not None) > 1:
+            for name in self.logit_losses:
+                self._add_terms(**{name: by_name[name] * self.accelerator.num_processes / self._counts["answers"]})
+        return total, terms.weighted_kd(by_name), by_name.get("task", zero)
+
+    def _feature_loss(self, own: Any, answer: Answer, inputs: dict[str, Any]) -> Tensor:
+        """Return the weighted sum over the batch's rows of all losses of features."""
+        assert self.matcher is not None
+
+        def counted(features: Tensor, decoder: bool) -> Tensor:
+            return real_tokens(self._student, inputs, features, decoder, self.answers)
+
+        total = torch.zeros((), device=self.args.device)
+        for name, loss in self.matcher.row_losses(own, answer.features, counted).items():
+            share = loss.sum() * rows_of(inputs) / len(loss)  # rows of several choices are one row
+            total = total + self.matcher.losses[name].weight_at(self._progress) * share
+            self._add_terms(**{name: share * self.accelerator.num_processes / self._counts["rows"]})
+        return total
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(1, self.state.max_steps)
 
     def prediction_step(
         self,
@@ -124,26 +220,9 @@ class DistillationTrainer(Trainer):
         return {name: value for name, value in inputs.items() if name not in teacher_only}
 
     def _teacher_only_columns(self) -> set[str]:
-        """Return the input columns that the teacher takes and the student does not."""
+        """Return the input columns that a teacher takes and the student does not."""
         assert isinstance(self.model, nn.Module)
-        return _parameters(self.teacher_model) - _parameters(self.model)
-
-    def _kd_sum(self, student_logits: Tensor, inputs: dict[str, Any], counted: Tensor) -> Tensor:
-        teacher_device = self.teacher_model.device
-        accepted = _parameters(self.teacher_model)
-        # An encoder-decoder makes its decoder's inputs from the labels; nobody else needs the teacher's task loss.
-        if not self.teacher_model.config.is_encoder_decoder or "decoder_input_ids" in inputs:
-            accepted = accepted - {"labels"}
-        moved = {k: v.to(teacher_device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k in accepted}
-        with torch.no_grad():
-            teacher_logits = self.teacher_model(**moved)["logits"]
-        if self._shifts:
-            student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
-        return forward_kl(
-            student_logits[counted],
-            teacher_logits[counted.to(teacher_device)].to(student_logits.device),
-            self.args.temperature,
-        )
+        return set().union(*(teacher.columns for teacher, _ in self.teachers)) - forward_arguments(self._student)
 
     def _add_terms(self, **terms: Tensor) -> None:
         for name, value in terms.items():
@@ -156,29 +235,3 @@ class DistillationTrainer(Trainer):
                 logs[name] = float(self.accelerator.gather(total.reshape(1)).mean()) / self._terms_steps
             self._terms, self._terms_steps = {}, 0
         super().log(logs, start_time)
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
-
-
-def _refuse_mismatch(student: Any, teacher: Any) -> None:
-    """Refuse a pair whose logits do not mean the same classes."""
-    for model, role in ((student, "model"), (teacher, "teacher_model")):
-        if not isinstance(model, PreTrainedModel):
-            raise ModelError(f"{role} must be a transformers PreTrainedModel, not a {type(model).__name__}.")
-        problem = getattr(model.config, "problem_type", None) or ("regression" if _classes(model) == 1 else None)
-        if problem in ("regression", "multi_label_classification"):
-            raise ModelError(
-                f"{role} is a {problem} model; the KL of its logits means nothing. Classify or model text."
-            )
-    refuse_other_size(_classes(student), _classes(teacher))
-    if student.get_output_embeddings() is None:
-        refuse_other_labels(label_names(student.config), label_names(teacher.config))
-
-
-def _classes(model: Any) -> int:
-    head = model.get_output_embeddings()
-    if head is not None:
-        return int(head.weight.shape[0])
-    return int(model.config.num_labels)

@@ -1,0 +1,55 @@
+"""Generalised Jensen-Shannon divergence: between forward and reverse KL."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
+from hfcompress.distillation.losses.forward_kl import forward_kl
+from hfcompress.distillation.losses.reverse_kl import reverse_kl
+from hfcompress.distillation.losses.targets import TopK
+
+
+@dataclass(frozen=True, config=FORBID)
+class JensenShannon(LogitLoss):
+    """Generalised Jensen-Shannon divergence, the loss of GKD (Agarwal et al., arXiv 2306.13649).
+
+    weight, final_weight: at the first step and, on a line from there, at the last.
+    beta: 0 is forward KL, 1 is reverse KL, 0.5 the symmetric divergence.
+    temperature: divides both models' logits; the loss is multiplied by its square.
+    """
+
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Temperature = 1.0
+
+    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+        """Return ``jensen_shannon``, or the KL that stands for an end of its range."""
+        assert isinstance(teacher, Tensor)
+        if self.beta == 0:
+            return forward_kl(student, teacher, self.temperature)
+        if self.beta == 1:
+            return reverse_kl(student, teacher, self.temperature)
+        return jensen_shannon(student, teacher, self.beta, self.temperature)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return T^2 * (beta KL(p || m) + (1 - beta) KL(q || m)) of each row, and its gradient.
+
+    p and q are the teacher's and the student's softmax at temperature T, m = beta p + (1 - beta) q (arXiv 2306.13649,
+    equation 1).  student, teacher: (rows, classes) logits; 0 < beta < 1.
+    """
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    q = log_q.exp()
+    from_student = log_q.sub_(log_m)
+    expected = (q * from_student).sum(-1)
+    loss = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * expected
+    slope = q.mul_(from_student.sub_(expected[:, None])).mul_((1 - beta) * temperature)
+    return loss * temperature**2, slope

@@ -1,0 +1,52 @@
+"""The part of a teacher's distribution that a cache keeps: its most probable classes and the mass of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's distribution at one temperature, class by class for the ``k`` most probable ones.
+
+    classes: (rows, k) integers, distinct in each row.  log_probabilities: (rows, k).  log_tail: (rows,), the
+    logarithm of the probability of all other classes together.
+    """
+
+    classes: Tensor
+    log_probabilities: Tensor
+    log_tail: Tensor
+    temperature: float
+
+    def part(self, rows: slice) -> TopK:
+        """Return some of the rows."""
+        return TopK(self.classes[rows], self.log_probabilities[rows], self.log_tail[rows], self.temperature)
+
+    def to(self, device: torch.device | str) -> TopK:
+        """Return the same on another device."""
+        classes, log, tail = (one.to(device) for one in (self.classes, self.log_probabilities, self.log_tail))
+        return TopK(classes, log, tail, self.temperature)
+
+    def cpu(self) -> TopK:
+        """Return the same on the CPU."""
+        return self.to("cpu")
+
+    @staticmethod
+    def cat(parts: Sequence[TopK]) -> TopK:
+        """Return the rows of all parts, one after another."""
+        columns = zip(*((one.classes, one.log_probabilities, one.log_tail) for one in parts))
+        classes, log, tail = (torch.cat(column) for column in columns)
+        return TopK(classes, log, tail, parts[0].temperature)
+
+
+def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
+    """Return the ``k`` most probable classes of each row of logits, (rows, classes), in float32 or better."""
+    log = torch.log_softmax(logits / temperature, dim=-1)
+    kept, classes = log.topk(k, dim=-1)
+    rest = log.scatter(-1, classes, -torch.inf)
+    floor = torch.finfo(log.dtype).min / 2  # k classes of k leave no tail, whose logarithm must not be infinite
+    return TopK(classes, kept, torch.logsumexp(rest, dim=-1).clamp_min(floor), temperature)

@@ -1,0 +1,131 @@
+"""Students made from a teacher: some of its layers, heads and neurons, another config, or a pretrained model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from hfcompress.distillation.losses.layer_map import spread
+from hfcompress.errors import ModelError
+from hfcompress.structure import (
+    DropLayers,
+    Part,
+    drop_layers,
+    find_attention,
+    find_ffn,
+    layer_stacks,
+    shrink,
+    zero_heads_,
+    zero_neurons_,
+)
+from hfcompress.structure.resize import input_dim, output_dim, weight_of
+
+
+def make_student(
+    teacher: PreTrainedModel,
+    *,
+    layers: int | Sequence[int] | None = None,
+    heads: int | None = None,
+    neurons: int | None = None,
+    config: PreTrainedConfig | None = None,
+    pretrained: str | None = None,
+) -> PreTrainedModel:
+    """Return a smaller model for the teacher's task.  The teacher stays as it is.
+
+    layers: how many layers of each stack to keep, evenly spaced with the last one last (1, 3, 5 for three of six), or
+    which ones.  heads, neurons: how many query heads of each attention and neurons of each feed-forward block to keep:
+    those with the largest weights, in whole groups where heads share keys.  The kept weights are the teacher's.
+    config: a model of this config with random weights instead.  pretrained: a model id or folder instead.
+    With either, the student has the teacher's kind of head and its labels.
+    Raises ModelError for more than the teacher has, and for what its architecture cannot express.
+    """
+    parts = {"layers": layers, "heads": heads, "neurons": neurons}
+    asked = [name for name, value in parts.items() if value is not None]
+    if (bool(asked) + (config is not None) + (pretrained is not None)) != 1:
+        raise ModelError("make_student takes parts of the teacher (layers, heads, neurons), or config, or pretrained.")
+    if config is not None:
+        return _auto_class(teacher).from_config(_with_labels(copy.deepcopy(config), teacher))
+    if pretrained is not None:
+        return _pretrained(teacher, pretrained)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    if layers is not None:
+        _drop(student, layers)
+    _close(student, heads, neurons)
+    if heads is not None or neurons is not None:
+        shrink(student)
+    return student
+
+
+def _pretrained(teacher: PreTrainedModel, name: str) -> PreTrainedModel:
+    config = _with_labels(transformers.AutoConfig.from_pretrained(name), teacher)
+    auto = _auto_class(teacher)
+    return auto.from_pretrained(name, config=config, dtype=teacher.dtype)
+
+
+def _with_labels(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrainedConfig:
+    if teacher.get_output_embeddings() is None:
+        config.id2label = copy.copy(teacher.config.id2label)
+        config.label2id = copy.copy(teacher.config.label2id)
+        config.problem_type = getattr(teacher.config, "problem_type", None)
+    return config
+
+
+def _auto_class(model: PreTrainedModel) -> Any:
+    """Return the Auto class that makes models with this head."""
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
+            found = mapping[type(model.config)]
+            if type(model) in (found if isinstance(found, tuple) else (found,)):
+                return auto
+    raise ModelError(f"No Auto class makes a {type(model).__name__}; make the student by its own class.")
+
+
+def _drop(student: PreTrainedModel, layers: int | Sequence[int]) -> None:
+    for stack in layer_stacks(student):
+        total = len(stack)
+        if isinstance(layers, int) and not 1 <= layers <= total:
+            raise ModelError(f"layers={layers}: {stack.name} of the teacher has {total} layers.")
+        kept = tuple(spread(layers, total)) if isinstance(layers, int) else tuple(layers)
+        drop_layers(student, DropLayers(layers=kept, stack=stack.name.split(".")[-2] if "." in stack.name else None))
+
+
+def _close(student: PreTrainedModel, heads: int | None, neurons: int | None) -> None:
+    """Set the weights of what is not kept to zero, which ``shrink`` then removes."""
+    for site in find_attention(student) if heads is not None else ():
+        assert heads is not None
+        if heads % site.group_size or not 1 <= heads <= site.heads:
+            raise ModelError(
+                f"heads={heads}: {site.name} has {site.heads} heads in groups of {site.group_size}, which stay whole."
+            )
+        scores = (_norms(student, site.output, rows=False) * _norms(student, site.query, rows=True)).reshape(
+            site.key_value_heads, site.group_size
+        )
+        groups = scores.sum(1).argsort()[: site.key_value_heads - heads // site.group_size].tolist()
+        zero_heads_(
+            student, site, [group * site.group_size + one for group in groups for one in range(site.group_size)]
+        )
+    for block in find_ffn(student) if neurons is not None else ():
+        assert neurons is not None
+        if not 1 <= neurons <= block.width:
+            raise ModelError(f"neurons={neurons}: {block.name} has {block.width} neurons.")
+        importance = _norms(student, block.down, rows=False)
+        for up in block.ups:
+            importance = importance * _norms(student, up, rows=True)
+        zero_neurons_(student, block, importance.argsort()[: block.width - neurons].tolist())
+
+
+@torch.no_grad()
+def _norms(model: nn.Module, part: Part, rows: bool) -> Tensor:
+    """Return the norm of each unit's weights, (units,), on the CPU."""
+    module = model.get_submodule(part.name)
+    dimension = output_dim(module) if rows else input_dim(module)
+    squares = weight_of(module).detach().float().square().sum(1 - dimension).cpu()
+    return squares[part.features].sum(1).sqrt()

@@ -1,0 +1,218 @@
+"""Write a teacher's answers to disk once, so that training needs no teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, default_data_collator
+
+from hfcompress.checkpoint.atomic import write_text
+from hfcompress.checkpoint.locks import locked
+from hfcompress.distillation.answers import Answers, answers_of
+from hfcompress.distillation.losses.targets import top_k_of
+from hfcompress.distillation.pairs import label_names
+from hfcompress.distillation.teachers.keys import keys_of
+from hfcompress.distillation.teachers.live import LiveTeacher
+from hfcompress.distillation.teachers.shards import LARGEST_K, Shard, Stored, write_shard
+from hfcompress.errors import CheckpointError, ModelError, OutputError
+from hfcompress.progress import meter
+
+INDEX = "teacher_cache.json"
+FORMAT = 1
+FEW_CLASSES = 256  # all their logits are kept
+DEFAULT_K = 64
+ROWS_PER_SHARD = 256
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """What a cache holds.
+
+    teacher: fingerprint of its weights.  name: what it was called.  columns: the inputs that it read.
+    classes: logits per answer, None where it depends on the example.  k: of which the most probable are kept, None for
+    all.  temperature: at which their probabilities were taken.  labels: names of a classifier's classes.
+    """
+
+    teacher: str
+    name: str
+    answers: str
+    columns: tuple[str, ...]
+    classes: int | None
+    k: int | None
+    temperature: float
+    labels: tuple[str, ...] = ()
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache holds: examples, those of them that were there before, their answers, bytes on disk."""
+
+    folder: str
+    examples: int
+    answers: int
+    found: int
+    bytes: int
+
+
+def cache_teacher(
+    teacher: PreTrainedModel,
+    dataset: Any,
+    folder: str | Path,
+    *,
+    collator: Collator = default_data_collator,
+    k: int | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    name: str = "",
+) -> CacheReport:
+    """Write the teacher's answers to every example of a dataset, from which ``DistillationTrainer`` then learns.
+
+    dataset: a sequence of encoded examples, as the training will use them.  collator: makes a batch of them.
+    k: keep the k most probable classes and the mass of all others; None keeps all logits of up to 256 classes, and 64
+    of more.  temperature: at which probabilities are taken; losses of training must have the same.
+    A cache that was cut short is continued.  Raises OutputError for a folder with another teacher's answers,
+    ModelError for a ``k`` that cannot be.
+    """
+    folder = Path(folder)
+    live = LiveTeacher(teacher)
+    index = _index(live, k, temperature, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock", str(folder)):
+        _claim(folder, index)
+        shards = [Shard(file) for file in shard_files(folder)]
+        known = {key for shard in shards for key in shard.keys}
+        found = len(known)
+        batches = (
+            collator([dataset[row] for row in range(first, min(first + batch_size, len(dataset)))])
+            for first in range(0, len(dataset), batch_size)
+        )
+        with meter("teacher answers", len(dataset)) as shown:
+            new = _answers(live, index, batches, known, lambda rows: shown.advance_to(rows))
+            for number in itertools.count(len(shards)):
+                part = list(itertools.islice(new, ROWS_PER_SHARD))
+                if not part:
+                    break
+                keys, answers = zip(*part)
+                write_shard(folder / f"answers-{number:06}.safetensors", keys, answers, index.classes or 1)
+    return _report(folder, found)
+
+
+def _report(folder: Path, found: int) -> CacheReport:
+    shards = [Shard(file) for file in shard_files(folder)]
+    size = sum(file.stat().st_size for file in shard_files(folder))
+    answers = sum(shard.ends[-1] for shard in shards)
+    return CacheReport(str(folder), sum(len(shard.keys) for shard in shards), answers, found, size)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return a cache's files of answers, in order."""
+    return sorted(folder.glob("answers-*.safetensors"))
+
+
+def read_index(folder: Path) -> CacheIndex:
+    """Return what a cache holds.  Raises CheckpointError when the folder is none, or of another format."""
+    file = folder / INDEX
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no teacher's answers (it has no {INDEX}). Write them by cache-teacher.")
+    plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if plain.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {plain.get('format')}, but this version reads {FORMAT}.")
+    lists: dict[str, Any] = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
+    return CacheIndex(**{**plain, **lists})
+
+
+def _claim(folder: Path, index: CacheIndex) -> None:
+    """Write the index, or compare it with the one that is there."""
+    if not (folder / INDEX).is_file():
+        if any(one.name != ".lock" for one in folder.iterdir()):
+            raise OutputError(f"{folder} holds other files. Name an empty folder for the teacher's answers.")
+        write_text(folder / INDEX, json.dumps(asdict(index), indent=2) + "\n")
+        return
+    there, asked = asdict(read_index(folder)), asdict(index)
+    differing = [key for key in asked if key != "name" and there[key] != asked[key]]
+    if differing:
+        one = differing[0]
+        what = (
+            "another teacher's answers" if one == "teacher" else f"answers with {one}={there[one]}, not {asked[one]}"
+        )
+        raise OutputError(f"{folder} holds {what}. Name another folder, or remove this one.")
+
+
+def _index(live: LiveTeacher, k: int | None, temperature: float, name: str) -> CacheIndex:
+    model, classes = live.model, live.classes
+    answers = answers_of(model)
+    if not answers.has_logits:
+        raise ModelError(f"{type(model).__name__} has no logits that could be kept.")
+    if k is None and classes is not None and classes > FEW_CLASSES:
+        k = DEFAULT_K
+    if k is not None and not 1 <= k <= min(classes or LARGEST_K, LARGEST_K):
+        there = "as many as the example says" if classes is None else f"{classes:,}"
+        raise ModelError(f"k={k} must be at least 1 and at most {LARGEST_K}, and there are {there} classes.")
+    labels = () if model.get_output_embeddings() is not None else tuple(label_names(model.config))
+    return CacheIndex(
+        teacher=fingerprint(model),
+        name=name or type(model).__name__,
+        answers=type(answers).__name__,
+        columns=tuple(sorted(live.columns)),
+        classes=classes,
+        k=k,
+        temperature=temperature if k is not None else 1.0,
+        labels=labels,
+    )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a digest of a model's weights that does not depend on where they are."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, tensor in model.state_dict().items():
+        exact = tensor.detach().double().flatten()
+        # Two sums tell apart what one does not: the second depends on the order.
+        steps = torch.arange(1, 1 + len(exact), device=exact.device, dtype=exact.dtype).remainder_(1009)
+        sums = [f"{float(one):.12e}" for one in (exact.sum(), (exact * steps).sum())]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}".encode())
+    return digest.hexdigest()
+
+
+def _answers(
+    live: LiveTeacher,
+    index: CacheIndex,
+    batches: Iterator[dict[str, Any]],
+    known: set[bytes],
+    shown: Callable[[int], None],
+) -> Iterator[tuple[bytes, Stored]]:
+    """Yield key and answer of every example that is not known yet."""
+    answers, done = answers_of(live.model), 0
+    for batch in batches:
+        keys = keys_of(batch, set(index.columns))
+        if not known.issuperset(keys):
+            for key, answer in zip(keys, _batch(live, index, answers, batch)):
+                if key not in known:
+                    known.add(key)
+                    yield key, answer
+        done += len(keys)
+        shown(done)
+
+
+def _batch(live: LiveTeacher, index: CacheIndex, answers: Answers, batch: dict[str, Any]) -> Sequence[Stored]:
+    """Return the answers of each row of a batch, at the places that count."""
+    counted = answers.counted(batch)
+    rows = counted.reshape(-1).nonzero().squeeze(-1)
+    targets = live.answer(batch, answers, rows, ()).targets
+    assert isinstance(targets, Tensor)
+    result: list[Stored] = []
+    of_row = counted.reshape(len(counted), -1).sum(1).cumsum(0).tolist()
+    for first, end in zip([0, *of_row], of_row):
+        logits = targets[rows[first:end].to(targets.device)].float()
+        kept: Stored = logits if index.k is None else top_k_of(logits, index.k, index.temperature)
+        result.append(kept.cpu())
+    return result

@@ -1,0 +1,54 @@
+"""Names examples by their content, whatever batch, order or padding they come in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfcompress.distillation.answers import IGNORED, rows_of
+
+KEY_BYTES = 16
+# What says where padding is, or is made from the labels, does not belong to the content.
+_LEFT_OUT = {"attention_mask", "decoder_attention_mask", "decoder_input_ids"}
+
+
+def keys_of(inputs: Mapping[str, Any], columns: set[str]) -> list[bytes]:
+    """Return a key per row: a digest of its unpadded inputs and of which of its tokens have labels.
+
+    columns: the inputs that the teacher reads.
+    """
+    mask = inputs.get("attention_mask")
+    names = sorted(name for name in columns & inputs.keys() - _LEFT_OUT if isinstance(inputs[name], Tensor))
+    return [_key(inputs, names, mask, row) for row in range(rows_of(inputs))]
+
+
+def _key(inputs: Mapping[str, Any], names: list[str], mask: Tensor | None, row: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for name in names:
+        if name != "labels":
+            digest.update(name.encode())
+            digest.update(_bytes(_unpadded(inputs[name], mask, row)))
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        aligned = mask is not None and mask.shape == labels.shape
+        digest.update(b"labels")
+        if aligned or ("input_ids" in inputs and inputs["input_ids"].shape == labels.shape):
+            digest.update(_bytes(_unpadded(labels, mask, row) != IGNORED))
+        else:  # an encoder-decoder's labels are its decoder's inputs
+            digest.update(_bytes(labels[row][labels[row] != IGNORED]))
+    return digest.digest()
+
+
+def _unpadded(values: Tensor, mask: Tensor | None, row: int) -> Tensor:
+    padded = mask is not None and values.shape[: mask.dim()] == mask.shape
+    return values[row][mask[row].bool()] if padded and mask is not None else values[row]
+
+
+def _bytes(values: Tensor) -> bytes:
+    plain = values.detach().cpu()
+    plain = plain.to(torch.float32) if plain.is_floating_point() else plain.to(torch.int64)
+    return plain.contiguous().numpy().tobytes()

@@ -1,0 +1,96 @@
+"""How a teacher's answers are stored: tensors of one safetensors file, whose rows are found by their keys.
+
+A place takes 2 bytes for each of k class numbers and k + 1 logarithms.  Class numbers are in rising order, so that 16
+bits and the places where their upper bits change are enough for any vocabulary: for up to 196,608 classes a place
+takes no more than 4 (k + 1) bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.teachers.keys import KEY_BYTES
+from hfcompress.errors import CheckpointError
+
+LARGEST_K = 255
+_LOW_BITS = 16
+Stored = TopK | Tensor
+
+
+def write_shard(file: Path, keys: Sequence[bytes], answers: Sequence[Stored], classes: int) -> None:
+    """Write the answers of some examples, whole or not at all.
+
+    answers: one per key: a ``TopK``, or logits in float32, (places, classes).
+    """
+    lengths = torch.tensor([len(one.classes) if isinstance(one, TopK) else len(one) for one in answers])
+    tensors = {
+        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES),
+        "ends": lengths.cumsum(0),
+    }
+    if isinstance(answers[0], TopK):
+        parts = [_packed(one, classes) for one in answers if isinstance(one, TopK)]
+        tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    else:
+        tensors["logits"] = torch.cat([one for one in answers if isinstance(one, Tensor)])
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch)
+        with scratch.open("rb") as handle:
+            os.fsync(handle.fileno())
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _packed(answer: TopK, classes: int) -> dict[str, Tensor]:
+    order = answer.classes.argsort(dim=-1)
+    rising = answer.classes.gather(-1, order)
+    steps = torch.arange(1, 1 + (classes - 1 >> _LOW_BITS))
+    low = rising & (1 << _LOW_BITS) - 1
+    return {
+        "low": torch.where(low >= 1 << 15, low - (1 << 16), low).to(torch.int16),
+        "edges": (rising[..., None] >> _LOW_BITS < steps).sum(1).to(torch.uint8),
+        "log_probabilities": _to_half(answer.log_probabilities.gather(-1, order)),
+        "log_tail": _to_half(answer.log_tail),
+    }
+
+
+def _to_half(logarithms: Tensor) -> Tensor:
+    return logarithms.clamp_min(torch.finfo(torch.float16).min).to(torch.float16)
+
+
+class Shard:
+    """One file of answers, of which only what is asked for is read.
+
+    Raises CheckpointError for a damaged file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self.file = safe_open(file, framework="pt")
+            self.keys = [row.tobytes() for row in self.file.get_tensor("keys").numpy()]
+            self.ends: list[int] = self.file.get_tensor("ends").tolist()
+        except Exception as error:  # safetensors raises several kinds
+            raise CheckpointError(f"{file} is damaged: {error}. Remove it and run cache-teacher again.") from error
+
+    def read(self, row: int, temperature: float) -> Stored:
+        """Return one example's answers in float32."""
+        part = slice(self.ends[row - 1] if row else 0, self.ends[row])
+        if "logits" in self.file.keys():  # noqa: SIM118 (not a mapping)
+            logits: Tensor = self.file.get_slice("logits")[part]
+            return logits
+        low, edges, log, tail = (
+            self.file.get_slice(name)[part] for name in ("low", "edges", "log_probabilities", "log_tail")
+        )
+        places = torch.arange(low.shape[-1])
+        high = (places >= edges.long()[..., None]).sum(1)
+        classes = (low.long() & (1 << _LOW_BITS) - 1) + (high << _LOW_BITS)
+        return TopK(classes, log.float(), tail.float(), temperature)

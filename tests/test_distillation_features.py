@@ -1,0 +1,286 @@
+"""Losses of features: the layers that are asked for, token by token, in every split, with projections of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfcompress.distillation.losses import LOSSES, FeatureLoss
+from hfcompress.distillation.projections import FILE
+from hfcompress.errors import CheckpointError, ModelError
+from tests.conftest import VOCABULARY_SIZE
+from tests.distilling import (
+    StopAt,
+    bert,
+    class_rows,
+    distiller,
+    equal,
+    llama,
+    rows_for,
+    spread,
+    stack,
+    text_rows,
+    weights_of,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_trainers")
+FEATURES = [name for name, kind in LOSSES.items() if issubclass(kind, FeatureLoss)]
+NARROW = {"hidden_size": 16, "intermediate_size": 32}
+
+
+def state_of(trainer: Any) -> dict[str, Tensor]:
+    return {**weights_of(trainer.model), **{f"projection {k}": v for k, v in weights_of(trainer.projections).items()}}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("make", [llama, bert])
+def test_every_loss_learns_the_same_from_every_split(
+    make: Callable[..., PreTrainedModel], name: str, tmp_path: Path
+) -> None:
+    rows = rows_for(make())[:8]
+    results, logs = [], []
+    one = {name: {"k": 2} if name == "top_k_kl" else {}}
+    for size, steps in ((8, 1), (2, 4)):
+        trainer = distiller(
+            make(layers=1, **NARROW), make(seed=1), tmp_path, rows, temperature=None, losses=[one, "forward_kl"],
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2, learning_rate=0.05,
+        )  # fmt: skip
+        trainer.train()
+        results.append(state_of(trainer))
+        logs.append(trainer.state.log_history[1])
+    widths_differ = name in FEATURES and name != "relations"
+    assert any("projection" in one for one in results[0]) == widths_differ
+    for one, tensor in results[0].items():
+        torch.testing.assert_close(
+            results[1][one], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=one: f"{n}: {text}"
+        )
+    second = "forward_kl-2" if name == "forward_kl" else "forward_kl"
+    assert logs[0][name] > 0
+    assert logs[0]["kd_loss"] == pytest.approx(logs[0][name] + logs[0][second], rel=1e-4)
+    for term in (name, "kd_loss", "loss"):
+        assert logs[1][term] == pytest.approx(logs[0][term], rel=1e-4)
+
+
+def relation(vectors: Tensor, heads: int) -> Tensor:
+    pieces = vectors.reshape(len(vectors), heads, -1).transpose(0, 1)
+    return torch.softmax(pieces @ pieces.transpose(1, 2) / pieces.shape[-1] ** 0.5, -1)
+
+
+def by_hand(name: str, model: PreTrainedModel, row: dict[str, Tensor]) -> list[Tensor]:
+    """Return, layer by layer, what a loss compares in a BERT, in float64 and without padding."""
+    length = int(row["attention_mask"].sum())
+    inputs = {"input_ids": row["input_ids"][None, :length]}
+    states = [one[0] for one in model(**inputs, output_hidden_states=True).hidden_states]
+    layers = model.bert.encoder.layer
+    if name == "embeddings":
+        return [model.bert.embeddings.word_embeddings(inputs["input_ids"])[0]]
+    if name == "sentence_embedding":
+        return [states[-1].mean(0)]
+    if name == "hidden_states":
+        return states[1:]
+    if name == "feed_forward":
+        caught: list[Tensor] = []
+        handles = [one.output.dense.register_forward_hook(lambda m, a, o: caught.append(o[0])) for one in layers]
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        return caught
+    own = layers[-1].attention.self
+    return [relation(part(states[-2]), 4) for part in (own.query, own.key, own.value)]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_losses_of_features_are_a_plain_loop_in_float64(name: str, tmp_path: Path) -> None:
+    rows = class_rows()[:8]
+    student, teacher = bert(), bert(seed=1, layers=4)
+    pairs = [(0, 1), (1, 3)] if name in ("hidden_states", "feed_forward") else [(0, 0)]
+    if name == "relations":
+        pairs = [(0, 0), (1, 1), (2, 2)]
+    exact = [copy.deepcopy(one).double().eval() for one in (student, teacher)]
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        own, other = (by_hand(name, model, row) for model in exact)
+        for first, second in pairs:
+            mine, theirs = own[first], other[second].detach()
+            if name == "relations":
+                distance = (theirs * (theirs / mine).log()).sum(-1).mean()
+            elif name == "sentence_embedding":
+                distance = 1 - F.cosine_similarity(mine, theirs, dim=0)
+            else:
+                distance = (mine - theirs).square().mean()
+            total = total + distance / (len(pairs) * len(rows))
+    total.backward()
+    before = weights_of(student)
+    heads = {"heads": 4} if name == "relations" else {}
+    trainer = distiller(
+        student, teacher, tmp_path, rows, temperature=None, alpha=1.0, losses=[{name: heads}],
+        per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total.item(), rel=1e-5)
+    for one, weight in exact[0].named_parameters():
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        moved = (before[one] - student.get_parameter(one).detach()) / 0.1
+        torch.testing.assert_close(
+            moved.double(), gradient, rtol=1e-3, atol=2e-5, msg=lambda text, n=one: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("make", [llama, bert])
+def test_padding_is_never_compared(make: Callable[..., PreTrainedModel], name: str, tmp_path: Path) -> None:
+    results = []
+    for filler in (0, 33):
+        rows = rows_for(make())[:8]
+        for row in rows:
+            row["input_ids"][row["attention_mask"] == 0] = filler
+        changes = {"pad_token_id": None} if make is llama else {}
+        models = make(**changes), make(seed=1, **changes)
+        trainer = distiller(*models, tmp_path, rows, temperature=None, losses=[name])
+        trainer.train()
+        results.append(trainer.state.log_history[0]["kd_loss"])
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[0] > 0
+
+
+def test_ignored_tokens_of_a_language_model_are_never_compared(tmp_path: Path) -> None:
+    results = []
+    for ignored in (False, True):
+        rows = text_rows()[:8]
+        for row in rows:
+            row["labels"] = row["input_ids"].clone()
+            if ignored:
+                row["labels"][:] = -100
+        trainer = distiller(llama(), llama(seed=1), tmp_path, rows, temperature=None, losses=["hidden_states"])
+        trainer.train()
+        results.append(trainer.state.log_history[0]["kd_loss"])
+    assert results[0] > 0.01
+    assert results[1] == 0
+
+
+def test_attention_stays_what_it_was_and_hooks_go(tmp_path: Path) -> None:
+    student, teacher = llama(), llama(seed=1)
+    assert student.config._attn_implementation == "sdpa"
+    distiller(student, teacher, tmp_path, temperature=None, losses=["relations", "hidden_states"]).train()
+    assert {one.config._attn_implementation for one in (student, teacher)} == {"sdpa"}
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
+
+
+def test_fused_and_grouped_projections_have_relations(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0)
+    fused = spread(hf.GPT2LMHeadModel(config), 0)
+    trainer = distiller(fused, llama(seed=1), tmp_path, text_rows(), temperature=None, losses=["relations"])
+    trainer.train()
+    assert trainer.state.log_history[0]["kd_loss"] > 0.01
+
+
+def test_encoder_decoders_compare_both_stacks(tmp_path: Path) -> None:
+    config = hf.T5Config(
+        vocab_size=VOCABULARY_SIZE, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0,
+        pad_token_id=0, eos_token_id=5, decoder_start_token_id=0,
+    )  # fmt: skip
+    models = [spread(hf.T5ForConditionalGeneration(config), seed) for seed in (0, 1)]
+    rows = [row for row in text_rows(16) if (row["labels"] != -100).any()][:8]
+    with torch.no_grad():
+        both = [model.eval()(**stack(rows), output_hidden_states=True) for model in models]
+    trainer = distiller(*models, tmp_path, rows, temperature=None, losses=["feed_forward", "hidden_states"])
+    stacks = {match.student[0].module.split(".")[0] for match in trainer.matcher.matches}
+    assert stacks == {"encoder", "decoder"}
+    trainer.train()
+    assert trainer.state.log_history[0]["hidden_states"] > 0
+    assert both[0].logits.shape == both[1].logits.shape
+
+
+# Projections
+
+
+def run(folder: Path, **options: Any) -> Any:
+    defaults = {
+        "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "optim": "adamw_torch", "learning_rate": 1e-2, "temperature": None,
+        "losses": ["forward_kl", {"hidden_states": {"weight": 1, "final_weight": 0}}, "feed_forward"],
+    }  # fmt: skip
+    seed = options.pop("seed_of_student", 0)
+    return distiller(bert(seed, layers=1, **NARROW), bert(seed=1), folder, class_rows(), **{**defaults, **options})
+
+
+def test_projections_are_trained_and_stay_out_of_the_student(tmp_path: Path) -> None:
+    trainer = run(tmp_path, save_strategy="steps")
+    before = weights_of(trainer.projections)
+    assert len(before) == 2
+    trainer.train()
+    after = weights_of(trainer.projections)
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    assert saved.keys() == trainer.model.state_dict().keys()
+    assert equal(load_file(tmp_path / "checkpoint-8" / FILE), after)
+
+
+def test_run_with_projections_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    whole.train()
+    run(tmp_path, callbacks=[StopAt(4)], save_strategy="steps").train()
+    resumed = run(tmp_path, seed_of_student=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert equal(state_of(whole), state_of(resumed))
+    (tmp_path / "checkpoint-4" / FILE).unlink()
+    with pytest.raises(CheckpointError, match="written without these losses"):
+        run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_weights_follow_their_line(tmp_path: Path) -> None:
+    trainer = run(tmp_path, losses=[{"logit_mse": {"weight": 0, "final_weight": 8}}], alpha=1.0)
+    losses: list[tuple[float, float]] = []
+    add = trainer._add_terms
+    trainer._add_terms = lambda **terms: (losses.append(terms.get("kd_loss")), add(**terms))  # type: ignore[method-assign]
+    trainer.train()
+    assert losses[0] == losses[1] == 0  # the two micro-batches of the first step
+    assert all(loss > 0 for loss in losses[2:])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_compile": True}, "torch_compile does not run the hooks"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "Reentrant gradient checkpointing",
+        ),
+        ({"losses": [{"hidden_states": {"layers": [[0, 2]]}}]}, r"\[0, 2\] names a layer that is not there"),
+    ],
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        distiller(bert(), bert(seed=1), tmp_path, **{"temperature": None, "losses": ["hidden_states"], **options})
+
+
+def test_checkpointed_layers_give_the_same_gradients(tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        trainer = distiller(
+            llama(), llama(seed=1), tmp_path, temperature=None, losses=["hidden_states", "relations"],
+            gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        )  # fmt: skip
+        trainer.train()
+        results.append(weights_of(trainer.model))
+    for name, weight in results[0].items():
+        torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-6)
+
+
+def test_two_teachers_cannot_show_their_features(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="needs one teacher, which is a model"):
+        distiller(bert(), [bert(seed=1), bert(seed=2)], tmp_path, temperature=None, losses=["hidden_states"])

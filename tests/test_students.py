@@ -1,0 +1,86 @@
+"""Students made from teachers: the parts that were asked for, with the teacher's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from hfcompress.distillation import make_student
+from hfcompress.errors import ModelError
+from hfcompress.structure import find_attention, find_ffn
+from tests.distilling import bert, equal, llama, weights_of
+
+
+def test_layers_are_the_teachers_evenly_spaced(tmp_path: Path) -> None:
+    teacher = bert(layers=6)
+    before = weights_of(teacher)
+    student = make_student(teacher, layers=3)
+    for own, other in enumerate((1, 3, 5)):
+        layers = student.bert.encoder.layer[own], teacher.bert.encoder.layer[other]
+        assert equal(*(weights_of(one) for one in layers))
+    assert equal(weights_of(teacher), before)
+    assert torch.equal(student.classifier.weight, teacher.classifier.weight)
+    assert student.classifier.weight is not teacher.classifier.weight
+    student.save_pretrained(tmp_path)
+    reloaded = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert equal(weights_of(reloaded), weights_of(student))
+    chosen = make_student(teacher, layers=[0, 5])
+    assert equal(weights_of(chosen.bert.encoder.layer[1]), weights_of(teacher.bert.encoder.layer[5]))
+
+
+def test_a_frozen_teacher_gives_a_student_that_learns() -> None:
+    student = make_student(llama().requires_grad_(False), layers=1)
+    assert all(weight.requires_grad for weight in student.parameters())
+
+
+def test_the_strongest_heads_and_neurons_stay() -> None:
+    teacher = llama()
+    attention = teacher.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.o_proj.weight[:, :16] *= 0.01  # the first of two groups of two heads, 8 features each
+        teacher.model.layers[0].mlp.down_proj.weight[:, 10] *= 100
+    student = make_student(teacher, heads=2, neurons=16)
+    assert [site.heads for site in find_attention(student)] == [2, 2]
+    assert [site.width for site in find_ffn(student)] == [16, 16]
+    assert torch.equal(student.model.layers[0].self_attn.o_proj.weight, attention.o_proj.weight[:, 16:])
+    kept = student.model.layers[0].mlp.down_proj.weight
+    strongest = teacher.model.layers[0].mlp.down_proj.weight[:, 10]
+    assert any(torch.equal(column, strongest) for column in kept.T)
+    assert student(torch.arange(6, 12)[None]).logits.shape == (1, 6, 64)
+
+
+def test_config_and_pretrained_students_have_the_teachers_head_and_labels(tmp_path: Path) -> None:
+    teacher = bert(id2label={0: "bad", 1: "fair", 2: "good"}, label2id={"bad": 0, "fair": 1, "good": 2})
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    student = make_student(teacher, config=config)
+    assert type(student) is type(teacher)
+    assert student.config.hidden_size == 16
+    assert config.num_labels == 2  # the caller's own is left alone
+    hf.BertModel(config).save_pretrained(tmp_path)
+    loaded = make_student(teacher, pretrained=str(tmp_path))
+    assert type(loaded) is type(teacher)
+    for one in (student, loaded):
+        assert one.config.id2label == teacher.config.id2label
+        assert one.classifier.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "takes parts of the teacher"),
+        ({"layers": 1, "pretrained": "x"}, "takes parts of the teacher"),
+        ({"layers": 3}, "layers=3: model.layers of the teacher has 2"),
+        ({"layers": [0, 4]}, "the stack has layers 0 to 1"),
+        ({"heads": 3}, "has 4 heads in groups of 2"),
+        ({"heads": 0}, "has 4 heads in groups of 2"),
+        ({"neurons": 65}, "neurons=65"),
+    ],
+)
+def test_what_the_teacher_has_not_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        make_student(llama(), **options)
