@@ -5,28 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 
-from hfcompress import opening
-from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import save_compressed
-from hfcompress.checkpoint.atomic import MARKER, new_folder, write_text
+from hfcompress.checkpoint.atomic import new_folder, write_text
 from hfcompress.checks import check_before_work
 from hfcompress.errors import HFCompressError
 from hfcompress.fresh import FreshProcesses
+from hfcompress.gathering import benchmark_entry, gather_facts
 from hfcompress.job import Job, Source
 from hfcompress.progress import say
 from hfcompress.publish import write_model_card
-from hfcompress.recipe import ModelSpec, Recipe, Stage
+from hfcompress.recipe import Recipe, Stage
 from hfcompress.stages import Outcome, run_stage
-from hfcompress.workspace import MEASUREMENTS, STAGE, Workspace, is_finished, output_folder
+from hfcompress.workspace import MEASUREMENTS, ORIGINAL, STAGE, Workspace, is_finished, output_folder
 
-ORIGINAL = "original"
+EVAL_RESULTS = ".eval_results"  # where the Hub looks for results on registered benchmarks
 
 
 def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> Path:
@@ -55,7 +51,7 @@ def compress(recipe: Recipe, *, resume: bool = False, restart: bool = False) -> 
                 with_metrics = stage is not None or not source.head_is_new
                 _measure_once(fresh, space, position, folder, with_metrics)
                 job = job.after(name, folder, _work_of_next(space, recipe, position))
-        return _publish(space, source, job.folder)
+        return _publish(space, job.folder)
 
 
 def _work_of_next(space: Workspace, recipe: Recipe, position: int) -> Path:
@@ -100,51 +96,18 @@ def _measure_once(fresh: FreshProcesses, space: Workspace, position: int, folder
         raise HFCompressError(f"Measuring {folder} in a fresh process failed; its message stands above.")
 
 
-def _publish(space: Workspace, source: Source, folder: Path) -> Path:
+def _publish(space: Workspace, folder: Path) -> Path:
     """Put the last checkpoint, its measurements and its card into the output folder, in one step."""
     output = output_folder(space.recipe)
     with new_folder(output) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STAGE))
-        facts = _facts(space, source, folder)
+        facts = gather_facts(space, folder)
         (scratch / MEASUREMENTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (scratch / "recipe.yaml").write_text(space.recipe.to_yaml(), encoding="utf-8")
+        benchmark = benchmark_entry(space.recipe, facts)
+        if benchmark is not None:
+            (scratch / EVAL_RESULTS).mkdir()
+            (scratch / EVAL_RESULTS / "hfcompress.yaml").write_text(benchmark, encoding="utf-8")
         write_model_card(scratch)
     space.clear()
     return output
-
-
-def _facts(space: Workspace, source: Source, folder: Path) -> dict[str, Any]:
-    """Gather what the card says, all of it recorded or measured on the way."""
-    recipe = space.recipe
-    verified = json.loads((folder / MARKER).read_text(encoding="utf-8"))["verified"]
-    rows, report = [], None
-    for position, stage in enumerate([None, *recipe.stages]):
-        name = stage.name if stage else ORIGINAL
-        facts = space.facts_of(position, name)
-        assert facts is not None
-        measured = json.loads(space.measurement_file(position, name).read_text(encoding="utf-8"))
-        rows.append({"name": name, **{k: facts[k] for k in ("summary", "seconds")}, "measurement": measured})
-        if stage is not None and stage.kind == "quantize":
-            report = facts["report"]["rows"]
-    return {
-        "hfcompress": version("hfcompress"),
-        "name": recipe.name,
-        "task": recipe.task,
-        "created": datetime.now(timezone.utc).date().isoformat(),
-        **_base_model(recipe.model),
-        "data": recipe.to_dict()["data"],
-        "recipe": recipe.to_dict(),
-        "seed": recipe.seed,
-        "inputs": space.inputs,
-        "stages": rows,
-        "loads_without_hfcompress": verified is not None and not verified["with_hfcompress"],
-        "verification": {"hfcompress" if verified and verified["with_hfcompress"] else "stock": verified},
-        "quantization_report": report,
-    }
-
-
-def _base_model(spec: ModelSpec) -> dict[str, str | None]:
-    if is_packaged(spec.id):
-        packaged = packaged_model(spec.id)
-        return {"base_model": packaged.hub_id, "base_model_license": packaged.license}
-    return {"base_model": spec.id, "base_model_license": opening.license_of(spec)}

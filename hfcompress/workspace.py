@@ -21,6 +21,7 @@ from hfcompress.opening import model_digest
 from hfcompress.recipe import Distill, ModelSpec, Recipe, recipe_differences
 
 RUN, STAGE, LOCK, MEASUREMENTS = "run.json", "stage.json", "lock", "measurements.json"
+ORIGINAL = "original"  # the name of the model as it was opened, before the first stage
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ LAYERS = [
     {"opening"},
     {"job"},
     {"stages", "publish", "workspace", "measuring", "checks", "oneshot"},
+    {"gathering"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

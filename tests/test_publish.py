@@ -34,7 +34,9 @@ def measured(**changes: Any) -> dict[str, Any]:
         "speed_kind": "decode, batch 1", "peak_memory_bytes": 1_023_456_789,
         "continuation": "the ``list`` is sorted.", "dtype": "float32", "stored_dtypes": ["bfloat16"],
         "device": "cpu", "machine": MACHINE,
-        "rows": 64, "tokens": 32_768, **changes,
+        "rows": 64, "tokens": 32_768,
+        "latency": {"what": "new token", "batch": 8, "length": 6, "median_ms": 35.4, "p95_ms": 41.2, "calls": 235},
+        **changes,
     }  # fmt: skip
 
 
@@ -66,6 +68,7 @@ def measurements() -> dict[str, Any]:
             "stages": [{"drop_layers": {"keep": 24}}, {"distill": {"steps": 400}}, {"quantize": {"method": "gptq"}}],
         },
         "seed": 7,
+        "inputs": {"data": "Salesforce/wikitext@a1b2c3", "model": "HuggingFaceTB/SmolLM2-135M@d4e5f6"},
         "stages": [
             {"name": name, "summary": text, "seconds": seconds, "measurement": measured(**changes)}
             for name, text, seconds, changes in stages
@@ -131,7 +134,8 @@ def test_card_says_what_was_measured(checkpoint: Path) -> None:
     assert "](size_against_quality.png)" in text
     assert (checkpoint / "size_against_quality.png").stat().st_size > 10_000
     assert not re.search(r"\]\(\s*\)|\bNone\b|\bnan\b", text)
-    assert text.count("not measured") == 2  # a heading, and the time of the stage that did nothing
+    # A heading, the time of the stage that did nothing, and how far other seeds lie apart.
+    assert text.count("not measured") == 3
 
 
 def test_recipe_on_the_card_is_the_recipe(checkpoint: Path) -> None:
@@ -228,10 +232,10 @@ def test_the_dtype_of_a_measurement_is_said_below_the_table(tmp_path: Path) -> N
 
 OPTIONAL = (
     ["hfcompress", "created", "base_model_license", "data", "recipe", "seed", "loads_without_hfcompress",
-     "verification", "quantization_report"],
+     "verification", "quantization_report", "pruning_report", "structure", "layers", "inputs"],
     ["summary", "seconds"],
     ["bytes_on_disk", "tokens_per_second", "speed_kind", "peak_memory_bytes", "continuation", "dtype",
-     "stored_dtypes", "device", "machine", "rows", "tokens"],
+     "stored_dtypes", "device", "machine", "rows", "tokens", "latency", "correct"],
 )  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from hfcompress.evaluate.measurement import Measurement, describe_machine, measure
+from hfcompress.evaluate.hits import pack_hits, paired_bootstrap, unpack_hits
+from hfcompress.evaluate.latency import Latency
+from hfcompress.evaluate.machine import describe_machine
+from hfcompress.evaluate.measurement import Measurement, measure
 from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.evaluate.metrics import METRICS, load_metric
 from hfcompress.evaluate.quality import evaluate_model
@@ -11,6 +14,7 @@ from hfcompress.evaluate.speed import decode_speed, forward_speed
 
 __all__ = [
     "METRICS",
+    "Latency",
     "Measurement",
     "StoredSize",
     "decode_speed",
@@ -20,5 +24,8 @@ __all__ = [
     "load_metric",
     "measure",
     "model_size",
+    "pack_hits",
+    "paired_bootstrap",
     "peak_memory_bytes",
+    "unpack_hits",
 ]

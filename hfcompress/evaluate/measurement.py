@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hfcompress.errors import DataError
+from hfcompress.evaluate.hits import pack_hits
+from hfcompress.evaluate.latency import TOKEN, Latency, forward_latency
+from hfcompress.evaluate.machine import describe_machine
 from hfcompress.evaluate.memory import peak_memory_bytes, reset_peak_memory
 from hfcompress.evaluate.modes import device_of, dtype_of
-from hfcompress.evaluate.quality import evaluate_model
+from hfcompress.evaluate.quality import score_model
 from hfcompress.evaluate.size import StoredSize, model_size
-from hfcompress.evaluate.speed import DECODE_KIND, decode_speed, forward_kind, forward_speed, greedy
+from hfcompress.evaluate.speed import DECODE_KIND, decode_seconds, forward_kind, forward_speed, greedy, rate_of
 from hfcompress.progress import busy
 
 _NAMES_IN_JSON = {"inf": "infinity", "-inf": "-infinity", "nan": "nan"}
@@ -34,7 +31,7 @@ class Measurement:
     what ``tokens_per_second`` counts, such as ``decode, batch 1``.  peak_memory_bytes: resident memory of the whole
     process while measuring.  continuation: what the model wrote after the prompt.  dtype: what the model ran in while
     it was measured; stored_dtypes: what its weight files hold.  rows, tokens: what the metrics were taken on, padding
-    left out.
+    left out.  correct: which examples ``accuracy`` counts as right, see ``pack_hits``.
     """
 
     parameters: int
@@ -51,6 +48,8 @@ class Measurement:
     machine: dict[str, Any] | None = None
     rows: int | None = None
     tokens: int | None = None
+    latency: Latency | None = None
+    correct: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -81,7 +80,9 @@ class Measurement:
             raise DataError(f"A measurement {' and '.join(faults)}.")
         metrics = {name: _number(name, value) for name, value in values["metrics"].items()}
         stored = values.get("stored_dtypes")
-        return cls(**{**values, "metrics": metrics, "stored_dtypes": None if stored is None else tuple(stored)})
+        stored = None if stored is None else tuple(stored)
+        latency = None if values.get("latency") is None else Latency(**values["latency"])
+        return cls(**{**values, "metrics": metrics, "stored_dtypes": stored, "latency": latency})
 
 
 def _number(name: str, value: Any) -> float:
@@ -113,40 +114,20 @@ class _Counted:
             yield batch
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return processor, cores, threads in use, platform and the versions that a number depends on."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    packages = ("torch", "transformers", "hfcompress")
-    return {
-        "cpu": named.group(1).strip() if named else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return None
-
-
 def _speed(
     model: nn.Module, first: Mapping[str, Tensor] | None, prompt_ids: Tensor | None, new_tokens: int
-) -> tuple[float | None, str | None]:
-    """Time decoding where there is a prompt, else a forward pass; (None, None) for inputs that are not tokens."""
+) -> tuple[float | None, str | None, Latency | None]:
+    """Time decoding where there is a prompt, else a forward pass; its rate is in tokens, so images have none."""
     if prompt_ids is not None:
-        return decode_speed(model, prompt_ids, new_tokens), DECODE_KIND
-    if first is not None and "input_ids" in first:
-        return forward_speed(model, first), forward_kind(first)
-    return None, None
+        seconds = decode_seconds(model, prompt_ids, new_tokens)
+        every = [one for run in seconds for one in run]
+        return rate_of(seconds), DECODE_KIND, Latency.of(TOKEN, 1, prompt_ids.shape[-1], every)
+    if first is None:
+        return None, None, None
+    latency = forward_latency(model, first)
+    if "input_ids" not in first:
+        return None, None, latency
+    return forward_speed(model, first), forward_kind(first), latency
 
 
 def measure(
@@ -170,23 +151,25 @@ def measure(
     """
     reset_peak_memory()
     counted = _Counted(batches)
-    values = evaluate_model(model, counted, metrics, description, counted.total)
+    scores = score_model(model, counted, metrics, description, counted.total)
     with busy(f"{description}: timing"):
         prompt_ids, continuation = None, None
         can_generate = getattr(model, "can_generate", None)
         if prompt and tokenizer is not None and can_generate is not None and can_generate():
             prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             continuation = tokenizer.decode(greedy(model, prompt_ids, new_tokens), skip_special_tokens=True)
-        speed, kind = _speed(model, counted.first, prompt_ids, new_tokens)
+        speed, kind, latency = _speed(model, counted.first, prompt_ids, new_tokens)
     peak = peak_memory_bytes()
     size = stored if stored is not None else model_size(model)
     return Measurement(
         parameters=size.parameters,
         nonzero=size.nonzero,
         bytes_on_disk=size.bytes_on_disk,
-        metrics=values,
+        metrics=scores.values,
+        correct=None if scores.hits is None else pack_hits(scores.hits),
         tokens_per_second=speed,
         speed_kind=kind,
+        latency=latency,
         peak_memory_bytes=peak,
         continuation=continuation,
         dtype=str(dtype_of(model)).removeprefix("torch."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import evaluate
 import torch
@@ -86,13 +87,22 @@ def aligned_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     return logits, labels
 
 
-def _add(loaded: Mapping[str, evaluate.EvaluationModule], logits: Tensor, labels: Tensor) -> None:
+@dataclass(frozen=True)
+class Scores:
+    """Each metric's value and, where accuracy is one of them, whether each labelled place was answered rightly."""
+
+    values: dict[str, float]
+    hits: list[bool] | None
+
+
+def _add(loaded: Mapping[str, evaluate.EvaluationModule], logits: Tensor, labels: Tensor, hits: list[bool]) -> None:
     """Give one batch to every metric: sums of losses to perplexity, classes to all others."""
     if "perplexity" in loaded:
         sums, counts = row_losses(logits, labels)
         loaded["perplexity"].add_batch(negative_log_likelihood=sums.tolist(), tokens=counts.tolist())
     if set(loaded) - {"perplexity"}:
         predictions, references = (values.tolist() for values in predicted_classes(logits, labels))
+        hits += [one == other for one, other in zip(predictions, references)]
         for name, metric in loaded.items():
             if name != "perplexity" and references:
                 metric.add_batch(predictions=predictions, references=references)
@@ -105,19 +115,31 @@ def evaluate_model(
     description: str = "evaluate",
     total: int | None = None,
 ) -> dict[str, float]:
-    """Return each metric's value over all batches.
+    """Return each metric's value over all batches; see ``score_model``."""
+    return score_model(model, batches, metrics, description, total).values
+
+
+def score_model(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    metrics: Sequence[str],
+    description: str = "evaluate",
+    total: int | None = None,
+) -> Scores:
+    """Return each metric's value over all batches, and which examples were right where accuracy is a metric.
 
     batches: dicts of tensors with ``labels`` (-100 is ignored).  metrics: names for ``load_metric``.  total: how many
     batches there are, for the progress. The model is put in eval mode for the time. Raises DataError for no batches or
     no labels, ModelError for NaN logits.
     """
     loaded = {name: load_metric(name) for name in metrics}
+    hits: list[bool] = []
     classes, labelled = 0, 0
     with measuring(model):
         for batch in track(batches, description, total):
             logits, labels = aligned_logits(model, batch)
             classes, labelled = logits.shape[-1], labelled + int((labels != IGNORED).sum())
-            _add(loaded, logits, labels)
+            _add(loaded, logits, labels, hits)
             del logits
     if labelled == 0:
         raise DataError(f"There is nothing to {description} on: no batches, or every label is {IGNORED}.")
@@ -125,4 +147,4 @@ def evaluate_model(
     for name, metric in loaded.items():
         found = metric.compute(**({"num_labels": classes} if name == "f1" else {}))
         values.update({key: float(value) for key, value in found.items() if isinstance(value, (int, float))})
-    return values
+    return Scores(values, hits if "accuracy" in loaded else None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,9 @@ class _Stopwatch(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def tokens_per_second(self) -> float:
-        """Rate from the first new token to the last, so that reading the prompt is not counted."""
-        new = self.times[1:]
-        return (len(new) - 1) / (new[-1] - new[0])
+    def seconds(self) -> list[float]:
+        """Return what each new token took but the first, which includes reading the prompt."""
+        return [later - earlier for earlier, later in pairwise(self.times[1:])]
 
 
 def greedy(model: nn.Module, prompt_ids: Tensor, new_tokens: int, streamer: BaseStreamer | None = None) -> Tensor:
@@ -69,8 +69,8 @@ def greedy(model: nn.Module, prompt_ids: Tensor, new_tokens: int, streamer: Base
     return tokens[0, 1:] if is_encoder_decoder(model) else tokens[0, prompt_ids.shape[1] :]
 
 
-def decode_speed(model: nn.Module, prompt_ids: Tensor, new_tokens: int = 48, runs: int = RUNS) -> float:
-    """Return the tokens a second of greedy decoding at batch 1: the median of ``runs`` after a warm-up.
+def decode_seconds(model: nn.Module, prompt_ids: Tensor, new_tokens: int = 48, runs: int = RUNS) -> list[list[float]]:
+    """Return what each token of greedy decoding at batch 1 took, for each of ``runs`` after a warm-up.
 
     prompt_ids: (1, length) or (length,).  new_tokens: at least 2; the first one, which includes reading the prompt,
     is not counted. Raises ModelError for a model that cannot generate, DataError for fewer tokens.
@@ -78,12 +78,22 @@ def decode_speed(model: nn.Module, prompt_ids: Tensor, new_tokens: int = 48, run
     if new_tokens < 2:
         raise DataError(f"Decoding speed needs new_tokens of 2 or more, not {new_tokens}.")
     greedy(model, prompt_ids, new_tokens)
-    rates = []
+    seconds = []
     for _ in range(runs):
         watch = _Stopwatch()
         greedy(model, prompt_ids, new_tokens, watch)
-        rates.append(watch.tokens_per_second())
-    return statistics.median(rates)
+        seconds.append(watch.seconds())
+    return seconds
+
+
+def rate_of(seconds: Sequence[Sequence[float]]) -> float:
+    """Return the tokens a second of the median run."""
+    return statistics.median(len(run) / sum(run) for run in seconds)
+
+
+def decode_speed(model: nn.Module, prompt_ids: Tensor, new_tokens: int = 48, runs: int = RUNS) -> float:
+    """Return the tokens a second of greedy decoding at batch 1; see ``decode_seconds``."""
+    return rate_of(decode_seconds(model, prompt_ids, new_tokens, runs))
 
 
 def forward_kind(batch: Mapping[str, Tensor]) -> str:
@@ -95,21 +105,25 @@ def forward_kind(batch: Mapping[str, Tensor]) -> str:
 def forward_speed(model: nn.Module, batch: Mapping[str, Tensor], runs: int = RUNS) -> float:
     """Return the tokens a second of forward passes over one batch: the median of ``runs`` after a warm-up.
 
-    batch: tensors with ``input_ids`` (rows, length); padding counts, as it takes the same time. Labels are left out
-    where the model can do without. Raises DataError for a batch without tokens.
+    batch: tensors with ``input_ids`` (rows, length); padding counts, as it takes the same time.  Raises DataError for
+    a batch without tokens.
     """
-    tokens = _input_ids(batch).numel()
+    return _input_ids(batch).numel() / statistics.median(forward_seconds(model, batch, runs, 1))
+
+
+def forward_seconds(model: nn.Module, batch: Mapping[str, Tensor], runs: int, warm_ups: int) -> list[float]:
+    """Return what each of ``runs`` forward passes took.  Labels are left out where the model can do without."""
     kept = {name: tensor for name, tensor in batch.items() if name != "labels" or is_encoder_decoder(model)}
     moved, device = on_device(model, kept), device_of(model)
     seconds = []
     with measuring(model):
-        for _ in range(runs + 1):
+        for _ in range(warm_ups + runs):
             _wait_for(device)
             started = time.perf_counter()
             model(**moved)
             _wait_for(device)
             seconds.append(time.perf_counter() - started)
-    return tokens / statistics.median(seconds[1:])
+    return seconds[warm_ups:]
 
 
 def _input_ids(batch: Mapping[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,62 +17,90 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hfcompress.checkpoint.atomic import list_own_files, write_text
 from hfcompress.publish import sections
+from hfcompress.publish.comparison import comparison_markdown, comparison_note
 from hfcompress.publish.facts import Facts, load_facts
+from hfcompress.publish.layers import layers_markdown, linear_reports
+from hfcompress.publish.limits import limits
 from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install
 from hfcompress.publish.markdown import cell
 from hfcompress.publish.numbers import NOT_MEASURED, duration
+from hfcompress.publish.pictures import plot_kept, plot_layers
 from hfcompress.publish.plots import plot_size_against_quality
+from hfcompress.publish.sharing import is_absolute, shared_recipe, shared_text
+from hfcompress.publish.speeds import latency_markdown, latency_note
 
-CARD, PICTURE = "README.md", "size_against_quality.png"
+CARD = "README.md"
 _TEMPLATE = "card.md.jinja"
+# What draws each picture of a card, by its name in the template; its file is beside the card.
+PICTURES: dict[str, tuple[str, Callable[[Facts, Path], Path | None]]] = {
+    "size": ("size_against_quality.png", plot_size_against_quality),
+    "kept": ("kept_units.png", plot_kept),
+    "layers": ("layers.png", plot_layers),
+}
 
 
 def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
-    """Write ``README.md``, and its picture, into a checkpoint folder from the folder's ``measurements.json``.
+    """Write ``README.md``, and its pictures, into a checkpoint folder from the folder's ``measurements.json``.
 
     repo_id: what the loading example names; None is the run's own output folder. Works offline. Raises CheckpointError
     or DataError when the measurements are missing or wrong.
     """
     folder = Path(folder)
     facts = load_facts(folder)
-    picture = plot_size_against_quality(facts, folder / PICTURE)
-    if picture is None:
-        (folder / PICTURE).unlink(missing_ok=True)
-    page = render_card(facts, _config(folder), picture.name if picture else None, repo_id)
-    write_text(folder / CARD, page)
-    list_own_files(folder, [CARD, *([PICTURE] if picture else [])])
+    pictures = {}
+    for name, (file, draw) in PICTURES.items():
+        if draw(facts, folder / file) is None:
+            (folder / file).unlink(missing_ok=True)
+        else:
+            pictures[name] = file
+    write_text(folder / CARD, render_card(facts, _config(folder), pictures, repo_id))
+    list_own_files(folder, [CARD, *pictures.values()])
     return folder / CARD
 
 
-def render_card(facts: Facts, config: dict[str, Any], picture: str | None = None, repo_id: str | None = None) -> str:
-    """Return the card's text.  config: the checkpoint's ``config.json``.  picture: its name beside the card."""
-    report = sections.report(facts)
+def render_card(
+    facts: Facts, config: dict[str, Any], pictures: dict[str, str] | None = None, repo_id: str | None = None
+) -> str:
+    """Return the card's text.  config: the checkpoint's ``config.json``.  pictures: files beside the card, by name."""
+    stock = bool(facts.loads_without_hfcompress)
     page = _environment().from_string(_template()).render(
         name=facts.name,
         headline=sections.headline(facts),
         description=sections.description(facts),
-        packages=packages_to_install(config, bool(facts.loads_without_hfcompress)),
-        loading=loading_lines(facts.task, _place(facts, repo_id), bool(facts.loads_without_hfcompress)),
+        packages=packages_to_install(config, stock),
+        loading=loading_lines(facts.task, _place(facts, repo_id), stock),
         loads_without_hfcompress=sections.yes_or_no(facts.loads_without_hfcompress),
         verification=sections.verification(facts),
+        comparison=comparison_markdown(facts),
+        comparison_note=comparison_note(facts),
         stage_table=sections.stages_markdown(facts),
         table_notes=sections.table_notes(facts),
-        picture=picture,
+        latency_table=latency_markdown(facts),
+        latency_note=latency_note(facts),
+        pictures={name: (pictures or {}).get(name) for name in PICTURES},
         picture_metric=next(iter(facts.metric_names), ""),
         stages=[
-            {"name": cell(stage.name), "summary": cell(stage.summary or NOT_MEASURED), "time": duration(stage.seconds)}
-            for stage in facts.stages
+            {"name": cell(one.name), "summary": cell(shared_text(one.summary or NOT_MEASURED)),
+             "time": duration(one.seconds)}
+            for one in facts.stages
         ],
         continuation=sections.continuation(facts),
+        layers_table=layers_markdown(facts),
+        layers_count=len(facts.layers),
+        reports=linear_reports(facts),
+        limits=limits(facts, config),
         not_measured=sections.not_measured(facts),
+        training=sections.training(facts),
         seed=facts.seed,
-        recipe=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100).rstrip()
-        if facts.recipe
-        else "",
+        recipe=_yaml(shared_recipe(facts.recipe)) if facts.recipe else "",
+        provenance=sections.provenance(facts),
         environment=sections.environment(facts),
-        **report,
     )  # fmt: skip
     return f"---\n{metadata(facts).to_yaml()}\n---\n\n{page.strip()}\n"
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100).rstrip()
 
 
 def metadata(facts: Facts) -> ModelCardData:
@@ -94,7 +123,9 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def technique_tags(facts: Facts) -> list[str]:
-    """Return which of pruned, distilled and quantized the recipe's stages made the model."""
+    """Return which of pruned, distilled and quantized the model is, by the recipe's stages or the callbacks."""
+    if facts.training:
+        return list(facts.training.get("techniques") or ())
     stages = [(kind, options) for stage in facts.recipe.get("stages", []) for kind, options in stage.items()]
     kinds = {kind for kind, _ in stages}
     names = ("prune", "prune_heads", "prune_neurons")
@@ -136,7 +167,7 @@ def _hub_id(name: str | None) -> str | None:
 def _place(facts: Facts, repo_id: str | None) -> str:
     """Return what a reader gives to ``from_pretrained``; absolute paths mean nothing to others."""
     output = str(facts.recipe.get("output") or facts.name)
-    return repo_id or (facts.name if os.path.isabs(output) or output.startswith("~") else output)
+    return repo_id or (facts.name if is_absolute(output) else output)
 
 
 def _config(folder: Path) -> dict[str, Any]:

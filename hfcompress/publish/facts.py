@@ -18,7 +18,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "hfcompress": (str, _ABSENT), "name": (str,), "task": (str,), "created": (str, _ABSENT), "base_model": (str,),
     "base_model_license": (str, _ABSENT), "data": (dict, _ABSENT), "recipe": (dict, _ABSENT), "seed": (int, _ABSENT),
     "stages": (list,), "loads_without_hfcompress": (bool, _ABSENT), "verification": (dict, _ABSENT),
-    "quantization_report": (list, dict, _ABSENT),
+    "quantization_report": (list, dict, _ABSENT), "pruning_report": (list, _ABSENT), "structure": (dict, _ABSENT),
+    "layers": (list, _ABSENT), "inputs": (dict, _ABSENT), "training": (dict, _ABSENT),
 }  # fmt: skip
 
 
@@ -45,8 +46,10 @@ class Verification:
 class Facts:
     """Everything a model card may say. The last stage was measured on the reloaded checkpoint in a fresh process.
 
-    verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report: a row per layer.
-    None is what is not known.
+    verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report, pruning_report: a
+    row per linear layer.  structure: kind of unit (heads, neurons) to block to (before, after).  layers: name,
+    parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a model that no recipe
+    made, what its Trainer and callbacks were told.  None is what is not known.
     """
 
     version: str | None
@@ -62,11 +65,21 @@ class Facts:
     loads_without_hfcompress: bool | None
     verification: dict[str, Verification]
     quantization_report: tuple[dict[str, Any], ...]
+    pruning_report: tuple[dict[str, Any], ...]
+    structure: dict[str, dict[str, list[int]]]
+    layers: tuple[dict[str, Any], ...]
+    inputs: dict[str, str]
+    training: dict[str, Any]
+
+    @property
+    def before_stage(self) -> StageFacts:
+        """The first model that could do the task: a new head's random answers are not measured."""
+        return next((stage for stage in self.stages if stage.measurement.metrics), self.stages[0])
 
     @property
     def before(self) -> Measurement:
-        """The measurement of the first model that could do the task: a new head's random answers are not measured."""
-        return next((stage for stage in self.stages if stage.measurement.metrics), self.stages[0]).measurement
+        """The measurement of the first model that could do the task."""
+        return self.before_stage.measurement
 
     @property
     def after(self) -> Measurement:
@@ -132,6 +145,11 @@ def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
             for name, found in _verified(values).items()
         },
         quantization_report=tuple(report["rows"] if isinstance(report, dict) else report),
+        pruning_report=tuple(values.get("pruning_report") or ()),
+        structure=values.get("structure") or {},
+        layers=tuple(values.get("layers") or ()),
+        inputs=values.get("inputs") or {},
+        training=values.get("training") or {},
     )
 
 
@@ -159,7 +177,7 @@ _MEASUREMENT_KINDS: dict[str, tuple[type, ...]] = {
     "parameters": (int,), "nonzero": (int,), "metrics": _OBJECT, "bytes_on_disk": _COUNT,
     "tokens_per_second": (*_NUMBER, _ABSENT), "speed_kind": _TEXT, "peak_memory_bytes": _COUNT, "continuation": _TEXT,
     "dtype": _TEXT, "stored_dtypes": (list, _ABSENT), "device": _TEXT, "machine": (dict, _ABSENT), "rows": _COUNT,
-    "tokens": _COUNT,
+    "tokens": _COUNT, "latency": (dict, _ABSENT), "correct": _TEXT,
 }  # fmt: skip
 
 

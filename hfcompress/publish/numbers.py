@@ -35,6 +35,19 @@ def metric(name: str, value: float | None) -> str:
     return f"{value:,.{_DECIMALS.get(name, 4)}f}"
 
 
+def signed(name: str, value: float | None) -> str:
+    """Write a difference of a metric with its sign: ``+0.0012``, ``-3.10``."""
+    text = metric(name, value)
+    return text if value is None or not math.isfinite(value) or value < 0 else f"+{text}"
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a latency with three digits: ``0.421 ms``, ``12.3 ms``, ``1,204 ms``."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f} ms"
+
+
 def rate(value: float | None) -> str:
     """Write tokens a second: one decimal below a thousand, none above."""
     return NOT_MEASURED if value is None else f"{value:,.{1 if value < 1000 else 0}f}"

@@ -22,7 +22,7 @@ from hfcompress.publish.numbers import megabytes, metric
 LOG_SCALE_FROM = 3.0
 PICTURE_INCHES = (7.2, 4.4)
 LOWER_IS_BETTER = frozenset({"perplexity", "loss", "eval_loss", "wer", "cer"})
-_LINE, _POINT, _FIRST, _LAST, _INK, _GRID = "#9aa5b1", "#4c78a8", "#6b7785", "#d1495b", "#28323d", "#e6eaee"
+_LINE, POINT, _FIRST, LAST, INK, GRID = "#9aa5b1", "#4c78a8", "#6b7785", "#d1495b", "#28323d", "#e6eaee"
 # Where a label may stand beside its point: points to the right and upwards, and the side of the text that is there.
 _OFFSETS = tuple(
     (dx, dy, side)
@@ -51,11 +51,16 @@ def plot_size_against_quality(facts: Facts, path: str | Path, metric_name: str |
     axes = figure.add_subplot()
     _style(axes, name, points)
     _draw_points(axes, points)
-    axes.set_title(f"{facts.name}: size and quality after each stage", loc="left", fontsize=11, color=_INK, pad=10)
+    axes.set_title(f"{facts.name}: size and quality after each stage", loc="left", fontsize=11, color=INK, pad=10)
     figure.draw_without_rendering()
     _draw_labels(figure, axes, name, points)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG whole or not at all.  The same figure gives the same bytes: no date and no version are in it."""
     with _atomic(path) as unfinished:
-        figure.savefig(unfinished, format="png")
+        figure.savefig(unfinished, format="png", metadata={"Software": None})
     return path
 
 
@@ -83,11 +88,11 @@ def _style(axes: Any, name: str, points: list[Point]) -> None:
         spread = max(values) - min(values) or abs(values[0]) * 0.1 or 1.0
         axes.set_ylim(min(values) - 0.28 * spread, max(values) + 0.28 * spread)
     better = "lower" if name in LOWER_IS_BETTER else "higher"
-    axes.set_xlabel("size on disk (MB)", color=_INK)
-    axes.set_ylabel(f"{name} ({better} is better)", color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.8)
+    axes.set_xlabel("size on disk (MB)", color=INK)
+    axes.set_ylabel(f"{name} ({better} is better)", color=INK)
+    axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=9, length=0, which="both")
+    axes.tick_params(colors=INK, labelsize=9, length=0, which="both")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_LINE)
@@ -98,7 +103,7 @@ def _draw_points(axes: Any, points: list[Point]) -> None:
         arrow = {"arrowstyle": "-|>", "color": _LINE, "linewidth": 1.4, "shrinkA": 6, "shrinkB": 6}
         axes.annotate("", (next_x, next_y), (x, y), arrowprops=arrow, zorder=2)
     for position, (_, x, y) in enumerate(points):
-        colour = _FIRST if position == 0 else _LAST if position == len(points) - 1 else _POINT
+        colour = _FIRST if position == 0 else LAST if position == len(points) - 1 else POINT
         axes.scatter([x], [y], s=62, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
 
 
@@ -119,7 +124,7 @@ def _draw_labels(figure: Figure, axes: Any, name: str, points: list[Point]) -> N
     for stage, x, y in points:
         text = f"{stage}\n{megabytes(round(x * 1e6))}, {metric(name, y)}"
         label = axes.annotate(
-            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=_INK, zorder=4,
+            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=INK, zorder=4,
             linespacing=1.25, va="center", path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
         best = min(_OFFSETS, key=lambda offset: _cost(figure, label, offset, taken, inside))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hfcompress.evaluate import Measurement
 from hfcompress.publish.facts import Facts
 from hfcompress.publish.markdown import code, fenced, table
 from hfcompress.publish.numbers import NOT_MEASURED, duration, megabytes, metric, percent, times
+from hfcompress.publish.sharing import shared_name
 from hfcompress.publish.tables import dtype_note, speed_note, stage_cells, stage_headers
 
-_REPORT_COLUMNS = {
-    "name": "layer", "bits": "bits", "group_size": "group size", "relative_error": "relative error",
-    "damping": "damping", "tokens": "calibration tokens", "seconds": "seconds",
-}  # fmt: skip
 _MACHINE = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "platform": "{}", "python": "Python {}",
             "torch": "torch {}", "transformers": "transformers {}", "hfcompress": "hfcompress {}"}  # fmt: skip
 
@@ -21,6 +16,10 @@ _MACHINE = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "platform
 def headline(facts: Facts) -> str:
     """Say in one bold sentence how much smaller the model is and what that did to its quality."""
     before, after = facts.before, facts.after
+    if before is after:
+        found = [f"{name} {metric(name, after.metrics.get(name))}" for name in facts.metric_names]
+        size = [] if after.bytes_on_disk is None else [f"{megabytes(after.bytes_on_disk)} on disk"]
+        return f"**{'; '.join([*size, f'{after.parameters / 1e6:,.1f} M parameters', *found])}.**"
     pieces = [_change("on disk", before.bytes_on_disk, after.bytes_on_disk)]
     if before.bytes_on_disk is None or after.bytes_on_disk is None:
         pieces.append(f"{after.parameters / 1e6:,.1f} M parameters instead of {before.parameters / 1e6:,.1f} M")
@@ -55,7 +54,7 @@ def description(facts: Facts) -> str:
     """Say what the model was made from, when, and on what it was measured."""
     stages = ", ".join(code(stage.name) for stage in facts.stages[1:])
     day = f" on {facts.created}" if facts.created else ""
-    made = f"Made{day} from {code(facts.base_model)}" + (f" by {stages}" if stages else "")
+    made = f"Made{day} from {code(shared_name(facts.base_model))}" + (f" by {stages}" if stages else "")
     license_note = (
         "" if facts.base_model_license else " The base model's licence is not known here: look it up before use."
     )
@@ -69,6 +68,8 @@ def _measured_on(facts: Facts) -> str:
     data = data_name(facts)
     source = f"held-out rows of {code(data)}" if data else "held-out rows"
     reloaded = "those of the last stage were taken after reloading the checkpoint."
+    if facts.training:
+        reloaded = f"they are the Trainer's own, {facts.training.get('evaluated', 'of its last evaluation')}."
     rows = "" if after.rows is None else f"{after.rows:,} "
     return f"The metrics are of {rows}{source}{tokens}; {reloaded}"
 
@@ -115,33 +116,30 @@ def continuation(facts: Facts) -> dict[str, str] | None:
     }
 
 
-def report(facts: Facts) -> dict[str, Any]:
-    """Return table, count and summary of the error of each quantized layer; the table is empty without a report."""
-    rows = facts.quantization_report
-    names = [name for name in _REPORT_COLUMNS if any(name in row for row in rows)]
-    lines = [[_report_cell(row, name) for name in names] for row in rows]
-    errors = [(row["relative_error"], row["name"]) for row in rows if row.get("relative_error") is not None]
-    summary = ""
-    if errors:
-        low, high = min(errors), max(errors)
-        summary = (
-            f"Relative error of a layer's output on the calibration data (of its weight, without such data): from "
-            f"{low[0]:.4f} ({code(low[1])}) to {high[0]:.4f} ({code(high[1])})."
+def training(facts: Facts) -> str:
+    """List what the Trainer and its callbacks were told, for a model that no recipe made."""
+    told = facts.training.get("options") or {}
+    return "\n".join(f"- {code(name)}: {code(str(value))}" for name, value in told.items())
+
+
+def provenance(facts: Facts) -> str:
+    """Say which data and which model exactly, and how long the stages took in all."""
+    lines = []
+    data = data_name(facts)
+    if data:
+        revision = facts.data.get("revision")
+        digest = facts.inputs.get("data")
+        named = [f"revision {code(revision)}"] if revision else []
+        named += [f"content {code(digest)}"] if digest else []
+        lines.append(f"Data: {code(data)}, {', '.join(named) or f'revision {NOT_MEASURED}'}.")
+    if facts.inputs.get("model"):
+        lines.append(
+            f"Model: {code(shared_name(facts.base_model))}, content {code(shared_name(facts.inputs['model']))}."
         )
-    return {
-        "report_table": table([_REPORT_COLUMNS[name] for name in names], lines) if rows else "",
-        "report_rows": len(rows),
-        "report_summary": summary,
-    }
-
-
-def _report_cell(row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        return "row" if name == "group_size" else NOT_MEASURED if name == "relative_error" else "none"
-    if name in ("relative_error", "damping"):
-        return f"{value:.4f}" if name == "relative_error" else f"{value:g}"
-    return f"{value:,.1f}" if name == "seconds" else f"{value:,}" if isinstance(value, int) else str(value)
+    spent = [stage.seconds for stage in facts.stages if stage.seconds is not None]
+    if spent and facts.recipe:
+        lines.append(f"The stages took {duration(sum(spent))} in all, without the measurements between them.")
+    return " ".join(lines)
 
 
 def not_measured(facts: Facts) -> list[str]:
@@ -167,6 +165,7 @@ def _gaps(facts: Facts, found: Measurement) -> list[str]:
         "dtype": found.dtype,
         **{name: found.metrics.get(name) for name in facts.metric_names},
         "tokens/s": found.tokens_per_second,
+        "latency": found.latency,
         "peak memory": found.peak_memory_bytes,
     }
     return [name for name, value in values.items() if value is None]

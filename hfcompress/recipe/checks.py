@@ -41,12 +41,29 @@ def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
         given = isinstance(options, Mapping) and options.get(option) is not None
         if given and isinstance(raw.get("task"), str) and raw["task"] in tasks - {task}:
             yield Fault((section, option), f"is for {task} only; this recipe's task is {raw['task']}")
+    yield from _benchmark_faults(raw)
     stages = raw.get("stages")
     if isinstance(stages, list):
         kinds = [stage_kind(stage) for stage in stages]
         yield from _order_faults(kinds)
         yield from _lost_zeros_faults(stages, kinds)
         yield from _teacher_faults(stages, kinds)
+
+
+def _benchmark_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
+    """Figures of rows that this recipe cut off by itself are no result of a benchmark."""
+    evaluation, data = raw.get("evaluate"), raw.get("data")
+    benchmark = evaluation.get("benchmark") if isinstance(evaluation, Mapping) else None
+    if not isinstance(evaluation, Mapping) or not isinstance(benchmark, Mapping) or not isinstance(data, Mapping):
+        return
+    here, splits = ("evaluate", "benchmark"), data.get("splits")
+    if data.get("id") is None or not isinstance(splits, Mapping) or splits.get("held_out") is None:
+        yield Fault(here, "needs data.id and data.splits.held_out: rows of one's own are no benchmark")
+    if evaluation.get("max_rows") is not None:
+        yield Fault(here, "needs the whole split: take out evaluate.max_rows")
+    metrics, metric = evaluation.get("metrics"), benchmark.get("metric")
+    if isinstance(metrics, (list, tuple)) and metric is not None and metric not in metrics:
+        yield Fault((*here, "metric"), f"'{metric}' is not one of evaluate.metrics{near(metric, metrics)}")
 
 
 def _order_faults(kinds: Sequence[str | None]) -> Iterator[Fault]:

@@ -13,11 +13,11 @@ from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
 from hfcompress.recipe.options import METHODS, STAGES, Recipe, options_beside_method
-from hfcompress.recipe.sections import DataSpec, EvaluateSpec, ModelSpec, Splits
+from hfcompress.recipe.sections import Benchmark, DataSpec, EvaluateSpec, ModelSpec, Splits
 from hfcompress.recipe.training import REFUSED, choices_of, training_types
 
 _PRUNING = (PruneOptions, HeadPruneOptions, NeuronPruneOptions, SparseGPT)
-_DESCRIBED = {one.__name__: one for one in (ModelSpec, DataSpec, Splits, EvaluateSpec, *_PRUNING)}
+_DESCRIBED = {one.__name__: one for one in (ModelSpec, DataSpec, Splits, EvaluateSpec, Benchmark, *_PRUNING)}
 
 
 def recipe_schema() -> dict[str, Any]:

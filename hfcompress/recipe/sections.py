@@ -130,12 +130,25 @@ class DataSpec:
 
 
 @dataclass(frozen=True, config=FROZEN)
+class Benchmark:
+    """A benchmark that is registered on the Hub, whose leaderboard shall show the result.
+
+    id: the dataset that the benchmark is registered with.  task: its task there, such as ``sst2``.
+    metric: which of the metrics is its figure; None is the first.
+    """
+
+    id: Text
+    task: Text
+    metric: str | None = None
+
+
+@dataclass(frozen=True, config=FROZEN)
 class EvaluateSpec:
     """What is measured before, between and after the stages.
 
     metrics: names of metrics; None is the task's own choice.  max_rows: measure on the first held-out rows only.
     batch_size: rows of one forward pass.  prompt: text that a causal-lm continues, to show what it writes.
-    new_tokens: length of that continuation.
+    new_tokens: length of that continuation.  benchmark: a registered benchmark that the held-out data are.
     """
 
     metrics: tuple[Text, ...] | None = None
@@ -143,3 +156,4 @@ class EvaluateSpec:
     batch_size: AtLeastOne = 8
     prompt: str | None = None
     new_tokens: Annotated[int, Field(ge=2)] = 48
+    benchmark: Benchmark | None = None

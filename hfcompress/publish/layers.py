@@ -1,0 +1,74 @@
+"""The tables of single layers: what the checkpoint holds, and what pruning and quantization did to each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfcompress.publish.facts import Facts
+from hfcompress.publish.markdown import code, table
+from hfcompress.publish.numbers import NOT_MEASURED, megabytes, millions, percent
+from hfcompress.publish.pictures import kept_rows, layer_of
+
+_QUANTIZED = {
+    "name": "layer", "bits": "bits", "group_size": "group size", "relative_error": "relative error",
+    "damping": "damping", "tokens": "calibration tokens", "seconds": "seconds",
+}  # fmt: skip
+_PRUNED = {
+    "name": "layer", "sparsity": "zeros", "relative_error": "relative error", "damping": "damping",
+    "tokens": "calibration tokens", "seconds": "seconds",
+}  # fmt: skip
+
+
+def layers_markdown(facts: Facts) -> str:
+    """Return a row for each layer of the final model; empty when nothing was counted."""
+    if not facts.layers:
+        return ""
+    kept = kept_rows(facts) if len({one["name"].rpartition(".")[0] for one in facts.layers}) == 1 else {}
+    rows = [
+        [one["name"], millions(one["parameters"]), percent(1 - one["nonzero"] / one["parameters"]),
+         f"{8 * one['bytes'] / one['parameters']:.2f}", megabytes(one["bytes"]),
+         *(_of(cells.get(layer_of(one["name"]) or 0)) for cells in kept.values())]
+        for one in facts.layers if one["parameters"]
+    ]  # fmt: skip
+    return table(["layer", "parameters", "zeros", "bits per weight", "size", *(f"kept {one}" for one in kept)], rows)
+
+
+def _of(counts: tuple[int, int] | None) -> str:
+    return NOT_MEASURED if counts is None else f"{counts[1]:,} of {counts[0]:,}"
+
+
+def linear_reports(facts: Facts) -> list[dict[str, Any]]:
+    """Return title, summary, count and table of each report on linear layers that there is."""
+    found = []
+    for title, columns, rows in (
+        ("Pruning error of each layer", _PRUNED, facts.pruning_report),
+        ("Quantization error of each layer", _QUANTIZED, facts.quantization_report),
+    ):
+        if rows:
+            names = [name for name in columns if any(name in row for row in rows)]
+            lines = [[_cell(row, name) for name in names] for row in rows]
+            shown = table([columns[name] for name in names], lines)
+            found.append({"title": title, "summary": _summary(rows), "count": len(rows), "table": shown})
+    return found
+
+
+def _summary(rows: tuple[dict[str, Any], ...]) -> str:
+    errors = [(row["relative_error"], row["name"]) for row in rows if row.get("relative_error") is not None]
+    if not errors:
+        return f"Relative errors: {NOT_MEASURED}."
+    low, high = min(errors), max(errors)
+    return (
+        f"Relative error of a layer's output on the calibration data (of its weight, without such data): from "
+        f"{low[0]:.4f} ({code(low[1])}) to {high[0]:.4f} ({code(high[1])})."
+    )
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "row" if name == "group_size" else NOT_MEASURED if name == "relative_error" else "none"
+    if name in ("relative_error", "damping"):
+        return f"{value:.4f}" if name == "relative_error" else f"{value:g}"
+    if name == "sparsity":
+        return percent(value)
+    return f"{value:,.1f}" if name == "seconds" else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,42 @@
+"""What of a run is for others: the recipe without the paths of one machine."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_ABSOLUTE = re.compile(r"^(?:[/~]|[A-Za-z]:[\\/])")
+
+
+def is_absolute(path: Any) -> bool:
+    """Whether text is a path that means something on one machine alone."""
+    return isinstance(path, str) and _ABSOLUTE.match(path) is not None
+
+
+def shared_name(path: str) -> str:
+    """Return the last part of an absolute path, and any other text as it is."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] if is_absolute(path) else path
+
+
+def shared_text(text: str) -> str:
+    """Return a line of text with every absolute path in it cut down to its last part."""
+    return re.sub(r"(?<!\S)(?:[/~]|[A-Za-z]:[\\/])\S*?(?=[,;]?(?:\s|$))", lambda found: shared_name(found[0]), text)
+
+
+def shared(values: Any) -> Any:
+    """Copy plain values, with every absolute path in them cut down to its last part."""
+    if isinstance(values, dict):
+        return {key: shared(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [shared(value) for value in values]
+    return shared_name(values) if isinstance(values, str) and "\n" not in values else values
+
+
+def shared_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe for others to run: an absolute output is left out, so that it is ``runs/<name>``."""
+    kept = {key: value for key, value in recipe.items() if key != "output" or not is_absolute(value)}
+    evaluation = kept.get("evaluate")
+    found: dict[str, Any] = shared(kept)
+    if isinstance(evaluation, dict):
+        found["evaluate"] = evaluation  # a prompt may begin with a slash
+    return found

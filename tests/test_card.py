@@ -1,0 +1,154 @@
+"""What a card says beyond its table: differences with intervals, latencies, layers, limits, and nobody's paths."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hfcompress.evaluate import pack_hits, paired_bootstrap
+from hfcompress.publish import load_facts, write_model_card
+from hfcompress.publish.pictures import kept_rows, layer_panels
+from tests.test_publish import card_of, measurements
+
+RIGHT = np.arange(1000) % 10 > 0  # 90%
+WORSE = RIGHT & (np.arange(1000) % 25 != 1)
+
+
+def classifier() -> dict[str, Any]:
+    """A classifier that was fine-tuned, lost heads and neurons, and was shrunk; its first head was new."""
+    values = measurements()
+    values |= {"task": "sequence-classification", "quantization_report": None, "loads_without_hfcompress": False}
+    values["recipe"]["stages"] = [{"finetune": {"epochs": 1}}, {"distill": {"prune_heads": {}}}, {"shrink": {}}]
+    for stage, hits in zip(values["stages"], (None, RIGHT, RIGHT, WORSE)):
+        found = stage["measurement"]
+        found["metrics"] = {} if hits is None else {"accuracy": float(hits.mean()), "f1": 0.91}
+        found |= {"correct": None if hits is None else pack_hits(hits.tolist()), "continuation": None}
+    values["structure"] = {
+        "heads": {f"bert.encoder.layer.{at}.attention.self": [12, 12 - 3 * at] for at in range(3)},
+        "key_value_heads": {f"bert.encoder.layer.{at}.attention.self": [12, 12 - 3 * at] for at in range(3)},
+        "neurons": {f"bert.encoder.layer.{at}": [1536, 700 + at] for at in range(3)},
+    }
+    values["layers"] = [
+        {"name": f"bert.encoder.layer.{at}", "parameters": 1_000_000, "nonzero": 800_000 - at, "bytes": 4_000_000}
+        for at in range(3)
+    ]
+    return values
+
+
+def row_of(text: str, start: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+
+
+def test_accuracy_has_a_difference_with_its_interval(tmp_path: Path) -> None:
+    text = card_of(tmp_path, classifier())
+    low, high = paired_bootstrap(RIGHT, WORSE)
+    before, after = RIGHT.mean(), WORSE.mean()
+    assert row_of(text, "accuracy") == (
+        f"| accuracy | {before:.4f} | {after:.4f} | {after - before:+.4f} | {low:+.4f} to {high:+.4f} |"
+    )
+    assert low < after - before < high < 0
+    assert row_of(text, "f1").endswith("| +0.0000 | not measured |")
+    assert "Before is `drop_layers`" in text  # the first stage that could do the task
+    assert "paired bootstrap over the 1,000 examples" in text
+
+
+def test_without_single_answers_there_is_no_interval(tmp_path: Path) -> None:
+    values = classifier()
+    values["stages"][3]["measurement"]["correct"] = None
+    text = card_of(tmp_path, values)
+    assert "bootstrap" not in text
+    assert "interval" not in text
+    assert row_of(text, "accuracy").endswith(f"| {WORSE.mean() - RIGHT.mean():+.4f} |")
+
+
+def test_latency_says_batch_length_threads_and_device(tmp_path: Path) -> None:
+    text = card_of(tmp_path, measurements())
+    assert "| 35.4 ms | 41.2 ms | new token after 6 of prompt, batch 8, 2 threads, cpu |" in text
+    assert "over 235 calls" in text
+    values = measurements()
+    values["stages"][1]["measurement"]["latency"] = None
+    text = card_of(tmp_path, values)
+    assert row_of(text.split("latency, median")[1], "drop_layers") == (
+        "| drop_layers | not measured | not measured | not measured |"
+    )
+    assert "- drop_layers: latency." in text
+
+
+def test_layers_are_in_pictures_and_in_a_table(tmp_path: Path) -> None:
+    text = card_of(tmp_path, classifier())
+    for picture in ("kept_units.png", "layers.png"):
+        assert f"]({picture})" in text
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert row_of(text, "bert.encoder.layer.1").endswith("| 20.0% | 32.00 | 4.0 MB | 9 of 12 | 701 of 1,536 |")
+    facts = load_facts(tmp_path)
+    assert kept_rows(facts)["heads"] == {0: (12, 12), 1: (12, 9), 2: (12, 6)}
+    assert set(kept_rows(facts)) == {"heads", "neurons"}  # key/value heads would say the same as heads
+    assert layer_panels(facts)["sparsity"][2] == (2, pytest.approx(0.200002))
+    card_of(tmp_path, measurements())  # of a model that kept all
+    assert not (tmp_path / "kept_units.png").exists()
+    assert layer_panels(load_facts(tmp_path))["quantization error"][2] == (2, pytest.approx(0.0722))
+
+
+def test_the_same_facts_give_the_same_bytes(tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        card_of(tmp_path / name, classifier())
+        found.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert found[0] == found[1]
+    assert {"README.md", "size_against_quality.png", "kept_units.png", "layers.png"} <= set(found[0])
+
+
+def test_limits_follow_from_the_facts(tmp_path: Path) -> None:
+    values = classifier()
+    values["data"]["max_train_rows"] = 16000
+    text = card_of(tmp_path, values).split("## Limits")[1].split("##")[0]
+    assert "without `import hfcompress` first" in text
+    assert "Trained on 16,000 rows" in text
+    assert "One run with one seed (7)" in text
+    assert "unpacks" not in text
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    text = card_of(tmp_path, measurements()).split("## Limits")[1].split("##")[0]
+    assert "the memory in use is not" in text
+    assert "7.3% of the parameters are zero" in text
+    assert "import hfcompress" not in text
+
+
+@pytest.mark.parametrize("root", ["/home/somebody", "~", "C:\\Users\\somebody"])
+def test_paths_of_one_machine_stay_off_the_card(tmp_path: Path, root: str) -> None:
+    values = classifier()
+    here = {"files": [f"{root}/data/reviews.tsv"]}
+    values |= {"data": here, "base_model": f"{root}/models/bert", "inputs": {"data": "abc", "model": "def"}}
+    values["recipe"] |= {"data": here, "model": {"id": f"{root}/models/bert"}, "output": f"{root}/runs/out"}
+    values["recipe"]["stages"][1]["distill"]["teacher"] = f"{root}/models/teacher"
+    values["stages"][2]["summary"] = f"teacher {root}/models/teacher, 24 steps"
+    text = card_of(tmp_path, values)
+    assert "somebody" not in text
+    assert "| teacher teacher, 24 steps |" in text
+    assert "~/" not in text
+    assert "- reviews.tsv" in text
+    assert "teacher: teacher" in text
+    assert "output:" not in text
+    assert "Data: `reviews.tsv`, content `abc`." in text
+
+
+def test_a_card_of_one_stage_compares_nothing(tmp_path: Path) -> None:
+    values = measurements() | {"stages": measurements()["stages"][3:]}
+    text = card_of(tmp_path, values)
+    assert "Quality before and after" not in text
+    assert "perplexity 40.83" in text
+    assert "before" not in text.split("## How to load")[0]
+
+
+def test_every_section_has_something_to_say(tmp_path: Path) -> None:
+    for values in (classifier(), measurements()):
+        save = tmp_path / "measurements.json"
+        save.write_text(json.dumps(values))
+        text = write_model_card(tmp_path).read_text()
+        assert not re.search(r"\n## [^\n]+\n+(?=## |\Z)", text)
+        assert "\n\n\n" not in text
