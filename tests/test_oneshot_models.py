@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hfcompress
 from hfcompress.errors import DataError, ModelError
-from hfcompress.packed import packed_linears
+from hfcompress.packed import packed_layers
 from hfcompress.pruning.oneshot import METHODS, Magnitude, PruningReport, SparseGPT, Wanda, prune
 from hfcompress.quantization import GPTQ, RTN, quantize
 from hfcompress.structure import stack_linears
@@ -298,7 +298,7 @@ def test_what_cannot_share_a_pass_is_refused(method: RTN | GPTQ, pruning: Any, m
     model = tiny_llama()
     with pytest.raises(ModelError, match=message):
         quantize(model, method, calibration=calibration(), prune=pruning)
-    assert not packed_linears(model)
+    assert not packed_layers(model)
     assert untouched(model, tiny_llama())
 
 

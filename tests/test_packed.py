@@ -11,9 +11,17 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import ModelError
-from hfcompress.packed import PackedLinear, code_range, compressed_tensors_config, pack_codes, unpack_codes
+from hfcompress.packed import (
+    PackedLinear,
+    code_range,
+    compressed_tensors_config,
+    pack_codes,
+    packed_twin,
+    unpack_codes,
+)
 from tests.conftest import tiny_bert
 
 BITS = (2, 3, 4, 8)
@@ -127,8 +135,45 @@ def test_casting_the_layer_moves_scales_and_keeps_codes() -> None:
     assert torch.equal(cast.codes(), codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_points_are_stored_and_used_as_compressed_tensors_does(
+    bits: int, group_size: int | None, dtype: torch.dtype
+) -> None:
+    codes, groups = random_codes(37, 96, bits), 96 // (group_size or 96)
+    points, scale = random_codes(37, groups, bits, seed=1), torch.rand(37, groups).add(0.1).to(dtype)
+    module = PackedLinear.from_codes(codes, scale, None, bits, group_size, points)
+    assert torch.equal(module.weight_zero_point, pack_to_int32(points, bits, packed_dim=0))
+    assert torch.equal(module.zero_point(), points)
+    strategy = "group" if group_size else "channel"
+    arguments = QuantizationArgs(num_bits=bits, strategy=strategy, group_size=group_size, symmetric=False)
+    assert torch.equal(module.dequantize(), dequantize(codes, scale, points, arguments))
+    assert module.nonzero() == int(module.dequantize().count_nonzero())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_an_embedding_unpacks_the_rows_that_occur(bits: int, symmetric: bool) -> None:
+    module = packed_twin(nn.Embedding(37, 96, padding_idx=0), bits, 32, symmetric)
+    points = None if symmetric else random_codes(37, 3, bits, seed=1)
+    module.fill_(random_codes(37, 96, bits), torch.rand(37, 3).add(0.1), points)
+    ids = torch.tensor([[0, 36, 5], [5, 31, 32]])
+    assert torch.equal(module(ids), nn.functional.embedding(ids, module.dequantize()))
+
+
+def test_a_conv1d_keeps_its_layout_and_computes_the_same() -> None:
+    dense = Conv1D(8, 96)
+    packed = packed_twin(dense, 4, None)
+    packed.fill_(random_codes(96, 8, 4), torch.rand(96, 1))
+    dense.weight.data.copy_(packed.dequantize())
+    inputs = torch.randn(2, 3, 96)
+    assert torch.equal(packed(inputs), dense(inputs))
+    assert (packed.nx, packed.nf) == (96, 8)
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="group_size 40 does not divide 96 input columns"):
+    with pytest.raises(ValueError, match="group_size 40 does not divide 96 columns"):
         PackedLinear(96, 5, bits=4, group_size=40)
     with pytest.raises(ValueError, match=re.escape("scale has shape (5, 2), not (5, 3)")):
         PackedLinear.from_codes(random_codes(5, 96, 4), torch.ones(5, 2), None, 4, 32)

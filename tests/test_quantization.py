@@ -14,18 +14,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
 )
 
 import hfcompress
 from hfcompress.errors import DataError, ModelError
-from hfcompress.packed import PackedLinear, packed_linears
+from hfcompress.packed import PackedLinear, packed_layers
 from hfcompress.quantization import GPTQ, METHODS, RTN, QuantizationReport, QuantizedLinear, quantize
 from hfcompress.quantization.plan import fitting_group_size
 from hfcompress.structure.stack import stack_linears
-from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama, token_batches
+from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.test_calibration import bart_case, t5_case
 
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification, "t5": AutoModelForSeq2SeqLM}
@@ -76,7 +74,7 @@ def test_stock_reload_has_the_same_logits(family: str, method: str, dtype: torch
     model.save_pretrained(tmp_path / "packed")
     again = AUTO[family].from_pretrained(tmp_path / "packed", dtype=dtype)
     assert torch.equal(logits(again, batches[0]), before)
-    packed = packed_linears(model)
+    packed = packed_layers(model)
     assert {row.name for row in report.rows} == set(packed)
     state = load_file(tmp_path / "packed" / "model.safetensors")
     for name in packed:
@@ -135,7 +133,7 @@ def test_exactly_the_linears_of_the_stacks_are_replaced() -> None:
     assert [row.name for row in report.rows] == expected
     assert isinstance(model.classifier, nn.Linear)
     assert isinstance(model.bert.pooler.dense, nn.Linear)
-    assert all(module.bias is biases[name] for name, module in packed_linears(model).items())
+    assert all(module.bias is biases[name] for name, module in packed_layers(model).items())
 
 
 def test_the_report_has_true_rows() -> None:
@@ -171,8 +169,8 @@ def test_padding_changes_nothing() -> None:
     first = quantize(one, GPTQ(group_size=32), calibration=batches)
     second = quantize(two, GPTQ(group_size=32), calibration=padded)
     assert [row.tokens for row in first.rows] == [row.tokens for row in second.rows]
-    for name, module in packed_linears(one).items():
-        assert float((module.codes() != packed_linears(two)[name].codes()).float().mean()) < 0.01
+    for name, module in packed_layers(one).items():
+        assert float((module.codes() != packed_layers(two)[name].codes()).float().mean()) < 0.01
 
 
 def test_pruned_weights_stay_zero() -> None:
@@ -182,7 +180,7 @@ def test_pruned_weights_stay_zero() -> None:
         masks[name] = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(len(masks))) < 0.5
         module.weight.data.masked_fill_(masks[name], 0)
     quantize(model, GPTQ(group_size=32), calibration=calibration("llama"))
-    for name, module in packed_linears(model).items():
+    for name, module in packed_layers(model).items():
         assert not module.weight[masks[name]].any()
 
 
@@ -265,7 +263,7 @@ def test_a_damaged_weight_is_refused_by_name(method: RTN | GPTQ) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         quantize(model, method, calibration=calibration("llama"))
-    assert not packed_linears(model)
+    assert not packed_layers(model)
 
 
 def test_shared_weights_are_refused() -> None:
@@ -273,12 +271,6 @@ def test_shared_weights_are_refused() -> None:
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj shares its weight"):
         quantize(model, RTN())
-
-
-def test_conv1d_is_refused_with_the_reason() -> None:
-    config = GPT2Config(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=1, n_head=4, n_positions=32)
-    with pytest.raises(ModelError, match="GPT-2's Conv1D cannot be quantized yet"):
-        quantize(GPT2LMHeadModel(config), RTN())
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was() -> None:
@@ -308,7 +300,7 @@ def test_linears_that_see_no_token_are_named() -> None:
     model.model.layers[1].mlp.expert = _IdleLlamaLayer(64, 64)
     with pytest.raises(ModelError, match=r"No calibration token reaches model\.layers\.1\.mlp\.expert\."):
         quantize(model, GPTQ(group_size=32), calibration=calibration("llama"))
-    assert not packed_linears(model)
+    assert not packed_layers(model)
     report = quantize(model, GPTQ(group_size=32, exclude=("*.expert",)), calibration=calibration("llama"))
     assert len(report.rows) == 14
 

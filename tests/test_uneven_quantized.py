@@ -14,11 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, Pr
 
 import hfcompress
 from hfcompress.loading.quantizer import HFCompressConfig
-from hfcompress.packed import PackedLinear, packed_linears
+from hfcompress.packed import PackedLinear, packed_layers
 from hfcompress.structure.shapes import record_shapes, uneven_shapes
 from tests.uneven import FAMILIES, TOKENS, llama, narrow, output_of, separate_heads
-
-PACKABLE = [name for name in FAMILIES if name != "gpt2"]
 
 
 def packed(name: str, **options: object) -> PreTrainedModel:
@@ -29,10 +27,10 @@ def packed(name: str, **options: object) -> PreTrainedModel:
 
 
 def codes_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: layer.codes() for name, layer in packed_linears(model).items()}
+    return {name: layer.codes() for name, layer in packed_layers(model).items()}
 
 
-@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_quantized_after_shrinking_reloads_to_the_same_codes(name: str, tmp_path: Path) -> None:
     model = packed(name)
     expected = output_of(model)
@@ -77,7 +75,7 @@ def test_the_base_class_finds_its_packed_layers(tmp_path: Path) -> None:
     model = packed("llama-classifier")
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
-    assert {f"model.{name}" for name in packed_linears(base)} == set(packed_linears(model))
+    assert {f"model.{name}" for name in packed_layers(base)} == set(packed_layers(model))
     assert torch.equal(output_of(base), model.model(TOKENS)[0])
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.verify import Probe
 from hfcompress.errors import CheckpointError, ModelError
-from hfcompress.packed import packed_linears
+from hfcompress.packed import packed_layers
 from hfcompress.structure.shapes import uneven_shapes
 
 # One after another: gate and up, or queries, keys and values.  Grouped: query heads that share a key/value head.
@@ -68,7 +68,7 @@ def to_dense(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) ->
     inputs: what the two are compared on, random tokens unless given.  Raises ModelError for packed models and where
     no order of filling up gives the same logits.  The model itself is left as it is.
     """
-    if packed_linears(model):
+    if packed_layers(model):
         raise ModelError("Codes cannot be filled up with zeros; make the model dense first, then quantize it.")
     dense = _fresh(model)
     if not uneven_shapes(model):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.verify import auto_class_of
 from hfcompress.errors import ModelError
-from hfcompress.packed import packed_linears
+from hfcompress.packed import packed_layers
 from hfcompress.structure import shapes as resizing
 
 MODULE, RECORD = "modeling_uneven", "uneven_shapes"
@@ -46,7 +46,7 @@ class Uneven{name}({name}):
 
 def refuse_remote_code(model: PreTrainedModel) -> None:
     """Raise ModelError for models that a few lines of Python cannot rebuild."""
-    if packed_linears(model):
+    if packed_layers(model):
         raise ModelError("A checkpoint with remote code cannot be packed; save it with uneven='loader'.")
     if type(model).__module__.split(".")[0] != "transformers":
         raise ModelError(f"{type(model).__name__} is not a class of Transformers, which the remote code could resize.")

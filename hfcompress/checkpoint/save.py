@@ -19,9 +19,9 @@ from hfcompress.checkpoint.dense import to_dense
 from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
-from hfcompress.formats import METHOD
-from hfcompress.loading.record import record_uneven
-from hfcompress.packed.format import packed_linears
+from hfcompress.loading.record import is_ours, record_uneven
+from hfcompress.packed import packed_layers
+from hfcompress.packed.weight import PARTS
 from hfcompress.progress import busy, quiet_bars
 from hfcompress.structure.shapes import Shapes, meta_twin, resize_
 
@@ -72,7 +72,7 @@ def save_compressed(
     _refuse_inexpressible(model, shapes)
     refuse_full_disk(folder, _bytes_of(model))
     probe = Probe.of(model, inputs) if verify else None
-    form = "remote code" if remote else format_of(model, shapes)
+    form = "remote code" if remote else format_of(model)
     verification = None
     with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
         with busy(f"saving {folder.name}"):
@@ -105,10 +105,12 @@ def refuse_nan(model: nn.Module) -> None:
             )
 
 
-def format_of(model: nn.Module, shapes: Shapes) -> str:
-    """Return the name of the format that a model with these uneven shapes is saved in."""
-    packed = "pack-quantized" if packed_linears(model) else ""
-    return f"{METHOD if shapes else 'compressed-tensors'} {packed}".strip() if shapes or packed else "plain"
+def format_of(model: PreTrainedModel) -> str:
+    """Return the name of the format that a model is saved in, once its uneven shapes are recorded."""
+    recorded = getattr(model.config, "quantization_config", None) or {}
+    values = recorded if isinstance(recorded, dict) else recorded.to_dict()
+    inner = (values.get("quantization") or {}) if is_ours(model.config) else values
+    return f"{values['quant_method']} {inner.get('format', '')}".strip() if values else "plain"
 
 
 def _refuse_inexpressible(model: PreTrainedModel, shapes: Shapes) -> None:
@@ -126,12 +128,17 @@ def _refuse_inexpressible(model: PreTrainedModel, shapes: Shapes) -> None:
 
 
 def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor by name, a packed weight as the (out, in) weight that it stands for."""
-    packed = packed_linears(model)
+    """Return the shape of every tensor by name, a packed weight as the dense weight that it stands for."""
     shapes: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": (module.out_features, module.in_features) for name, module in packed.items()
+        f"{n}.weight": (one.rows, one.columns) for n, one in packed_layers(model).items()
     }
-    hidden = {f"{name}.{part}" for name in packed for part in ("weight_packed", "weight_scale", "weight_shape")}
+    packed = set(packed_layers(model))
+    for name, module in model.named_modules():
+        if hasattr(module, "quantization_scheme"):  # what compressed-tensors has loaded and may not have unpacked yet
+            packed.add(name)
+            if hasattr(module, "weight_packed"):
+                shapes[f"{name}.weight"] = tuple(int(size) for size in module.weight_shape)
+    hidden = {f"{name}.{part}" for name in packed for part in PARTS}
     shapes.update({name: tuple(value.shape) for name, value in model.state_dict().items() if name not in hidden})
     return shapes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hfcompress.packed import packed_linears
+from hfcompress.packed import packed_layers
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def model_size(model: nn.Module) -> StoredSize:
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     total = sum(parameter.numel() for parameter in parameters)
     nonzero = sum(int(torch.count_nonzero(parameter.detach())) for parameter in parameters)
-    for module in {id(module): module for module in packed_linears(model).values()}.values():
-        total += module.out_features * module.in_features
-        nonzero += int(torch.count_nonzero(module.codes()))
+    for module in {module.weight_packed.data_ptr(): module for module in packed_layers(model).values()}.values():
+        total += module.rows * module.columns
+        nonzero += module.nonzero()
     return StoredSize(total, nonzero)

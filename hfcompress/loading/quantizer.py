@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.formats import METHOD, VERSION
+from hfcompress.loading import repack
 
 TRIPWIRE = "weight"
 
@@ -123,10 +124,10 @@ class HFCompressQuantizer(_Uneven, HfQuantizer):
         Stock Transformers passes over a quantization that it does not know and would fill all weights that the
         checkpoint lacks with random numbers, under a mere warning.  A weight of the wrong shape makes it stop.
         """
-        from hfcompress.packed.format import packed_linears
+        from hfcompress.packed.format import packed_layers
 
         state = model.state_dict()
-        for name in packed_linears(model):
+        for name in packed_layers(model):
             state[f"{name}.{TRIPWIRE}"] = torch.zeros(0, dtype=torch.int32)
         return state, {}
 
@@ -161,6 +162,7 @@ def _on_top(config: HFCompressConfig, inner: dict[str, Any]) -> HfQuantizer:
 
 def register() -> None:
     """Add the loader to Transformers' tables, once."""
+    repack.register()
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(HFCompressConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from hfcompress.packed.format import compressed_tensors_config, packed_linears
-from hfcompress.packed.linear import PackedLinear
+from hfcompress.packed.format import compressed_tensors_config, packed_layers
+from hfcompress.packed.linear import PackedConv1D, PackedEmbedding, PackedLinear, has_packed_form, packed_twin
 from hfcompress.packed.packing import code_range, pack_codes, unpack_codes
+from hfcompress.packed.weight import PackedWeight
 
-__all__ = ["PackedLinear", "code_range", "compressed_tensors_config", "pack_codes", "packed_linears", "unpack_codes"]
+__all__ = [
+    "PackedConv1D",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PackedWeight",
+    "code_range",
+    "compressed_tensors_config",
+    "has_packed_form",
+    "pack_codes",
+    "packed_layers",
+    "packed_twin",
+    "unpack_codes",
+]

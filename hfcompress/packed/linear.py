@@ -1,25 +1,41 @@
-"""A linear layer that keeps its weight as packed integer codes and scales."""
+"""Linear and embedding layers that keep their weight as packed integer codes and scales."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from hfcompress.packed.packing import pack_codes, packed_width, unpack_codes
+from hfcompress.packed.packing import unpack_codes
+from hfcompress.packed.weight import PackedWeight, rows_of_words
+
+PACKABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
-class PackedLinear(nn.Module):
-    """``nn.Linear`` whose weight is ``codes * scale``; its state dict is the compressed-tensors checkpoint format.
+class _PackedProjection(PackedWeight):
+    """What packed linear layers share: a bias, and the dtype they compute in."""
 
-    weight_packed: (out, ceil(in * bits / 32)) int32.  weight_scale: (out, groups) in the model's dtype.
-    weight_shape: (2,) int64.  bias: (out,) or None.  group_size: input columns that share a scale; None is one scale
-    per output row. Only inputs get gradients: codes and scales are constants.
-    """
+    bias: nn.Parameter | None
 
-    weight_packed: Tensor
-    weight_scale: Tensor
-    weight_shape: Tensor
+    def _operands(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias; inputs of another dtype than the scales' are computed in their own dtype."""
+        weight: Tensor = self.dequantize()
+        bias: Tensor | None = self.bias
+        if weight.dtype != inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
+            weight = weight.to(inputs.dtype)
+            bias = bias if bias is None else bias.to(inputs.dtype)
+        return weight, bias
+
+
+class PackedLinear(_PackedProjection):
+    """``nn.Linear`` with a packed weight: rows are outputs, columns are inputs.  bias: (out,) or None."""
+
+    sizes = ("out_features", "in_features")
+    in_features: int
+    out_features: int
 
     def __init__(
         self,
@@ -30,76 +46,114 @@ class PackedLinear(nn.Module):
         bias: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        symmetric: bool = True,
     ) -> None:
-        super().__init__()
-        if group_size is not None and in_features % group_size:
-            raise ValueError(f"group_size {group_size} does not divide {in_features} input columns")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bits = bits
-        self.group_size = group_size
-        groups = in_features // group_size if group_size else 1
-        words = torch.zeros(out_features, packed_width(in_features, bits), dtype=torch.int32, device=device)
-        self.register_buffer("weight_packed", words)
-        self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=dtype, device=device))
-        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        super().__init__(out_features, in_features, bits, group_size, symmetric, dtype, device)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int | None
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int | None,
+        zero_point: Tensor | None = None,
     ) -> PackedLinear:
-        """Build the layer from signed codes.
-
-        codes: (out, in) integers.  scale: (out, groups).  bias: (out,), kept as the same parameter if it is one.
-        Raises ValueError when the shapes do not fit each other.
-        """
-        out_features, in_features = codes.shape
-        module = cls(in_features, out_features, bits, group_size, bias=False, dtype=scale.dtype, device=codes.device)
-        if scale.shape != module.weight_scale.shape:
-            raise ValueError(f"scale has shape {tuple(scale.shape)}, not {tuple(module.weight_scale.shape)}")
-        module.weight_packed = pack_codes(codes, bits)
-        module.weight_scale = scale.detach().clone()
+        """Build the layer from signed codes; see ``PackedWeight.fill_``.  bias: kept if it is a parameter."""
+        rows, columns = codes.shape
+        module = cls(columns, rows, bits, group_size, False, scale.dtype, codes.device, zero_point is None)
+        module.fill_(codes, scale, zero_point)
         if bias is not None:
             module.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return module
 
-    def codes(self) -> Tensor:
-        """Return the signed codes, (out, in) int8."""
-        return unpack_codes(self.weight_packed, self.bits, self.in_features)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the layer.  inputs: (..., in).  Returns (..., out)."""
+        return functional.linear(inputs, *self._operands(inputs))
 
-    def dequantize(self) -> Tensor:
-        """Return the weight that the codes stand for, (out, in) in the dtype of the scales.
 
-        The product is taken in that dtype, as compressed-tensors does, so a stock reload has the same bits.
-        """
-        codes = self.codes().to(self.weight_scale.dtype)
-        if self.group_size is None:
-            return codes.mul_(self.weight_scale)
-        groups = codes.view(self.out_features, -1, self.group_size)
-        return groups.mul_(self.weight_scale.unsqueeze(-1)).view(self.out_features, self.in_features)
+class PackedConv1D(_PackedProjection):
+    """Transformers' ``Conv1D`` (GPT-2's linear layer) with a packed weight: rows are inputs, columns are outputs.
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantised weight, made anew at each access; it is no parameter and not in the state dict."""
-        return self.dequantize()
+    Its checkpoint holds the weight the way the dense one does, so groups are of outputs and each input has scales of
+    its own.  bias: (nf,).
+    """
+
+    sizes = ("nx", "nf")
+    nx: int
+    nf: int
+
+    def __init__(
+        self,
+        nx: int,
+        nf: int,
+        bits: int,
+        group_size: int | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        symmetric: bool = True,
+    ) -> None:
+        super().__init__(nx, nf, bits, group_size, symmetric, dtype, device)
+        self.bias = nn.Parameter(torch.zeros(nf, dtype=dtype, device=device))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layer; inputs of another dtype than the scales' are computed in their own dtype.
+        """Apply the layer.  inputs: (..., nx).  Returns (..., nf)."""
+        weight, bias = self._operands(inputs)
+        assert bias is not None
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return torch.addmm(bias, rows, weight).view(*inputs.shape[:-1], self.nf)
 
-        inputs: (..., in).  Returns (..., out).
-        """
-        weight: Tensor = self.dequantize()
-        bias: Tensor | None = self.bias
-        if weight.dtype != inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
-            weight = weight.to(inputs.dtype)
-            bias = bias if bias is None else bias.to(inputs.dtype)
-        return functional.linear(inputs, weight, bias)
 
-    def extra_repr(self) -> str:
-        """Describe the layer in ``print(model)``."""
-        group = "row" if self.group_size is None else self.group_size
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, group_size={group}"
-        )
+class PackedEmbedding(PackedWeight):
+    """``nn.Embedding`` with a packed weight: a row is one token's vector, and only rows that occur are unpacked."""
+
+    sizes = ("num_embeddings", "embedding_dim")
+    num_embeddings: int
+    embedding_dim: int
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group_size: int | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        symmetric: bool = True,
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, group_size, symmetric, dtype, device)
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look rows up.  ids: (...) integers.  Returns (..., embedding_dim)."""
+        rows = ids.flatten().long()
+        codes = unpack_codes(self.weight_packed[rows], self.bits, self.columns)
+        points = None if self.symmetric else rows_of_words(self.weight_zero_point, self.bits, rows)
+        return self._values(codes, self.weight_scale[rows], points).view(*ids.shape, self.columns)
+
+
+def has_packed_form(module: nn.Module) -> bool:
+    """Tell whether a module is a linear or embedding layer that computes nothing beside its product or look-up."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in PACKABLE)
+
+
+def packed_twin(module: nn.Module, bits: int, group_size: int | None, symmetric: bool = True) -> PackedWeight:
+    """Return an empty packed layer in the shape, dtype and mode of a dense one that has such a form, with its bias."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    common: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device, "symmetric": symmetric}
+    twin: PackedWeight
+    if isinstance(module, nn.Linear):
+        twin = PackedLinear(module.in_features, module.out_features, bits, group_size, False, **common)
+        twin.bias = module.bias
+    elif isinstance(module, Conv1D):
+        twin = PackedConv1D(module.nx, module.nf, bits, group_size, **common)
+        twin.bias = module.bias
+    else:
+        assert isinstance(module, nn.Embedding)
+        shape = (module.num_embeddings, module.embedding_dim)
+        twin = PackedEmbedding(*shape, bits, group_size, padding_idx=module.padding_idx, **common)
+    return twin.train(module.training)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
@@ -14,15 +15,16 @@ from hfcompress.calibration.checks import calibration_list, observe_layers, warn
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.loading.record import record_uneven
-from hfcompress.packed import PackedLinear, compressed_tensors_config
+from hfcompress.packed import PackedWeight, compressed_tensors_config, packed_twin
 from hfcompress.progress import meter
+from hfcompress.quantization.conv1d import gptq_conv1d
 from hfcompress.quantization.gptq import gptq_siblings
-from hfcompress.quantization.grids import dequantized
+from hfcompress.quantization.grids import Rounded
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.plan import PlannedLinear, check_joint_pruning, plan_linears
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
-from hfcompress.quantization.rtn import round_to_nearest
-from hfcompress.structure.stack import layer_stacks
+from hfcompress.quantization.rtn import Scale, round_to_nearest
+from hfcompress.structure.stack import layer_stacks, stack_linears
 
 Rows = list[QuantizedLinear]
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
@@ -48,10 +50,13 @@ def quantize(
     planned = plan_linears(model, method)
     if prune is not None:
         check_joint_pruning(method, prune, planned)
+    inside = stack_linears(model)
     if isinstance(method, GPTQ):
         steps = _calibrated(model, planned, method, batches, prune)
     else:
-        steps = _data_free(model, planned)
+        steps = _data_free(model, planned, method.scale)
+    outside = [one for one in planned if one.name not in inside]
+    steps = chain(steps, _outside(model, outside, "mse" if isinstance(method, GPTQ) else method.scale))
     layers = sum(len(stack) for stack in layer_stacks(model))
     rows: Rows = []
     try:
@@ -74,6 +79,9 @@ def quantize(
 def _restore_(model: nn.Module, planned: Iterable[PlannedLinear]) -> None:
     for one in planned:
         _put_(model, one.name, one.module)
+    for one in planned:
+        for name, module in one.also.items():
+            _put_(model, name, module)
 
 
 def _put_(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -81,30 +89,39 @@ def _put_(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _data_free(model: nn.Module, planned: Sequence[PlannedLinear]) -> Iterator[tuple[str, Rows]]:
+def _data_free(model: nn.Module, planned: Sequence[PlannedLinear], scale: Scale) -> Iterator[tuple[str, Rows]]:
     """Round every layer to nearest."""
     by_name = {one.name: one for one in planned}
     for stack in layer_stacks(model):
         for index in range(len(stack)):
             layer = f"{stack.name}.{index}"
             inside = [one for name, one in by_name.items() if name.startswith(f"{layer}.")]
-            yield layer, [_round_one_(model, one) for one in inside]
+            yield layer, [_round_one_(model, one, scale) for one in inside]
 
 
-def _round_one_(model: nn.Module, one: PlannedLinear) -> QuantizedLinear:
+def _outside(model: nn.Module, planned: Sequence[PlannedLinear], scale: Scale) -> Iterator[tuple[str, Rows]]:
+    """Round embeddings and heads to nearest, after all layers: a calibrated layer sees the dense ones."""
+    for one in planned:
+        yield one.name, [_round_one_(model, one, scale)]
+
+
+def _round_one_(model: nn.Module, one: PlannedLinear, scale: Scale) -> QuantizedLinear:
     started = time.perf_counter()
-    weight = one.module.weight.detach()
-    codes, scale = round_to_nearest(weight, one.bits, one.group_size)
-    grouped = codes.view(len(codes), -1, one.group_size or codes.shape[1])
-    quantized = dequantized(grouped, scale.float().unsqueeze(-1), scale.dtype).view_as(weight)
-    error = relative_error(weight, quantized)
-    _pack_(model, one, codes, scale)
+    packed = _pack_(model, one, round_to_nearest(one.matrix, one.bits, one.group_size, one.symmetric, scale))
+    error = relative_error(one.matrix, packed.dequantize())
     return _row(one, error, None, 0, time.perf_counter() - started)
 
 
-def _pack_(model: nn.Module, one: PlannedLinear, codes: Tensor, scale: Tensor) -> None:
-    packed = PackedLinear.from_codes(codes, scale, one.module.bias, one.bits, one.group_size)
-    _put_(model, one.name, packed.train(one.module.training))
+def _pack_(model: nn.Module, one: PlannedLinear, rounded: Rounded) -> PackedWeight:
+    """Put a packed layer in the place of a dense one, and of those that share its weight."""
+    packed = packed_twin(one.module, one.bits, one.group_size, one.symmetric)
+    packed.fill_(*rounded)
+    _put_(model, one.name, packed)
+    for name, module in one.also.items():
+        twin = packed_twin(module, one.bits, one.group_size, one.symmetric)
+        twin.share_(packed)
+        _put_(model, name, twin)
+    return packed
 
 
 def _row(one: PlannedLinear, error: float, damping: float | None, tokens: int, seconds: float) -> QuantizedLinear:
@@ -133,21 +150,23 @@ def _round_siblings_(
     model: nn.Module, siblings: Sequence[PlannedLinear], found: InputHessian, method: GPTQ, prune: ColumnPruning | None
 ) -> Iterator[QuantizedLinear]:
     """Quantize linear layers that share an input, those of one dtype in one call."""
-    by_dtype: dict[Any, list[PlannedLinear]] = {}
+    by_grid: dict[Any, list[PlannedLinear]] = {}
     for one in siblings:
-        by_dtype.setdefault(one.module.weight.dtype, []).append(one)
-    for alike in by_dtype.values():
+        by_grid.setdefault((one.matrix.dtype, one.bits, one.group_size, type(one.module)), []).append(one)
+    for alike in by_grid.values():
         started = time.perf_counter()
-        weights = [one.module.weight for one in alike]
+        weights = [one.weight for one in alike]
+        round_all = gptq_siblings if isinstance(alike[0].module, nn.Linear) else gptq_conv1d
+        grid = (alike[0].bits, alike[0].group_size)
         try:
-            results = gptq_siblings(weights, found.hessian, method.bits, alike[0].group_size, method.damping, prune)
+            results = round_all(weights, found.hessian, *grid, method.damping, prune, method.symmetric)
         except HFCompressError as error:
             raise ModelError(f"{', '.join(one.name for one in alike)}: {error}") from error
         warn_about_damping([one.name for one in alike], method.damping, results[0].damping_used)
         for one, result in zip(alike, results):
-            _pack_(model, one, result.codes, result.scale)
+            _pack_(model, one, result.rounded)
         seconds = time.perf_counter() - started
         total = sum(weight.numel() for weight in weights)
         for one, result in zip(alike, results):
-            share = one.module.weight.numel() / total
+            share = one.matrix.numel() / total
             yield _row(one, result.relative_error, result.damping_used, found.tokens, seconds * share)

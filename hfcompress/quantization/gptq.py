@@ -16,20 +16,27 @@ from torch import Tensor
 from hfcompress.calibration import ColumnPruning, HessianFactor, Selection, compress_columns, factor_hessian
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import dequantized, search_scale
+from hfcompress.quantization.grids import Rounded, dequantized, search_affine, search_scale
 
 
 @dataclass(frozen=True)
 class GPTQResult:
     """codes: (out, in) int8.  scale: (out, groups) in the weight's dtype.  damping_used: share of the mean diagonal.
 
-    relative_error: sqrt(tr(D H D^T) / tr(W H W^T)) with the Hessian as given, for D = W - codes * scale.
+    relative_error: sqrt(tr(D H D^T) / tr(W H W^T)) with the Hessian as given, for D = what was - what is.
+    zero_point: (out, groups) int8, the codes that stand for 0; None where that is code 0.
     """
 
     codes: Tensor
     scale: Tensor
     damping_used: float
     relative_error: float
+    zero_point: Tensor | None = None
+
+    @property
+    def rounded(self) -> Rounded:
+        """Return what is stored."""
+        return Rounded(self.codes, self.scale, self.zero_point)
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, damping: float = 0.01) -> GPTQResult:
@@ -47,18 +54,19 @@ def gptq_siblings(
     group_size: int | None,
     damping: float = 0.01,
     prune: ColumnPruning | None = None,
+    symmetric: bool = True,
 ) -> list[GPTQResult]:
     """Quantize weights that see the same input, stacked into one: rows do not depend on each other.
 
     weights: (out_i, in) each, of one dtype.  hessian: (in, in) float32, not changed.  group_size: input columns that
     share a scale, a divisor of ``in``; None is all.  prune: prunes each weight in the same pass, or before it where
-    the error is smaller so.  Zero weights stay zero and their rounding error is compensated.  Raises ModelError when
-    the Hessian cannot be factored.
+    the error is smaller so.  symmetric: code 0 stands for 0; otherwise each group has a zero point.  Zero weights
+    stay zero and their rounding error is compensated.  Raises ModelError when the Hessian cannot be factored.
     """
     dtype = weights[0].dtype
     dense = [weight.detach().float() for weight in weights]
     factor = factor_hessian(hessian, damping)
-    grid, stacked = _Grid(bits, group_size, dtype), torch.cat(dense)
+    grid, stacked = _Grid(bits, group_size, dtype, symmetric), torch.cat(dense)
     if prune is None:
         passes = [_rounded(stacked, factor, grid)]
     else:
@@ -74,16 +82,19 @@ def gptq_siblings(
 def _results(
     dense: Sequence[Tensor],
     sizes: Sequence[int],
-    rounded: tuple[Tensor, Tensor, Tensor],
+    rounded: tuple[Rounded, Tensor],
     dtype: torch.dtype,
     hessian: Tensor,
     damping: float,
 ) -> list[GPTQResult]:
     """Take stacked weights apart again."""
-    codes, scale, quantized = (rows.split(sizes) for rows in rounded)
+    (codes, scale, zero_point), quantized = rounded
+    points = [None] * len(sizes) if zero_point is None else zero_point.split(sizes)
     return [
-        GPTQResult(own_codes, own_scale.to(dtype), damping, relative_error(before, after, hessian))
-        for own_codes, own_scale, before, after in zip(codes, scale, dense, quantized)
+        GPTQResult(own_codes, own_scale.to(dtype), damping, relative_error(before, after, hessian), own_points)
+        for own_codes, own_scale, own_points, before, after in zip(
+            codes.split(sizes), scale.split(sizes), points, dense, quantized.split(sizes)
+        )
     ]
 
 
@@ -101,7 +112,7 @@ def round_columns(
     on the weights as they are.  weight: (out, in) float32.  dtype: of the stored scales.  scale: (out, groups) float32
     to use instead.  Returns codes (out, in) int8 and scale (out, groups) float32.
     """
-    return _rounded(weight, factor, _Grid(bits, group_size, dtype), scale=scale)[:2]
+    return _rounded(weight, factor, _Grid(bits, group_size, dtype), scale=scale)[0][:2]
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,13 @@ class _Grid:
     bits: int
     group_size: int | None
     dtype: torch.dtype
+    symmetric: bool = True
+
+    def search(self, columns: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero point (out,) for columns (in, out); see ``search_scale``."""
+        if self.symmetric:
+            return search_scale(columns, importance, self.bits, self.dtype), None
+        return search_affine(columns, importance, self.bits, self.dtype)
 
 
 def _rounded(
@@ -119,15 +137,20 @@ def _rounded(
     grid: _Grid,
     selection: Selection | None = None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes (out, in) int8, scales (out, groups) float32 and the values (out, in) float32."""
+) -> tuple[Rounded, Tensor]:
+    """Return codes, float32 scales and zero points, and the values (out, in) float32."""
     rounding = _GroupRounding(weight, factor, grid, selection, scale)
     values = compress_columns(weight, factor, grid.group_size, rounding, selection)
-    return rounding.codes.T.contiguous(), torch.stack(rounding.scales, dim=1), values
+    zeros = [zero.to(torch.int8) for zero in rounding.zeros if zero is not None]
+    points = torch.stack(zeros, dim=1) if zeros else None
+    return Rounded(rounding.codes.T.contiguous(), torch.stack(rounding.scales, dim=1), points), values
 
 
 class _GroupRounding:
-    """Rounds columns to the grid of their group.  codes: (in, out) int8.  scales: one (out,) per group so far."""
+    """Rounds columns to the grid of their group.
+
+    codes: (in, out) int8.  scales, zeros: one (out,) per group so far; the zero points are None on symmetric grids.
+    """
 
     def __init__(
         self, weight: Tensor, factor: HessianFactor, grid: _Grid, selection: Selection | None, scale: Tensor | None
@@ -138,25 +161,35 @@ class _GroupRounding:
         self.codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
         self.rounded = torch.empty(rows, dtype=torch.float32, device=weight.device)
         self.given = scale
+        self.given_zero: Tensor | None = None
         self.scales: list[Tensor] = []
+        self.zeros: list[Tensor | None] = []
         if grid.group_size is None and scale is None:
             kept = weight.T if selection is None else weight.T.masked_fill(selection.choose(0, weight.T), 0)
-            self.given = search_scale(kept.contiguous(), self.strength, grid.bits, grid.dtype).unsqueeze(1)
+            found, self.given_zero = grid.search(kept.contiguous(), self.strength)
+            self.given = found.unsqueeze(1)
 
     def begin(self, start: int, target: Tensor) -> None:
         """Find the scale of the group that begins here; one scale per row is found before the first column."""
         if self.given is None:
             importance = self.strength[start : start + len(target)]
-            self.scales.append(search_scale(target, importance, self.grid.bits, self.grid.dtype))
+            scale, zero = self.grid.search(target, importance)
+            self.scales.append(scale)
+            self.zeros.append(zero)
         elif start == 0 or self.grid.group_size is not None:
             group = 0 if self.grid.group_size is None else start // self.grid.group_size
             self.scales.append(self.given[:, group].contiguous())
+            self.zeros.append(self.given_zero)
 
     def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
         """Return the values (out,) that a column gets, and note their codes."""
-        scale = self.scales[-1]
-        torch.div(target, scale, out=self.rounded).round_().clamp_(*self.range)
+        scale, zero = self.scales[-1], self.zeros[-1]
+        torch.div(target, scale, out=self.rounded)
+        if zero is None:
+            self.rounded.round_().clamp_(*self.range)
+        else:
+            self.rounded.add_(zero).round_().clamp_(*self.range).sub_(zero)
         if pruned is not None:
             self.rounded.masked_fill_(pruned, 0)
-        self.codes[column] = self.rounded
+        self.codes[column] = self.rounded if zero is None else self.rounded + zero
         return dequantized(self.rounded, scale, self.grid.dtype)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hfcompress.packed.packing import code_range
+
+
+class Rounded(NamedTuple):
+    """A matrix on its grid: ``(codes - zero_point) * scale``.
+
+    codes: (rows, columns) int8.  scale: (rows, groups).  zero_point: (rows, groups) int8, None where it is 0.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
 
 SHRINK_FACTORS = tuple(1.1 - 0.025 * step for step in range(25))
 
@@ -51,3 +65,35 @@ def search_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dt
         smallest = torch.where(better, error, smallest)
         best = torch.where(better, scale, best)
     return best
+
+
+def affine_grid(columns: Tensor, bits: int, dtype: torch.dtype, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point that spread the codes from the smallest to the largest value of each output row.
+
+    The zero point is a code, so 0 stays exactly 0.  columns: (in, out) float32.  shrink: of the spread, towards 0.
+    Returns (out,) float32 each; the zero point holds whole numbers.
+    """
+    low, high = code_range(bits)
+    lowest, highest = columns.amin(0).clamp_max_(0), columns.amax(0).clamp_min_(0)
+    scale = storable_scale((highest - lowest) * (shrink / (2**bits - 1)), dtype)
+    return scale, (low - lowest * shrink / scale).round_().clamp_(low, high)
+
+
+def search_affine(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero point of each output row with the smallest weighted squared rounding error.
+
+    Searched as ``search_scale`` does, over spreads shrunk by ``SHRINK_FACTORS``; the same arguments.
+    Returns (out,) float32 each.
+    """
+    low, high = code_range(bits)
+    best, best_zero = affine_grid(columns, bits, dtype)
+    smallest = torch.full_like(best, torch.inf)
+    for factor in SHRINK_FACTORS:
+        scale, zero = affine_grid(columns, bits, dtype, factor)
+        steps = columns / scale
+        nearest = (steps + zero).round_().clamp_(low, high).sub_(zero)
+        error = torch.mv(nearest.sub_(steps).square_().T, importance) * scale.square()
+        better = error < smallest
+        smallest = torch.where(better, error, smallest)
+        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
+    return best, best_zero

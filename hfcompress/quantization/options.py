@@ -17,6 +17,9 @@ class RTN:
 
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
+    symmetric: code 0 stands for 0; otherwise each group also has a zero point.
+    scale: ``absmax`` takes it from the group's largest values, ``mse`` the one with the smallest squared error.
+    embeddings, head: quantize the input embeddings or the output head too; tied ones go together.
     """
 
     needs_calibration: ClassVar[bool] = False
@@ -24,6 +27,10 @@ class RTN:
     bits: Bits = 8
     group_size: Annotated[int, Field(ge=8)] | None = None
     exclude: tuple[str, ...] = ()
+    symmetric: bool = True
+    scale: Literal["absmax", "mse"] = "absmax"
+    embeddings: bool = False
+    head: bool = False
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
@@ -33,6 +40,8 @@ class GPTQ:
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
+    symmetric: code 0 stands for 0; otherwise each group also has a zero point.
+    embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -41,3 +50,6 @@ class GPTQ:
     group_size: Annotated[int, Field(ge=8)] | None = 128
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     exclude: tuple[str, ...] = ()
+    symmetric: bool = True
+    embeddings: bool = False
+    head: bool = False

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import gcd
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.calibration import ColumnPruning
 from hfcompress.errors import ModelError, did_you_mean
-from hfcompress.packed import packed_linears
+from hfcompress.packed import has_packed_form, packed_layers
+from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.structure.stack import stack_linears
 
@@ -24,13 +26,31 @@ SMALLEST_HALF = 32
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """One linear layer and the grid it gets.  name: the full name.  group_size: None is one scale per output row."""
+    """One layer and the grid it gets.
+
+    name: the full name.  group_size: columns of the stored matrix that share a scale; None is one scale per row.
+    also: other modules with the same weight by name, which become packed together with this one.
+    """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
     bits: int
     group_size: int | None
     requested_group_size: int | None
+    symmetric: bool = True
+    also: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> Tensor:
+        """Return the weight as it is stored: (out, in), but (in, out) for Conv1D and (tokens, size) for embeddings."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight of a linear layer as rows of outputs, (out, in)."""
+        return self.matrix.T if isinstance(self.module, Conv1D) else self.matrix
 
 
 def fitting_group_size(in_features: int, requested: int | None) -> int | None:
@@ -54,10 +74,10 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLine
     Raises ModelError when the model is quantized already, has layers that cannot be packed, shares or damages a
     targeted weight, or when nothing is left to quantize. Warns once about group sizes that do not divide.
     """
-    already = packed_linears(model)
+    already = packed_layers(model)
     if already or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead.")
-    candidates = stack_linears(model)
+    candidates = {**stack_linears(model), **outside_layers(model, method.embeddings, method.head)}
     _check_exclude(model, candidates, method.exclude)
     chosen = {name: module for name, module in candidates.items() if not _matches(name, method.exclude)}
     if not chosen:
@@ -65,17 +85,53 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLine
             f"exclude={list(method.exclude)} leaves no linear layer of {type(model).__name__} to quantize. "
             f"Its {len(candidates)} linear layers have names like {_examples(candidates)}."
         )
-    linears = _packable(chosen)
-    _check_weights(model, linears)
+    also = _check_weights(model, chosen)
+    chosen = {name: model.get_submodule(name) for name in also}
     asked = method.group_size
-    # Stock Transformers reads an encoder-decoder's layers by one scheme only, so there one group size has to fit all.
-    common = gcd(*(linear.in_features for linear in linears.values())) if _is_seq2seq(model) else None
+    sizes = {name: _columns(module) for name, module in chosen.items()}
+    # Stock Transformers unpacks some models by one scheme only, so there one group size has to fit all.
+    plain = method.symmetric and all(isinstance(module, nn.Linear) for module in chosen.values())
+    common = None if plain and not is_seq2seq(model) else gcd(*sizes.values())
     planned = [
-        PlannedLinear(name, linear, method.bits, fitting_group_size(common or linear.in_features, asked), asked)
-        for name, linear in linears.items()
+        PlannedLinear(
+            name,
+            module,
+            method.bits,
+            fitting_group_size(common or sizes[name], asked),
+            asked,
+            method.symmetric,
+            {other: model.get_submodule(other) for other in also[name]},
+        )
+        for name, module in chosen.items()
     ]
     _warn_about_group_sizes(planned)
     return planned
+
+
+def _columns(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1])
+
+
+def outside_layers(model: PreTrainedModel, embeddings: bool, head: bool) -> dict[str, nn.Module]:
+    """Return the input embeddings and the output head by name, where they are asked for.
+
+    Raises ModelError when the model has none, such as embeddings of pixels.
+    """
+    found: dict[str, nn.Module] = {}
+    for asked, get, kind in (
+        (embeddings, model.get_input_embeddings, nn.Embedding),
+        (head, model.get_output_embeddings, nn.Linear),
+    ):
+        if not asked:
+            continue
+        module = get()
+        if not isinstance(module, kind):
+            what = "embeddings" if kind is nn.Embedding else "head"
+            raise ModelError(f"{what}=True, but {type(model).__name__} has no {what} over a vocabulary. Leave it out.")
+        found[next(name for name, one in model.named_modules() if one is module)] = module
+    return found
 
 
 def check_joint_pruning(method: RTN | GPTQ, prune: ColumnPruning, planned: Iterable[PlannedLinear]) -> None:
@@ -94,15 +150,12 @@ def check_joint_pruning(method: RTN | GPTQ, prune: ColumnPruning, planned: Itera
         )
     period = prune.period or 1
     for one in planned:
-        if one.module.in_features % period or (one.group_size or period) % period:
+        in_features = one.weight.shape[1]
+        if in_features % period or (one.group_size or period) % period:
             raise ModelError(
                 f"{one.name}: groups of {period} columns of the pruning pattern do not divide its "
-                f"{one.module.in_features} input columns or its quantization groups of {one.group_size} columns."
+                f"{in_features} input columns or its quantization groups of {one.group_size} columns."
             )
-
-
-def _is_seq2seq(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -124,33 +177,39 @@ def _check_exclude(model: nn.Module, candidates: Mapping[str, nn.Module], exclud
             )
 
 
-def _packable(chosen: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
-    linears: dict[str, nn.Linear] = {}
-    for name, module in chosen.items():
-        if not isinstance(module, nn.Linear):
-            raise ModelError(
-                f"{name} is a {type(module).__name__} (GPT-2's layout of a linear layer). GPT-2's Conv1D cannot be "
-                "quantized yet: the compressed-tensors format knows nn.Linear only."
-            )
-        linears[name] = module
-    return linears
+def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Return the modules to pack, each with the names of those that share its weight: tied embeddings and heads.
 
-
-def _check_weights(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    """Refuse weights that live in two places, are no floating numbers, or hold NaN or infinite values."""
+    Refuses layers that compute more than a product, and weights that are no floating numbers, hold NaN or infinite
+    values, or are shared by layers that would have to be packed apart.
+    """
     homes: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            homes.setdefault(id(parameter), []).append(f"{name}.{parameter_name}")
-    for name, linear in linears.items():
-        weight = linear.weight
-        shared = homes[id(weight)]
-        if len(shared) > 1:
-            raise ModelError(f"{name} shares its weight ({', '.join(shared)}), so it cannot be replaced; exclude it.")
-        if not weight.is_floating_point() or weight.device.type == "meta":
-            raise ModelError(f"{name}.weight is {weight.dtype} on {weight.device}, not loaded floating numbers.")
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(f"{name}.weight holds NaN or infinite values; the checkpoint is damaged.")
+        if "weight" in module._parameters:
+            homes.setdefault(id(module.weight), []).append(name)
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in chosen.items():
+        _check_values(name, module)
+        first, *others = homes[id(module.weight)]
+        modules = [model.get_submodule(one) for one in (first, *others)]
+        refused = next((one for one in modules if not has_packed_form(one)), None)
+        if refused is not None:
+            raise ModelError(f"{name} is a {type(refused).__name__}, which has no packed form yet; leave it out.")
+        if others and not any(isinstance(one, nn.Embedding) for one in modules):
+            raise ModelError(
+                f"{name} shares its weight ({', '.join((first, *others))}), so it cannot be replaced; exclude it."
+            )
+        found.setdefault(first, tuple(others))
+    return found
+
+
+def _check_values(name: str, module: nn.Module) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point() or weight.device.type == "meta":
+        raise ModelError(f"{name}.weight is {weight.dtype} on {weight.device}, not loaded floating numbers.")
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(f"{name}.weight holds NaN or infinite values; the checkpoint is damaged.")
 
 
 def _warn_about_group_sizes(planned: Iterable[PlannedLinear]) -> None:
@@ -158,7 +217,7 @@ def _warn_about_group_sizes(planned: Iterable[PlannedLinear]) -> None:
     for one in planned:
         if one.group_size != one.requested_group_size:
             size = "one scale per row" if one.group_size is None else str(one.group_size)
-            note = f"{one.requested_group_size} -> {size} for {one.module.in_features} columns"
+            note = f"{one.requested_group_size} -> {size} for {_columns(one.module)} columns"
             changed.setdefault(note, []).append(one.name)
     if changed:
         parts = [f"{note} ({len(names)} layers, such as {names[0]})" for note, names in changed.items()]

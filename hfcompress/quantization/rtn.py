@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import absmax_scale
+from hfcompress.quantization.grids import Rounded, absmax_scale, affine_grid, search_affine, search_scale
+
+Scale = Literal["absmax", "mse"]
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+def round_to_nearest(
+    weight: Tensor,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool = True,
+    scale: Scale = "absmax",
+    dtype: torch.dtype | None = None,
+) -> Rounded:
     """Quantize a weight without data.
 
-    weight: (out, in).  group_size: input columns that share a scale, a divisor of ``in``; None is all.
-    Returns codes (out, in) int8 and scale (out, groups) in the weight's dtype. Zeros stay zeros.
+    weight: (rows, columns).  group_size: columns that share a scale, a divisor of ``columns``; None is all.
+    symmetric: code 0 stands for 0; otherwise each group has a zero point.  scale: from the group's largest values, or
+    the one with the smallest squared rounding error.  dtype: of the scales; None is the weight's.  Zeros stay zeros.
     """
     rows, columns = weight.shape
-    groups = weight.detach().float().view(rows, -1, group_size or columns)
-    scale = absmax_scale(groups, bits, weight.dtype)
-    codes = torch.round(groups / scale).clamp_(*code_range(bits)).to(torch.int8)
-    return codes.view(rows, columns), scale.squeeze(-1).to(weight.dtype)
+    dtype = dtype or weight.dtype
+    groups = weight.detach().float().reshape(-1, group_size or columns)
+    found, zero = _grid(groups, bits, dtype, symmetric, scale == "mse")
+    steps = groups / found.unsqueeze(1)
+    if zero is not None:
+        steps += zero.unsqueeze(1)
+    codes = torch.round(steps).clamp_(*code_range(bits)).to(torch.int8)
+    points = None if zero is None else zero.to(torch.int8).view(rows, -1)
+    return Rounded(codes.view(rows, columns), found.to(dtype).view(rows, -1), points)
+
+
+def _grid(
+    groups: Tensor, bits: int, dtype: torch.dtype, symmetric: bool, search: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return scale and zero point of each row of ``groups``, (groups,) float32."""
+    alike = torch.ones(groups.shape[1], device=groups.device)
+    if symmetric:
+        scale = search_scale(groups.T, alike, bits, dtype) if search else absmax_scale(groups, bits, dtype).squeeze(-1)
+        return scale, None
+    return search_affine(groups.T, alike, bits, dtype) if search else affine_grid(groups.T, bits, dtype)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import ModelError
-from hfcompress.packed import packed_linears
+from hfcompress.packed import packed_layers
 from hfcompress.pruning.masks import prunable_weights
 from hfcompress.pruning.oneshot.magnitude import Magnitude
 from hfcompress.pruning.oneshot.options import group_pattern
@@ -41,7 +41,7 @@ def plan_weights(
     Raises ModelError when the model is quantized, when nothing matches, and for a weight that the method cannot prune
     or that is damaged.
     """
-    if packed_linears(model) or getattr(model.config, "quantization_config", None) is not None:
+    if packed_layers(model) or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
             f"{type(model).__name__} is quantized already; prune the dense model first and quantize it then, or give "
             "quantize a SparseGPT to do both in one pass."
