@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
@@ -188,14 +189,24 @@ def _become(words: list[str], cwd: str, spy: Spy | None) -> None:
 def _run(words: list[str]) -> None:
     kind, program, *arguments = words
     if kind == "-m" or "from hfcompress" in program:
-        # A run's own server of fresh processes would begin with the imports that are made here already.
-        importlib.import_module("hfcompress.fresh").forks_are_safe = lambda: False
+        # A run's own fresh interpreters would begin with the imports that are made here already.
+        importlib.import_module("hfcompress.fresh").FreshProcesses = _Forked
     if kind == "-m":
         sys.argv = [program, *arguments]
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         sys.argv = [kind, *arguments]
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+
+
+class _Forked(nullcontext["_Forked"]):
+    """``FreshProcesses`` by the ``subprocess.run`` that forks."""
+
+    def __init__(self, *preload: str) -> None:
+        super().__init__(self)
+
+    def run(self, words: Sequence[str]) -> int:
+        return subprocess.run([sys.executable, "-m", "hfcompress", *words], check=False).returncode
 
 
 def _fork_instead_of_starting() -> None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,7 @@ def test_measurement_of_a_language_model(tokenizer: PreTrainedTokenizerFast) -> 
     assert len(found.continuation.split()) <= 5
     assert (found.dtype, found.device) == ("float32", "cpu")
     assert found.machine["threads"] == torch.get_num_threads()
-    assert found.machine["torch"] == torch.__version__
+    assert found.machine["torch"] == version("torch")
     assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 

@@ -1,4 +1,4 @@
-"""Commands in fresh processes: each its own, none with what another left, however they and their server end."""
+"""Commands in fresh interpreters: each its own, and none is left behind however they end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hfcompress import fresh
 from hfcompress.fresh import FreshProcesses
-
-pytestmark = pytest.mark.skipif(not fresh.forks_are_safe(), reason="an accelerator's driver does not survive a fork")
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +49,6 @@ def test_measures_as_a_new_interpreter_does(processes: FreshProcesses, finished:
         assert one["peak_memory_bytes"] == pytest.approx(measured[-1]["peak_memory_bytes"], rel=0.25)
 
 
-def children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
-def waiting_command(server: int) -> int:
-    """Return the process of the command that the server runs, once it is there."""
-    deadline = time.monotonic() + 60
-    while not children(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return children(server)[0]
-
-
 @pytest.fixture
 def endless(tmp_path: Path) -> list[str]:
     """A command that waits for ever: its recipe is a pipe that nobody writes to."""
@@ -74,42 +58,28 @@ def endless(tmp_path: Path) -> list[str]:
 
 def test_a_killed_command_ends_alone(endless: list[str]) -> None:
     with FreshProcesses() as running, ThreadPoolExecutor() as threads:
+        command = running.spare
         status = threads.submit(running.run, endless)
-        os.kill(waiting_command(running.server), signal.SIGKILL)
-        assert status.result() == -signal.SIGKILL
-        assert running.run(["validate", "sst2_minilm"]) == 0
-
-
-def test_a_killed_server_is_a_failure_and_no_hang(endless: list[str]) -> None:
-    with FreshProcesses() as running, ThreadPoolExecutor() as threads:
-        status = threads.submit(running.run, endless)
-        command = waiting_command(running.server)
-        os.kill(running.server, signal.SIGKILL)
         os.kill(command, signal.SIGKILL)
         assert status.result() == -signal.SIGKILL
-        assert running.run(["validate", "sst2_minilm"]) == -signal.SIGKILL
-
-
-def test_ctrl_c_ends_the_command_and_not_the_server(endless: list[str]) -> None:
-    with FreshProcesses() as running, ThreadPoolExecutor() as threads:
-        status = threads.submit(running.run, endless)
-        command = waiting_command(running.server)
-        time.sleep(0.5)  # until it waits for its pipe
-        for process in (running.server, command):
-            os.kill(process, signal.SIGINT)
-        assert status.result() != 0
         assert running.run(["validate", "sst2_minilm"]) == 0
 
 
-def test_the_server_ends_with_the_process_that_started_it() -> None:
+def test_ctrl_c_is_for_the_command_and_not_for_the_one_that_waits() -> None:
+    with FreshProcesses() as running:
+        time.sleep(2)  # until it waits
+        os.kill(running.spare, signal.SIGINT)
+        assert running.run(["validate", "sst2_minilm"]) == 0
+
+
+def test_the_one_that_waits_ends_with_the_process_that_started_it() -> None:
     code = (
         "import os\nfrom hfcompress.fresh import FreshProcesses\n"
-        "running = FreshProcesses()\nrunning.run(['validate', 'sst2_minilm'])\n"
-        "print(running.server, flush=True)\nos.kill(os.getpid(), 9)"
+        "print(FreshProcesses().spare, flush=True)\nos.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
-    server = Path("/proc") / killed.stdout.split()[-1]
+    spare = Path("/proc") / killed.stdout.strip()
     deadline = time.monotonic() + 60
-    while server.exists():
+    while spare.exists():
         assert time.monotonic() < deadline, "still there a minute later"
         time.sleep(0.01)
