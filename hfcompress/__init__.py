@@ -44,6 +44,8 @@ _HOME_OF = {
     "verify_checkpoint": "hfcompress.checkpoint",
     "Measurement": "hfcompress.evaluate",
     "measure": "hfcompress.evaluate",
+    "ModelCardMixin": "hfcompress.publish",
+    "push": "hfcompress.publish",
     "write_model_card": "hfcompress.publish",
     "HFCompressError": "hfcompress.errors",
 }

@@ -215,6 +215,40 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
             Console().print(table)
 
 
+@app.command()
+def card(
+    folder: Folder,
+    repo: Annotated[str | None, typer.Option(help="Repository that the loading example names.")] = None,
+) -> None:
+    """Write a checkpoint's model card and its pictures from its measurements."""
+    from hfcompress.publish import write_model_card
+
+    print(write_model_card(folder, repo))
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(help="Where to: USER/NAME, or NAME for your own.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a repository made now.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint with its card to the Hub: all in one commit, or nothing."""
+    import dataclasses
+
+    from hfcompress.publish import push
+
+    pushed = push(folder, repo, private=private, revision=revision, create_pr=create_pr)
+    if as_json:
+        _print_json(dataclasses.asdict(pushed))
+        return
+    print(f"{len(pushed.files)} files {'pushed' if pushed.changed else 'were there already'}: {pushed.url}")
+    if pushed.left_out:
+        print(f"Not uploaded, as they are not part of the checkpoint: {', '.join(pushed.left_out)}")
+
+
 def main() -> None:
     """Run the command; a user's error is one clear message and exit status 1, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

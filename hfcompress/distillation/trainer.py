@@ -18,9 +18,10 @@ from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.projections import ProjectionTrainer
 from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_own_task_loss
+from hfcompress.publish.trained import ModelCardMixin
 
 
-class DistillationTrainer(ProjectionTrainer, Trainer):
+class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
     """Train ``model`` on its task and on what ``teacher_model`` answers (Hinton et al., arXiv 1503.02531).
 
     A teacher runs in evaluation mode without gradients, in its own dtype and on its own device, and is not part of

@@ -47,7 +47,7 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """
     folder = Path(folder)
     facts = load_facts(folder)
-    pictures = {}
+    pictures: dict[str, str] = {}
     for name, (file, draw) in PICTURES.items():
         if draw(facts, folder / file) is None:
             (folder / file).unlink(missing_ok=True)
@@ -56,6 +56,12 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
     write_text(folder / CARD, render_card(facts, _config(folder), pictures, repo_id))
     list_own_files(folder, [CARD, *pictures.values()])
     return folder / CARD
+
+
+def render_folder(folder: Path, repo_id: str | None = None) -> str:
+    """Return the text of a folder's card, with the pictures that lie beside it."""
+    pictures = {name: file for name, (file, _) in PICTURES.items() if (folder / file).is_file()}
+    return render_card(load_facts(folder), _config(folder), pictures, repo_id)
 
 
 def render_card(
@@ -114,7 +120,8 @@ def metadata(facts: Facts) -> ModelCardData:
         library_name="transformers",
         license=facts.base_model_license,
         pipeline_tag=page.pipeline_tag if page else None,
-        tags=["hfcompress", *tags],
+        tags=list(dict.fromkeys(["hfcompress", *tags, *(facts.training.get("tags") or ())])),
+        language=facts.training.get("language"),
         datasets=[dataset] if dataset else None,
         metrics=list(facts.metric_names) or None,
         model_name=facts.name,

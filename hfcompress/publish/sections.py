@@ -6,7 +6,7 @@ from hfcompress.evaluate import Measurement
 from hfcompress.publish.facts import Facts
 from hfcompress.publish.markdown import code, fenced, table
 from hfcompress.publish.numbers import NOT_MEASURED, duration, megabytes, metric, percent, times
-from hfcompress.publish.sharing import shared_name
+from hfcompress.publish.sharing import shared_name, shared_text
 from hfcompress.publish.tables import dtype_note, speed_note, stage_cells, stage_headers
 
 _MACHINE = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "platform": "{}", "python": "Python {}",
@@ -119,7 +119,7 @@ def continuation(facts: Facts) -> dict[str, str] | None:
 def training(facts: Facts) -> str:
     """List what the Trainer and its callbacks were told, for a model that no recipe made."""
     told = facts.training.get("options") or {}
-    return "\n".join(f"- {code(name)}: {code(str(value))}" for name, value in told.items())
+    return "\n".join(f"- {code(name)}: {code(shared_text(str(value)))}" for name, value in told.items())
 
 
 def provenance(facts: Facts) -> str:

@@ -1,0 +1,181 @@
+"""Push a checkpoint to the Hub: all of it in one commit, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from hfcompress.checkpoint.files import INDEX
+from hfcompress.errors import CheckpointError, HFCompressError
+from hfcompress.progress import busy, say
+from hfcompress.publish.card import CARD
+from hfcompress.publish.uploads import Upload, choose_files
+
+_AGAIN = (
+    "Nothing is half published: either all of it is there or nothing. Run the same command again; what was uploaded "
+    "already is not sent twice."
+)
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a checkpoint is now.  changed: False when everything was there already.  left_out: files not uploaded."""
+
+    url: str
+    commit: str
+    changed: bool
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def push(
+    source: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Upload a checkpoint folder, or a Trainer's model with a card of its training, in one commit.
+
+    private: of a repository that is made now; one that exists must not be public when True is asked for.
+    revision: the branch, made if it is not there.  create_pr: open a pull request instead of writing to the branch.
+    Files of a large checkpoint go up one by one, and a second call sends only what is still missing; nobody sees any
+    of it before the one commit at the end.  Weight files of an earlier push that this checkpoint lacks are removed by
+    the same commit.
+    Raises CheckpointError for a folder that is no whole checkpoint with a card, HFCompressError for what the Hub or
+    the way to it refuses; the token is in no message.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise HFCompressError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and run this again.")
+    if create_pr and revision not in (None, "main"):
+        raise HFCompressError(f"A pull request is against main; leave revision={revision!r} or create_pr out.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HFCompressError(f"'{repo_id}' cannot be a repository: {error}") from error
+    if not isinstance(source, (str, Path)):
+        from hfcompress.publish.trained import saved_for_push
+
+        with saved_for_push(source) as folder:
+            return push(folder, repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
+    folder = Path(source).expanduser()
+    upload = choose_files(folder, repo_id)
+    check_card(folder)
+    with _explained(repo_id):
+        return _commit(HfApi(token=token), upload, repo_id, private, revision or "main", create_pr)
+
+
+def check_card(folder: Path) -> None:
+    """Raise CheckpointError unless the folder has a card whose metadata the Hub takes and which names the library."""
+    file = folder / CARD
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no {CARD}, and a model without a card tells nobody what it is. `hfcompress card {folder}` "
+            "writes it from measurements.json; a run's output has both."
+        )
+    try:
+        data = ModelCard.load(file, ignore_metadata_errors=False).data
+    except Exception as error:  # YAML and the Hub's own classes raise many kinds; each means the same to the user
+        raise CheckpointError(f"The metadata at the top of {file} cannot be read: {error}") from error
+    missing = [name for name in ("library_name", "tags") if not data.get(name)]
+    if missing:
+        raise CheckpointError(
+            f"The metadata at the top of {file} lacks {' and '.join(missing)}, by which the Hub finds and loads it. "
+            f"Add them, or let `hfcompress card {folder}` write the card anew."
+        )
+
+
+def _commit(api: HfApi, upload: Upload, repo_id: str, private: bool | None, revision: str, create_pr: bool) -> Pushed:
+    say(f"pushing {len(upload.files)} files to {repo_id}")
+    url = _repository(api, repo_id, private, create_pr)
+    repo_id = url or repo_id
+    if revision != "main" and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = api.repo_info(repo_id, revision=revision)
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    stale = sorted(name for name in there - set(upload.files) if _is_weight(name))
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    with busy(f"uploading to {repo_id}"):
+        # Somebody else's commit in between would leave a mixture of two models: parent_commit refuses it.
+        made = api.create_commit(
+            repo_id, operations, commit_message="Upload the model and its card with hfcompress", revision=revision,
+            create_pr=create_pr, parent_commit=None if create_pr else before.sha,
+        )  # fmt: skip
+    shown = made.pr_url or f"{api.endpoint}/{repo_id}" + ("" if revision == "main" else f"/tree/{revision}")
+    return Pushed(shown, made.oid, made.oid != before.sha, tuple(upload.files), upload.left_out)
+
+
+def _repository(api: HfApi, repo_id: str, private: bool | None, create_pr: bool) -> str:
+    """Return the full id of the repository, which is made unless it is there."""
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    if api.repo_exists(repo_id):
+        if private and api.repo_info(repo_id).private is False:
+            raise HFCompressError(
+                f"{repo_id} exists and is public, but private=True was asked for. Nothing was uploaded; choose "
+                "another name or change its visibility first."
+            )
+        return repo_id
+    if create_pr:
+        raise HFCompressError(f"{repo_id} does not exist, so there is nothing to open a pull request against.")
+    return str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
+def _is_weight(name: str) -> bool:
+    return "/" not in name and (name.endswith((".safetensors", ".bin")) or name == INDEX)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub and the network raise into one message that says what to do."""
+    try:
+        yield
+    except HFCompressError:
+        raise
+    except Exception as error:
+        # The uploading threads' errors come wrapped in a RuntimeError.
+        found = _explanation(error, repo_id) or (error.__cause__ and _explanation(error.__cause__, repo_id))
+        if not found:
+            raise
+        raise HFCompressError(found) from None
+
+
+def _explanation(error: BaseException, repo_id: str) -> str | None:
+    """Return what an error means to the user, None for one that is not of the Hub or the way to it."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"There is no token to write to {repo_id} with. {_LOG_IN}"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        meaning = _MEANING.get(status, f"The Hub failed (status {status}) while pushing to {{repo}}. {_AGAIN}")
+        said = _without_token(error.server_message or str(error).splitlines()[0])
+        return f"{meaning.format(repo=repo_id)} ({said})"
+    if isinstance(error, (OSError, HTTPError)):
+        said = _without_token(str(error))
+        return f"The connection to the Hub broke while pushing to {repo_id}: {type(error).__name__}: {said}. {_AGAIN}"
+    return None
+
+
+_MEANING = {
+    401: f"The Hub does not know you, or not as one who may write to {{repo}}. {_LOG_IN}",
+    403: f"You may not write to {{repo}}. {_LOG_IN} Or propose it: --create-pr.",
+    404: "The Hub has no {repo} that you may see, or not that revision. Check the name and the token.",
+    409: "Somebody else changed {repo} at the same time, so nothing was published. Run the same command again.",
+    412: "Somebody else changed {repo} at the same time, so nothing was published. Run the same command again.",
+}
+
+
+def _without_token(text: str) -> str:
+    """Take anything that looks like a token out of a message; ours never hold one, a server's may."""
+    return re.sub(r"\bhf_[A-Za-z0-9_]+", "hf_***", text)

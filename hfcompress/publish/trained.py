@@ -1,0 +1,191 @@
+"""The card of a model that a Trainer made, without a recipe: what its callbacks were told and what it logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import PreTrainedModel, Trainer
+
+from hfcompress.checkpoint import inspect_checkpoint, save_compressed
+from hfcompress.checkpoint.atomic import write_text
+from hfcompress.checkpoint.verify import Verification
+from hfcompress.errors import HFCompressError
+from hfcompress.evaluate import Measurement, describe_machine
+from hfcompress.publish.card import write_model_card
+from hfcompress.publish.facts import FILE_NAME
+from hfcompress.publish.loading import TASK_PAGES
+
+_NOT_QUALITY = ("runtime", "per_second", "sparsity", "pruned", "epoch")
+_TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
+         "gradient_accumulation_steps", "bf16", "fp16", "temperature", "alpha")  # fmt: skip
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class ModelCardMixin(_Base):
+    """Gives a Trainer our model card: ``class MyTrainer(hfcompress.ModelCardMixin, Trainer)``.
+
+    ``create_model_card``, which ``push_to_hub`` calls, then writes the card and ``measurements.json`` into the output
+    folder: what was trained how, and what the Trainer measured on the weights as they are now.
+    """
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md and measurements.json into the output folder, from this process if it is the first.
+
+        The model is saved there first if it is not yet: sizes on a card are those of files.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        if not (folder / "config.json").is_file():
+            self.save_model(_internal_call=True)
+        asked = [tags] if isinstance(tags, str) else list(tags or ())
+        data = dataset if isinstance(dataset, str) or dataset is None else next(iter(dataset), None)
+        facts = facts_of_trainer(self, folder, name=model_name)
+        facts |= {"base_model": finetuned_from or facts["base_model"], "base_model_license": license}
+        facts["data"] = {"id": data} if data else facts["data"]
+        facts["training"]["tags"] = asked
+        facts["training"]["language"] = language
+        write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
+
+
+def facts_of_trainer(
+    trainer: Trainer, folder: Path, *, name: str | None = None, verified: Verification | None = None
+) -> dict[str, Any]:
+    """Return the content of ``measurements.json`` for a Trainer's model, saved in ``folder``.
+
+    verified: how the saved model compared when it was reloaded; None says that it was not.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    callbacks = [one for one in trainer.callback_handler.callbacks if hasattr(one, "reached")]
+    teacher = getattr(trainer, "teacher_model", None)
+    metrics, evaluated = _last_evaluation(trainer)
+    steps = f"{trainer.state.global_step} steps"
+    shares = [f"{one.reached(model):.1%} of the targeted {one.what} pruned" for one in callbacks]
+    summary = inspect_checkpoint(folder)
+    measured = Measurement(
+        parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=metrics,
+        bytes_on_disk=summary.bytes_on_disk, dtype=str(model.dtype).removeprefix("torch."),
+        stored_dtypes=summary.total.dtypes, device=str(trainer.args.device), machine=describe_machine(),
+        rows=_rows(trainer.eval_dataset) if metrics else None,
+    )  # fmt: skip
+    return {
+        "hfcompress": version("hfcompress"),
+        "name": name or Path(str(trainer.args.output_dir)).absolute().name,
+        "task": _task_of(model),
+        "created": datetime.now(timezone.utc).date().isoformat(),
+        "base_model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "base_model_license": None,
+        "data": None,
+        "recipe": None,
+        "seed": trainer.args.seed,
+        "training": {
+            "techniques": ["pruned"] * bool(callbacks) + ["distilled"] * (teacher is not None),
+            "evaluated": evaluated,
+            "options": _told(trainer, callbacks, teacher),
+        },
+        "stages": [{"name": "trained", "summary": ", ".join([steps, *shares]), "seconds": _runtime(trainer),
+                    "measurement": measured.to_dict()}],
+        "loads_without_hfcompress": None if verified is None else not verified.with_hfcompress,
+        "verification": {} if verified is None else {
+            "hfcompress" if verified.with_hfcompress else "stock": dataclasses.asdict(verified)},
+        "layers": [{"name": one.name, "parameters": one.parameters, "nonzero": one.nonzero, "bytes": one.bytes}
+                   for one in summary.layers],
+    }  # fmt: skip
+
+
+def _last_evaluation(trainer: Trainer) -> tuple[dict[str, float], str]:
+    """Return the metrics of the weights as they are now, and when they were taken; none if they were not."""
+    state = trainer.state
+    now = state.global_step
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        now = state.best_global_step
+    for logs in reversed(state.log_history):
+        if "eval_loss" in logs and logs.get("step") == now:
+            found = {name.removeprefix("eval_"): float(value) for name, value in logs.items()
+                     if name.startswith("eval_") and isinstance(value, (int, float))
+                     and not any(part in name for part in _NOT_QUALITY)}  # fmt: skip
+            return found, f"at step {now} of {state.max_steps}"
+    return {}, "which did not evaluate these weights"
+
+
+def _runtime(trainer: Trainer) -> float | None:
+    found = [logs["train_runtime"] for logs in trainer.state.log_history if "train_runtime" in logs]
+    return float(found[-1]) if found else None
+
+
+def _rows(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") and not isinstance(data, Mapping) else None
+
+
+def _task_of(model: PreTrainedModel) -> str:
+    """Return the task by the Auto class that knows the model's class."""
+    for task, page in TASK_PAGES.items():
+        auto = getattr(transformers, page.auto_class, None)
+        known = getattr(auto, "_model_mapping", {})
+        if type(model.config) in known and type(model) is known[type(model.config)]:
+            return task
+    return "feature-extraction"
+
+
+def _told(trainer: Trainer, callbacks: list[Any], teacher: Any) -> dict[str, Any]:
+    """Return the options of callbacks and the arguments that decide a training, as plain values."""
+    told: dict[str, Any] = {}
+    for one in callbacks:
+        options = {field.name: getattr(one.options, field.name) for field in dataclasses.fields(one.options)}
+        told[type(one).__name__] = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+    if teacher is not None:
+        told["teacher"] = ", ".join(_name_of(one) for one in (teacher if isinstance(teacher, list) else [teacher]))
+    for name in _TOLD:
+        value = getattr(trainer.args, name, None)
+        if value is not None:
+            told[name] = str(getattr(value, "value", value))
+    return told
+
+
+def _name_of(teacher: Any) -> str:
+    """Return what a teacher is called: the name it was opened by, its class, or the folder of its answers."""
+    if isinstance(teacher, (str, Path)):
+        return Path(teacher).name
+    return getattr(getattr(teacher, "config", None), "_name_or_path", "") or type(teacher).__name__
+
+
+@contextmanager
+def saved_for_push(trainer: Any) -> Iterator[Path]:
+    """Save a Trainer's model, verified by reloading, with the card of its training, for the length of the block."""
+    if not isinstance(trainer, Trainer):
+        raise HFCompressError(f"push takes a checkpoint folder or a Trainer, not a {type(trainer).__name__}.")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PreTrainedModel):
+        raise HFCompressError(f"push needs a PreTrainedModel in the Trainer, not a {type(model).__name__}.")
+    with tempfile.TemporaryDirectory(prefix="hfcompress-push-") as scratch:
+        folder = Path(scratch) / Path(str(trainer.args.output_dir)).absolute().name
+        saved = save_compressed(model, folder, trainer.processing_class, verify=True)
+        facts = facts_of_trainer(trainer, folder, verified=saved.verification)
+        write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        write_model_card(folder)
+        yield folder

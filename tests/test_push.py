@@ -1,0 +1,320 @@
+"""Pushing to a Hub on this machine: what arrives loads from there, and what fails leaves nothing half published."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfcompress.checkpoint import save_compressed
+from hfcompress.errors import CheckpointError
+from hfcompress.publish import write_model_card
+from hfcompress.publish.uploads import choose_files
+from tests.conftest import tiny_llama
+from tests.hub_server import TOKEN
+from tests.test_publish import measurements
+
+ROOT = Path(__file__).parent.parent
+
+
+class Hub:
+    """A server in one process and a client of it in another."""
+
+    def __init__(self, home: Path) -> None:
+        self.errors = home / "stderr.txt"
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.hub_server"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert self.server.stdout is not None
+        self.url = self.server.stdout.readline().strip()
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {
+            **plain, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }  # fmt: skip
+        self.client = subprocess.Popen(
+            [sys.executable, "-m", "tests.hub_client"], cwd=ROOT, env=environment, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors.open("w"),
+        )  # fmt: skip
+
+    def run(self, code: str) -> dict[str, Any]:
+        assert self.client.stdin is not None
+        assert self.client.stdout is not None
+        print(json.dumps(code), file=self.client.stdin, flush=True)
+        found: dict[str, Any] = json.loads(self.client.stdout.readline())
+        assert "crash" not in found, found
+        return found
+
+    def push(self, folder: Path, repo: str, **options: Any) -> dict[str, Any]:
+        return self.run(
+            "import dataclasses, hfcompress\n"
+            f"result = dataclasses.asdict(hfcompress.push({str(folder)!r}, {repo!r}, **{options!r}))"
+        )
+
+    def ask(self, path: str, content: Any = None) -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data=data)) as answer:
+            return json.loads(answer.read())
+
+    def files(self, repo: str, branch: str = "main") -> list[str] | None:
+        found = self.ask("/_log")["repos"].get(repo)
+        return None if found is None else found["branches"].get(branch)
+
+    def close(self) -> None:
+        for process in (self.client, self.server):
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    hub = Hub(tmp_path_factory.mktemp("home"))
+    yield hub
+    hub.close()
+    assert TOKEN not in hub.errors.read_text()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Any) -> Path:
+    """A checkpoint with its card and facts, and what a training leaves beside them."""
+    folder = tmp_path / "small"
+    save_compressed(tiny_llama(), folder, tokenizer)
+    values = measurements()
+    values["recipe"] |= {"output": str(folder), "data": {"files": ["/home/somebody/reviews.tsv"]}}
+    values["data"] = values["recipe"]["data"]
+    (folder / "measurements.json").write_text(json.dumps(values))
+    (folder / "recipe.yaml").write_text(f"name: x\noutput: {folder}\n")
+    write_model_card(folder)
+    for name in ("optimizer.pt", "training_args.bin", ".env", "checkpoint-4/model.safetensors", ".cache/x.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not for others")
+    return folder
+
+
+EXPECTED = ["README.md", "config.json", "generation_config.json", "hfcompress.json", "layers.png", "measurements.json",
+            "model.safetensors", "recipe.yaml", "size_against_quality.png", "tokenizer.json",
+            "tokenizer_config.json"]  # fmt: skip
+
+
+def test_push_pull_and_push_again(hub: Hub, folder: Path) -> None:
+    first = hub.push(folder, "tester/small", private=True)["result"]
+    assert first["changed"]
+    assert first["url"] == f"{hub.url}/tester/small"
+    assert hub.files("tester/small") == EXPECTED
+    left = (".cache/x.json", ".env", "checkpoint-4/model.safetensors", "optimizer.pt", "training_args.bin")
+    assert tuple(first["left_out"]) == left
+    assert hub.ask("/_log")["repos"]["tester/small"]["private"] is True
+    pulled = hub.run(
+        "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from safetensors.torch import load_file\n"
+        "model = AutoModelForCausalLM.from_pretrained('tester/small')\n"
+        "AutoTokenizer.from_pretrained('tester/small')\n"
+        f"saved = load_file({str(folder / 'model.safetensors')!r})\n"
+        "result = all(torch.equal(model.state_dict()[name], value) for name, value in saved.items())"
+    )
+    assert pulled["result"] is True
+    again = hub.push(folder, "tester/small")["result"]
+    assert not again["changed"]
+    assert again["commit"] == first["commit"]
+    assert len(hub.ask("/_log")["repos"]["tester/small"]["commits"]) == 1
+
+
+def test_what_arrives_names_no_paths_and_loads_from_the_repository(hub: Hub, folder: Path) -> None:
+    hub.push(folder, "tester/clean")
+    for name in ("README.md", "measurements.json", "recipe.yaml"):
+        with urllib.request.urlopen(f"{hub.url}/tester/clean/resolve/main/{name}") as answer:
+            text = answer.read().decode()
+        assert "/home/somebody" not in text
+        assert str(folder) not in text
+        if name == "README.md":
+            assert 'from_pretrained("tester/clean")' in text
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMy own words.\n")
+    hub.push(folder, "tester/clean")
+    with urllib.request.urlopen(f"{hub.url}/tester/clean/resolve/main/README.md") as answer:
+        assert answer.read().decode() == (folder / "README.md").read_text()  # an edited card stays as it is
+
+
+def test_weights_of_an_earlier_push_do_not_stay(hub: Hub, folder: Path, tokenizer: Any) -> None:
+    hub.push(folder, "tester/shards")
+    shards = folder.parent / "sharded"
+    tiny_llama().save_pretrained(shards, max_shard_size="50KB")
+    tokenizer.save_pretrained(shards)
+    shutil.copy(folder / "README.md", shards)
+    names = {path.name for path in shards.glob("model-*.safetensors")}
+    assert len(names) > 1
+    hub.push(shards, "tester/shards")
+    there = {name for name in hub.files("tester/shards") or [] if name.startswith("model")}
+    assert there == {*names, "model.safetensors.index.json"}
+
+
+def test_a_branch_and_a_pull_request(hub: Hub, folder: Path) -> None:
+    hub.push(folder, "tester/other")
+    (folder / "recipe.yaml").write_text("name: changed\n")
+    branch = hub.push(folder, "tester/other", revision="v2")["result"]
+    assert branch["url"].endswith("/tester/other/tree/v2")
+    assert hub.files("tester/other", "v2") == EXPECTED
+    (folder / "recipe.yaml").write_text("name: proposed\n")
+    pull = hub.push(folder, "tester/other", create_pr=True)["result"]
+    assert pull["url"].endswith("/tester/other/discussions/1")
+    assert len(hub.ask("/_log")["repos"]["tester/other"]["commits"]) == 3
+
+
+FAULTS: dict[str, tuple[list[list[Any]], str]] = {
+    "401": ([["/commit/", 401, 1]], "The Hub does not know you, .* `hf auth login`"),
+    "403": ([["/commit/", 403, 1]], "You may not write to tester/faults-403"),
+    "409": ([["/commit/", 409, 1]], "Somebody else changed tester/faults-409 at the same time"),
+    "412": ([["/commit/", 412, 1]], "Somebody else changed tester/faults-412 at the same time"),
+    "500": ([["PUT /_lfs/", 500, 99]], r"The Hub failed \(status 500\)"),
+    "500-commit": ([["/commit/", 500, 99]], r"The Hub failed \(status 500\)"),
+    "dropped": ([["PUT /_lfs/", "drop", 99]], "The connection to the Hub broke"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_fails_says_what_to_do_and_publishes_nothing(name: str, hub: Hub, folder: Path) -> None:
+    faults, message = FAULTS[name]
+    repo = f"tester/faults-{name}"
+    seed = 100 + list(FAULTS).index(name)  # weights that the store has not seen
+    save_compressed(tiny_llama(seed=seed), folder.parent / "another")
+    shutil.copy(folder.parent / "another" / "model.safetensors", folder)
+    hub.ask("/_faults", faults)
+    failed = hub.push(folder, repo)
+    hub.ask("/_faults", [])
+    assert failed.get("error"), failed
+    assert re.search(message, failed["error"]), failed
+    assert TOKEN not in failed["error"]
+    assert hub.files(repo) in (None, [])
+    if name in ("500", "500-commit", "dropped"):
+        assert "Run the same command again" in failed["error"]
+    assert hub.push(folder, repo)["result"]["changed"]
+    assert hub.files(repo) == EXPECTED
+
+
+def test_a_second_attempt_sends_no_weights_twice(hub: Hub, folder: Path) -> None:
+    save_compressed(tiny_llama(seed=77), folder.parent / "another")
+    shutil.copy(folder.parent / "another" / "model.safetensors", folder)
+    hub.ask("/_faults", [["/commit/", 500, 99]])
+    assert "error" in hub.push(folder, "tester/resumed")
+    hub.ask("/_faults", [])
+    before = sum(line.startswith("PUT /_lfs/") for line in hub.ask("/_log")["log"])
+    assert hub.push(folder, "tester/resumed")["result"]["changed"]
+    assert sum(line.startswith("PUT /_lfs/") for line in hub.ask("/_log")["log"]) == before
+
+
+def test_a_commit_whose_answer_is_lost_is_found_by_the_next_push(hub: Hub, folder: Path) -> None:
+    hub.ask("/_faults", [["/commit/", "drop answer", 1]])
+    failed = hub.push(folder, "tester/unheard")
+    assert "The connection to the Hub broke" in failed["error"]
+    assert "either all of it is there or nothing" in failed["error"]
+    again = hub.push(folder, "tester/unheard")["result"]
+    assert not again["changed"]
+    assert len(hub.ask("/_log")["repos"]["tester/unheard"]["commits"]) == 1
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, folder: Path) -> None:
+    hub.push(folder, "tester/public")
+    assert "exists and is public" in hub.push(folder, "tester/public", private=True)["error"]
+
+
+def test_a_wrong_token_is_refused_and_not_shown(hub: Hub, folder: Path) -> None:
+    other = "hf_" + "wrong" * 8
+    failed = hub.push(folder, "tester/nothing", token=other)
+    assert "`hf auth login`" in failed["error"]
+    assert other not in failed["error"]
+    assert hub.files("tester/nothing") is None
+
+
+def test_the_command_pushes_and_says_where(hub: Hub, folder: Path) -> None:
+    found = hub.run(
+        "import typer.testing, hfcompress.cli as cli\n"
+        f"run = typer.testing.CliRunner().invoke(cli.app, ['push', {str(folder)!r}, 'tester/command'])\n"
+        "result = [run.exit_code, run.output]"
+    )
+    assert found["result"][0] == 0, found
+    assert f"{hub.url}/tester/command" in found["result"][1]
+    assert "optimizer.pt" in found["result"][1]  # what was left out is said
+    assert hub.files("tester/command") == EXPECTED
+
+
+OFFLINE = "import hfcompress\nfrom hfcompress.errors import HFCompressError\ntry:\n hfcompress.push({!r}, 'me/x')\n"
+
+
+def test_offline_is_one_clear_error(folder: Path) -> None:
+    code = OFFLINE.format(str(folder)) + "except HFCompressError as e: print(e)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and run this again.\n"
+
+
+def test_tokens_in_files_are_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"token": TOKEN}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json holds what looks like .* access token"):
+        choose_files(folder, "me/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "has no README.md"), ("---\ntags: [a\n---\n# x", "cannot be read"), ("# no head", "lacks library_name")],
+)
+def test_a_card_that_the_hub_would_not_take_is_refused(hub: Hub, folder: Path, text: Any, message: str) -> None:
+    (folder / "README.md").unlink()
+    if text is not None:
+        (folder / "README.md").write_text(text)
+    assert message in hub.push(folder, "tester/cardless")["error"]
+    assert hub.files("tester/cardless") is None
+
+
+def test_a_damaged_checkpoint_is_refused(hub: Hub, folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-4])
+    assert "model.safetensors is damaged" in hub.push(folder, "tester/damaged")["error"]
+    assert hub.files("tester/damaged") is None
+
+
+TRAIN = """
+import sys
+sys.argv = ["x"]
+import hfcompress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.conftest import token_batches
+rows = [{k: v[0] for k, v in b.items()} for b in token_batches(8, rows=1)]
+student, teacher = (AutoModelForCausalLM.from_pretrained(FOLDER) for _ in range(2))
+args = hfcompress.DistillationConfig(
+    output_dir=FOLDER + "-out", use_cpu=True, max_steps=4, disable_tqdm=True, save_steps=2, push_to_hub=True,
+    hub_model_id="tester/pushed", hub_strategy="every_save",
+)
+trainer = hfcompress.DistillationTrainer(
+    model=student, teacher_model=teacher, args=args, train_dataset=rows,
+    processing_class=AutoTokenizer.from_pretrained(FOLDER), callbacks=[hfcompress.PruneCallback(sparsity=0.5)],
+)
+trainer.train()
+trainer.push_to_hub(tags=["mine"])
+result = hfcompress.push(trainer, "tester/trainer").changed
+"""
+
+
+def test_a_trainers_own_ways_to_the_hub_keep_working(hub: Hub, folder: Path) -> None:
+    """push_to_hub of the arguments, and of the Trainer, go through our card; push takes the Trainer itself."""
+    found = hub.run(f"FOLDER = {str(folder)!r}\n{TRAIN}")
+    assert found["result"] is True, found
+    names = hub.files("tester/pushed") or []
+    assert {"README.md", "measurements.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    with urllib.request.urlopen(f"{hub.url}/tester/pushed/resolve/main/README.md") as answer:
+        card = answer.read().decode()
+    assert all(f"- {tag}\n" in card for tag in ("hfcompress", "pruned", "distilled", "mine"))
+    assert 'from_pretrained("tester/pushed")' in card
+    there = hub.files("tester/trainer") or []
+    assert {"README.md", "measurements.json", "model.safetensors", "tokenizer.json"} <= set(there)
+    assert not {"training_args.bin", "optimizer.pt"} & set(there)

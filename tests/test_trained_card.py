@@ -1,0 +1,97 @@
+"""A model that a Trainer made without a recipe has a card, and is pushed like any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import hfcompress
+from hfcompress.errors import HFCompressError
+from hfcompress.publish import load_facts
+from hfcompress.publish.trained import saved_for_push
+from tests.conftest import tiny_llama, token_batches
+
+pytestmark = pytest.mark.usefixtures("quick_trainers")
+ROWS = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
+
+
+class CardTrainer(hfcompress.ModelCardMixin, Trainer):
+    """What the documentation tells users of callbacks to write."""
+
+
+def options(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 4,
+            "eval_strategy": "steps", "eval_steps": 4, "seed": 3, **changes}  # fmt: skip
+
+
+def pruning(folder: Path, tokenizer: Any, kind: type[Trainer] = CardTrainer, **changes: Any) -> Trainer:
+    return kind(
+        model=tiny_llama(), args=TrainingArguments(**options(folder, **changes)), train_dataset=ROWS,
+        eval_dataset=ROWS[:4], processing_class=tokenizer, callbacks=[hfcompress.PruneCallback(sparsity=0.5)],
+    )  # fmt: skip
+
+
+def test_the_card_says_what_was_trained_and_measured(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "pruned", tokenizer)
+    trainer.train()
+    trainer.create_model_card(tags="mine", license="mit", dataset="me/data", language="en")
+    facts = load_facts(tmp_path / "pruned")
+    logged = [logs for logs in trainer.state.log_history if "eval_loss" in logs][-1]
+    assert facts.after.metrics == {"loss": pytest.approx(logged["eval_loss"])}
+    assert facts.after.rows == 4
+    assert facts.stages[0].summary == "4 steps, 50.0% of the targeted weights pruned"
+    text = (tmp_path / "pruned" / "README.md").read_text()
+    assert "sparsity=0.5" in text
+    assert "Trainer's own, at step 4 of 4" in text
+    assert "after reloading" not in text
+    assert "**Loads without hfcompress: not measured**" in text
+    assert "Before is" not in text
+    data = ModelCard.load(tmp_path / "pruned" / "README.md").data
+    assert (data.license, data.tags, data.datasets) == ("mit", ["hfcompress", "pruned", "mine"], ["me/data"])
+    assert (data.language, data.pipeline_tag) == ("en", "text-generation")
+
+
+def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "late", tokenizer, eval_strategy="no")
+    trainer.train()
+    trainer.state.log_history.append({"eval_loss": 1.0, "step": 2})
+    trainer.create_model_card()
+    assert load_facts(tmp_path / "late").after.metrics == {}
+    assert "which did not evaluate these weights" in (tmp_path / "late" / "README.md").read_text()
+
+
+def test_a_student_is_called_distilled(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = hfcompress.DistillationConfig(**options(tmp_path / "student"), temperature=3.0)
+    trainer = hfcompress.DistillationTrainer(
+        model=tiny_llama(1), teacher_model=tiny_llama(2), args=args, train_dataset=ROWS, eval_dataset=ROWS,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    trainer.create_model_card(model_name="student")
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert "distilled" in ModelCard.load(tmp_path / "student" / "README.md").data.tags
+    assert "- `temperature`: `3.0`" in text
+    assert "# student" in text
+
+
+def test_a_plain_trainer_is_saved_verified_and_described(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "plain", tokenizer, kind=Trainer)
+    trainer.train()
+    with saved_for_push(trainer) as folder:
+        facts = load_facts(folder)
+        assert facts.loads_without_hfcompress is True
+        assert facts.verification["stock"].max_logit_difference < 1e-5
+        assert facts.after.sparsity == hfcompress.inspect_checkpoint(folder).sparsity
+        assert json.loads((folder / "hfcompress.json").read_text())["verified"]
+    assert not folder.exists()
+
+
+def test_only_folders_and_trainers_are_pushed() -> None:
+    refused = pytest.raises(HFCompressError, match="takes a checkpoint folder or a Trainer, not a int")
+    with refused, saved_for_push(3):
+        pass
