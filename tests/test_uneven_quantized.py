@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import hfcompress
+from hfcompress.errors import ModelError
 from hfcompress.loading.quantizer import HFCompressConfig
 from hfcompress.packed import PackedLinear, packed_layers
 from hfcompress.structure.shapes import record_shapes, uneven_shapes
@@ -41,6 +42,20 @@ def test_quantized_after_shrinking_reloads_to_the_same_codes(name: str, tmp_path
     own, theirs = codes_of(model), codes_of(reloaded)
     assert own.keys() == theirs.keys() != set()
     assert all(torch.equal(own[key], theirs[key]) for key in own)
+
+
+def test_a_reloaded_uneven_model_is_quantized_once(tmp_path: Path) -> None:
+    """Its config names our loader for its shapes alone, which is no quantization."""
+    uneven = FAMILIES["llama"]()
+    record_shapes(uneven)
+    uneven.save_pretrained(tmp_path / "uneven")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "uneven")
+    with pytest.warns(UserWarning, match="Group sizes that do not divide"):
+        hfcompress.quantize(model, hfcompress.RTN(bits=4, group_size=16))
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(output_of(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), output_of(model))
+    with pytest.raises(ModelError, match="is quantized already"):
+        hfcompress.quantize(model, hfcompress.RTN(bits=4, group_size=16))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

@@ -56,9 +56,17 @@ def _initialisation_reads_linear_weights(model: PreTrainedModel) -> bool:
 
 def is_ours(config: PreTrainedConfig) -> bool:
     """Tell whether a model's config asks for our loader."""
+    return _recorded(config).get("quant_method") == METHOD
+
+
+def says_shapes_alone(config: PreTrainedConfig) -> bool:
+    """Tell whether a model's config asks for our loader because of uneven shapes, and names no quantization."""
+    return is_ours(config) and not _recorded(config).get("quantization")
+
+
+def _recorded(config: PreTrainedConfig) -> dict[str, Any]:
     recorded = getattr(config, "quantization_config", None)
-    values = recorded if isinstance(recorded, dict) or recorded is None else recorded.to_dict()
-    return (values or {}).get("quant_method") == METHOD
+    return (recorded if isinstance(recorded, dict) or recorded is None else recorded.to_dict()) or {}
 
 
 def from_config(config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:

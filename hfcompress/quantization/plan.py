@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.calibration import ColumnPruning
 from hfcompress.errors import ModelError, did_you_mean
+from hfcompress.loading.record import says_shapes_alone
 from hfcompress.packed import has_packed_form, packed_layers
 from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.options import GPTQ, RTN
@@ -74,8 +75,8 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLine
     Raises ModelError when the model is quantized already, has layers that cannot be packed, shares or damages a
     targeted weight, or when nothing is left to quantize. Warns once about group sizes that do not divide.
     """
-    already = packed_layers(model)
-    if already or getattr(model.config, "quantization_config", None) is not None:
+    recorded = getattr(model.config, "quantization_config", None)
+    if packed_layers(model) or not (recorded is None or says_shapes_alone(model.config)):
         raise ModelError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead.")
     candidates = {**stack_linears(model), **outside_layers(model, method.embeddings, method.head)}
     _check_exclude(model, candidates, method.exclude)
