@@ -104,7 +104,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one forward pass of ours")
     parser.add_argument("--peer-batch-size", type=int, default=1, help="of llm-compressor, whose default is 1")
     parser.add_argument("--llm-compressor", type=Path, help="the Python of a virtual environment that has it")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of: {', '.join(row.name for row in ROWS)}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", help="of: " + ", ".join(row.name for row in ROWS).replace("%", "%%")
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-prune-oneshot"))
     parser.add_argument("--restart", action="store_true", help="discard the results that are there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -132,7 +134,9 @@ def prepare(options: argparse.Namespace) -> None:
     dense, tokens = options.output / "dense", options.output / "tokens.safetensors"
     if not (dense / "config.json").is_file():
         open_model(MODEL, TASKS["causal-lm"]).save_pretrained(dense)
-    rows = torch.tensor(pack([options.text.read_text(encoding="utf-8")], open_processor(MODEL), options.length))
+    tokenizer = open_processor(MODEL)
+    tokenizer.save_pretrained(dense)  # llm-compressor looks for one beside the model
+    rows = torch.tensor(pack([options.text.read_text(encoding="utf-8")], tokenizer, options.length))
     held_out, calibration = options.held_out_rows, options.calibration_rows
     if len(rows) < held_out + calibration:
         sys.exit(f"{options.text} has {len(rows)} rows of {options.length} tokens, not {held_out} + {calibration}.")

