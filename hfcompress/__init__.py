@@ -47,6 +47,7 @@ _HOME_OF = {
     "ModelCardMixin": "hfcompress.publish",
     "push": "hfcompress.publish",
     "write_model_card": "hfcompress.publish",
+    "write_report": "hfcompress.publish",
     "HFCompressError": "hfcompress.errors",
 }
 __all__ = sorted(_HOME_OF)

@@ -227,6 +227,24 @@ def card(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(parser=_path, metavar="FOLDER...", help="Folders of finished runs.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_path, help="The HTML file.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs in one HTML file: trade-off chart, sortable table, layers, and what their recipes differ in."""
+    from hfcompress.publish import write_report
+
+    written = write_report(folders, output)
+    if as_json:
+        _print_json({"report": str(written), "runs": len(folders)})
+    else:
+        print(f"{len(folders)} run{'s' * (len(folders) > 1)} compared in {written}; open it in a browser.")
+
+
+@app.command()
 def push(
     folder: Folder,
     repo: Annotated[str, typer.Argument(help="Where to: USER/NAME, or NAME for your own.")],
