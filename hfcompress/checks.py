@@ -7,15 +7,11 @@ from pathlib import Path
 
 from hfcompress import opening
 from hfcompress.distillation import DistillationConfig
-from hfcompress.distillation.pairs import (
-    label_names,
-    refuse_other_labels,
-    refuse_other_size,
-    refuse_other_vocabulary,
-)
+from hfcompress.distillation.pairs import refuse_other_labels, refuse_other_size, refuse_other_vocabulary
 from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
+from hfcompress.outputs import label_names
 from hfcompress.recipe import Distill, Finetune, ModelSpec, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
@@ -102,7 +98,8 @@ def _check_teacher(source: Source, teacher: ModelSpec) -> None:
     refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
     refuse_other_vocabulary(source.processor.get_vocab(), opening.open_processor(teacher).get_vocab())
     if source.labels is None:
-        refuse_other_size(*(int(one.get_text_config().vocab_size or 0) for one in (student, config)))
+        sizes = [int(one.get_text_config().vocab_size or 0) for one in (student, config)]
+        refuse_other_size(sizes[0], sizes[1])
         return
     if not opening.has_trained_head(config):
         raise ModelError(f"Teacher '{teacher.id}' has no trained classification head, so it has nothing to teach.")

@@ -14,7 +14,7 @@ import hfcompress
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
     {"errors", "progress", "devices", "formats", "fresh"},
-    {"structure", "packed", "vocabulary"},
+    {"structure", "packed", "vocabulary", "outputs"},
     {"loading"},
     {"calibration", "checkpoint", "evaluate"},
     {"publish"},

@@ -9,22 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hfcompress.distillation.answers import Labelled, Unanswered, answers_of
 from hfcompress.distillation.config import DEFAULT_TEMPERATURE, DistillationConfig
 from hfcompress.distillation.losses import FeatureLoss, LogitLoss, named
-from hfcompress.distillation.losses.binary_kl import BinaryKL
 from hfcompress.distillation.losses.forward_kl import ForwardKL
+from hfcompress.distillation.losses.logit_cosine import LogitCosine
 from hfcompress.distillation.losses.logit_mse import LogitMSE
 from hfcompress.distillation.losses.top_k_kl import TopKKL
-from hfcompress.distillation.pairs import (
-    label_names,
-    problem_of,
-    refuse_other_labels,
-    refuse_other_size,
-    shared_vocabulary,
-)
+from hfcompress.distillation.pairs import refuse_other_labels, refuse_other_size, shared_vocabulary
 from hfcompress.distillation.teachers import CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
+from hfcompress.outputs import Outputs, outputs_of
 
 WeightedTeachers = list[tuple[Teacher, float]]
 
@@ -78,71 +72,85 @@ def _teacher(given: Any) -> Teacher:
     )
 
 
-def logit_losses_of(
-    args: DistillationConfig, student: PreTrainedModel, teachers: WeightedTeachers
-) -> dict[str, LogitLoss]:
-    """Return the losses of logits by name: those of the arguments, or the one that fits student and teachers."""
+def logit_losses_of(args: DistillationConfig, kind: Outputs, teachers: WeightedTeachers) -> dict[str, LogitLoss]:
+    """Return the losses of logits by name: those of the arguments, or what fits the kind and the teachers."""
     if args.losses is not None:
         return {name: loss for name, loss in named(args.chosen).items() if isinstance(loss, LogitLoss)}
     if any(teacher.top_k for teacher, _ in teachers):
         index = next(one.index for one, _ in teachers if isinstance(one, CachedTeacher) and one.top_k)
         return named([TopKKL(k=index.k or 1, temperature=args.temperature or index.temperature)])  # type: ignore[return-value]
-    temperature = args.temperature or DEFAULT_TEMPERATURE
-    default: dict[str | None, LogitLoss] = {
-        "regression": LogitMSE(),
-        "multi_label_classification": BinaryKL(temperature=temperature),
+    default: dict[str, list[LogitLoss]] = {
+        "odds": [ForwardKL(temperature=args.temperature or DEFAULT_TEMPERATURE)],
+        "numbers": [LogitMSE()],
+        "vectors": [LogitCosine(), LogitMSE()],
     }
-    return named([default.get(problem_of(student), ForwardKL(temperature=temperature))])  # type: ignore[return-value]
+    return named(default[kind.values])  # type: ignore[return-value]
 
 
 def check_pair(
-    student: Any, teachers: WeightedTeachers, args: DistillationConfig, tokenizer: Any, teacher_tokenizer: Any
+    student: Any,
+    kind: Outputs,
+    teachers: WeightedTeachers,
+    args: DistillationConfig,
+    tokenizer: Any,
+    teacher_tokenizer: Any,
 ) -> int | None:
-    """Refuse models whose outputs do not mean the same; return how many classes they share, None for all."""
+    """Refuse models whose outputs do not mean the same; return how many classes they share, None for all.
+
+    kind: of the student's outputs.
+    """
     if not isinstance(student, PreTrainedModel):
         raise ModelError(f"model must be a transformers PreTrainedModel, not a {type(student).__name__}.")
-    _check_losses(student, teachers, args)
-    if isinstance(answers_of(student), Unanswered):
-        return None
-    shared = [_shared_classes(student, teacher, tokenizer, teacher_tokenizer) for teacher, _ in teachers]
+    losses = logit_losses_of(args, kind, teachers)
+    _check_losses(student, kind, teachers, args, losses)
+    if kind.values == "vectors" and not losses:
+        return None  # losses of features project one width on the other
+    shared = [_shared_classes(student, kind, teacher, tokenizer, teacher_tokenizer) for teacher, _ in teachers]
     known = [one for one in shared if one is not None]
     return min(known) if known else None
 
 
-def _check_losses(student: PreTrainedModel, teachers: WeightedTeachers, args: DistillationConfig) -> None:
-    losses = logit_losses_of(args, student, teachers)
-    name, problem = type(student).__name__, problem_of(student)
-    if isinstance(answers_of(student), Unanswered) and (losses or args.alpha < 1):
-        raise ModelError(
-            f"{name} has no logits and no task loss. Give losses of features, such as sentence_embedding, and alpha=1."
-        )
+def _check_losses(
+    student: PreTrainedModel,
+    kind: Outputs,
+    teachers: WeightedTeachers,
+    args: DistillationConfig,
+    losses: Mapping[str, LogitLoss],
+) -> None:
     for one, loss in losses.items():
-        if problem in ("regression", "multi_label_classification") and loss.of_distributions:
+        if kind.values != "odds" and loss.of_distributions:
             raise ModelError(
-                f"model is a {problem} model; {one} compares distributions over classes, which it has not. Use "
-                f"{'logit_mse' if problem == 'regression' else 'binary_kl or logit_mse'}."
+                f"The student gives {kind.what}; {one} compares distributions over classes, which it has not. Use "
+                "logit_mse or logit_cosine."
             )
-        classes = answers_of(student).classes(student)
+        if kind.ragged and not loss.of_distributions:
+            raise ModelError(
+                f"The student gives {kind.what}, among as many places as the batch is long, so {one} would depend on "
+                "the padding. Use a loss of distributions, such as forward_kl."
+            )
+        classes = kind.size(student)
         if classes is not None and getattr(loss, "k", 1) > classes:
             raise ModelError(f"{one}: k={loss.k} is more than the {classes} classes there are.")  # type: ignore[attr-defined]
     for teacher, _ in teachers:
         if isinstance(teacher, CachedTeacher):
-            _check_cache(student, teacher, losses)
+            _check_cache(student, kind, teacher, losses)
     features = [one for one, loss in named(args.chosen).items() if isinstance(loss, FeatureLoss)]
     if features and (len(teachers) > 1 or not isinstance(teachers[0][0], LiveTeacher)):
         raise ModelError(f"{features[0]} looks inside the teacher: it needs one teacher, which is a model.")
 
 
-def _check_cache(student: PreTrainedModel, cache: CachedTeacher, losses: Mapping[str, LogitLoss]) -> None:
+def _check_cache(
+    student: PreTrainedModel, kind: Outputs, cache: CachedTeacher, losses: Mapping[str, LogitLoss]
+) -> None:
     """Refuse a cache that cannot answer what is asked."""
-    index, folder = cache.index, cache.folder
-    if index.answers != type(answers_of(student)).__name__:
+    index, folder, names = cache.index, cache.folder, kind.class_names(student)
+    if index.outputs != type(kind).__name__ or bool(names) != bool(index.labels):
         raise ModelError(
             f"{folder} holds answers of a {index.name}, which a {type(student).__name__} is not asked for."
         )
-    if index.labels and student.get_output_embeddings() is None and index.classes is not None:
-        refuse_other_size(len(label_names(student.config)), index.classes)
-        refuse_other_labels(label_names(student.config), index.labels)
+    if names:
+        refuse_other_size(len(names), len(index.labels))
+        refuse_other_labels(names, index.labels)
     for name, loss in losses.items() if index.k is not None else ():
         if not loss.takes_top_k:
             raise ModelError(
@@ -155,33 +163,30 @@ def _check_cache(student: PreTrainedModel, cache: CachedTeacher, losses: Mapping
             )
 
 
-def _shared_classes(student: PreTrainedModel, teacher: Teacher, tokenizer: Any, teacher_tokenizer: Any) -> int | None:
-    own = answers_of(student).classes(student)
+def _shared_classes(
+    student: PreTrainedModel, kind: Outputs, teacher: Teacher, tokenizer: Any, teacher_tokenizer: Any
+) -> int | None:
+    own = kind.size(student)
     if isinstance(teacher, LiveTeacher):
-        _refuse_other_kind(student, teacher.model)
+        _refuse_other_kind(student, kind, teacher.model)
     if own is None or teacher.classes is None:
         return None
     if student.get_output_embeddings() is not None:
         return shared_vocabulary(own, teacher.classes, tokenizer, teacher_tokenizer)
-    refuse_other_size(own, teacher.classes)
-    if isinstance(teacher, LiveTeacher):
-        refuse_other_labels(label_names(student.config), label_names(teacher.model.config))
+    refuse_other_size(own, teacher.classes, kind.values)
     return own
 
 
-def _refuse_other_kind(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a teacher that answers another kind of question, or none."""
-    own, other = answers_of(student), answers_of(teacher)
-    same = type(own) is type(other) and getattr(own, "shifted", None) == getattr(other, "shifted", None)
-    heads = [model.get_output_embeddings() is not None for model in (student, teacher)]
-    if not same or (isinstance(own, Labelled) and heads[0] != heads[1]):
+def _refuse_other_kind(student: PreTrainedModel, kind: Outputs, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher that answers another kind of question, or none, or with other classes."""
+    other = outputs_of(teacher)
+    names = kind.class_names(student), other.class_names(teacher)
+    if type(kind) is not type(other) or (names[0] is None) != (names[1] is None):
         raise ModelError(
             f"teacher_model is a {type(teacher).__name__} and cannot answer what a {type(student).__name__} is asked: "
-            "open it with the student's Auto class."
+            f"the one gives {other.what}, the other {kind.what}. Open it with the student's Auto class; of "
+            "classifiers, config.problem_type says which kind they are."
         )
-    problems = [problem_of(model) for model in (student, teacher)]
-    if problems[0] != problems[1]:
-        said = [problem or "single_label_classification" for problem in problems]
-        raise ModelError(
-            f"model is a {said[0]} model and teacher_model a {said[1]} model; their logits differ in kind."
-        )
+    if names[0] is not None and names[1] is not None:
+        refuse_other_size(len(names[0]), len(names[1]))
+        refuse_other_labels(names[0], names[1])

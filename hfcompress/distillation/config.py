@@ -20,8 +20,8 @@ class DistillationConfig(TrainingArguments):
     """TrainingArguments with the distillation's own options.
 
     The loss is ``alpha * KD + (1 - alpha) * task loss``.  KD is the sum of ``losses``, each times its weight; without
-    any it is the forward KL at ``temperature`` (for independent labels their binary KL, for regression the mean
-    squared error).  A loss is an object, a name, or ``{name: options}`` as recipes write it.
+    any it is the forward KL at ``temperature``; for regression the mean squared error, for embeddings that and the
+    cosine.  A loss is an object, a name, or ``{name: options}`` as recipes write it.
     """
 
     temperature: float | None = field(

@@ -5,34 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
-
 from hfcompress.errors import ModelError
+from hfcompress.outputs.base import Values
 
 
-def problem_of(model: PreTrainedModel) -> str | None:
-    """Return ``regression`` or ``multi_label_classification`` for a classifier's config that says so."""
-    if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
-        return None
-    problem = getattr(model.config, "problem_type", None)
-    if problem is None and model.config.num_labels == 1:
-        return "regression"
-    return None if problem == "single_label_classification" else problem
-
-
-def label_names(config: PreTrainedConfig) -> list[str]:
-    """Return a classifier's class names in the order of its logits."""
-    names: dict[int, str] = {int(index): name for index, name in (config.id2label or {}).items()}
-    return [names[index] for index in sorted(names)]
-
-
-def refuse_other_size(student: int, teacher: int) -> None:
-    """Raise ModelError unless both have the same number of logits."""
-    if student != teacher:
+def refuse_other_size(student: int, teacher: int, values: Values = "odds") -> None:
+    """Raise ModelError unless both have the same number of logits.  values: what the outputs are."""
+    if student == teacher:
+        return
+    if values != "odds":
+        what = "labels" if values == "numbers" else "size (hidden_size)"
         raise ModelError(
-            f"The student has {student} classes or tokens and the teacher {teacher}, so their logits cannot be "
-            "compared. Use a teacher with the same labels or the same tokenizer and vocabulary size."
+            f"The student gives {student} numbers for a row and the teacher {teacher}, so they cannot be compared one "
+            f"by one. Use a teacher of the same {what}."
         )
+    raise ModelError(
+        f"The student has {student} classes or tokens and the teacher {teacher}, so their logits cannot be "
+        "compared. Use a teacher with the same labels or the same tokenizer and vocabulary size."
+    )
 
 
 def shared_vocabulary(student: int, teacher: int, tokenizer: Any, teacher_tokenizer: Any) -> int:

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from hfcompress.distillation.answers import Labelled, answers_of
 from hfcompress.distillation.losses import LogitLoss
 from hfcompress.distillation.losses.chunks import Term, sum_over_rows
 from hfcompress.distillation.losses.cross_entropy import cross_entropy
 from hfcompress.distillation.teachers import Answer
 from hfcompress.errors import ModelError
+from hfcompress.outputs import NextTokens, Outputs
 
 
 class LogitTerms:
@@ -58,7 +58,7 @@ class LogitTerms:
         return term
 
     def add_task(self, labels: Tensor, weight: float) -> None:
-        """Add the cross-entropy with the labels of the counted places, (counted places,)."""
+        """Add the cross-entropy with the labels of the places that count, (places that count,)."""
         labels = labels.to(self.logits.device)
         self.terms.append(("task", weight, 1.0, lambda student, part: cross_entropy(student, labels[part])))
 
@@ -77,15 +77,19 @@ class LogitTerms:
         return sum((weight * by_name[name] for name, weight in self.weights.items()), zero)
 
 
-def takes_own_task_loss(trainer: Trainer, student: Any) -> bool:
+def takes_own_task_loss(trainer: Trainer, kind: Outputs) -> bool:
     """Tell whether the task loss is the cross-entropy of the next token and nothing more.
 
     Then it is made with the distillation losses, and the model makes no float32 copies of its logits for it.
     """
-    answers = answers_of(student)
+    student: Any = trainer.accelerator.unwrap_model(trainer.model)
     plain = LOSS_MAPPING.get(str(getattr(student, "loss_type", None))) is ForCausalLMLoss
     special = getattr(student, "_loss_function", None) is not None
     routed = getattr(student.config.get_text_config(), "output_router_logits", False)
     theirs = trainer.compute_loss_func is not None or trainer.label_smoother is not None
-    shifted = isinstance(answers, Labelled) and answers.shifted
-    return shifted and plain and trainer.model_accepts_loss_kwargs and not (special or routed or theirs)
+    return (
+        isinstance(kind, NextTokens)
+        and plain
+        and trainer.model_accepts_loss_kwargs
+        and not (special or routed or theirs)
+    )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
-from hfcompress.distillation.answers import Answers, answers_of, real_tokens, rows_of
 from hfcompress.distillation.checks import check_pair, check_run, logit_losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.losses import FeatureLoss, named
@@ -18,17 +17,21 @@ from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.projections import ProjectionTrainer
 from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_own_task_loss
+from hfcompress.distillation.tokens import real_tokens
+from hfcompress.outputs import row_count
+from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.publish.trained import ModelCardMixin
 
 
-class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
+class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
     """Train ``model`` on its task and on what ``teacher_model`` answers (Hinton et al., arXiv 1503.02531).
 
     A teacher runs in evaluation mode without gradients, in its own dtype and on its own device, and is not part of
     the student's checkpoints.  Losses of logits are sums over the answers that have a label, divided by their number
     in the whole optimizer step; losses of features are means over a row's tokens and then over the step's rows.  So
     gradients do not depend on how a batch is split, and padding never counts.  ``eval_loss`` is the task loss; the two
-    terms are logged as ``kd_loss`` and ``task_loss``, and each of several losses by its name.
+    terms are logged as ``kd_loss`` and ``task_loss``, and each of several losses by its name.  A model without a head
+    has no task loss, and ``alpha`` counts as 1.
 
     teacher_model: a model, a cache that ``cache_teacher`` wrote (its folder), or a list of models.
     teacher_weights: shares of several teachers; equal unless given.
@@ -37,8 +40,6 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
     """
 
     args: DistillationConfig
-    # compute_loss divides by the items of the whole accumulated batch itself.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -63,17 +64,17 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
             teacher.place_on(self.args.device)
         self._terms: dict[str, Tensor] = {}
         self._terms_steps = 0
-        self._counts: dict[str, Tensor] = {}
 
     def _bind(self) -> None:
         """Find out how the student and its teachers compare; again for each model that ``model_init`` makes."""
         student = self._student
+        self.kind = self._kind()
         self.shared_classes = check_pair(
-            student, self.teachers, self.args, self.processing_class, self.teacher_processing_class
+            student, self.kind, self.teachers, self.args, self.processing_class, self.teacher_processing_class
         )
-        self.answers: Answers = answers_of(student)
-        self.own_task_loss = takes_own_task_loss(self, student)
-        self.logit_losses = logit_losses_of(self.args, student, self.teachers)
+        self.alpha = self.args.alpha if self.kind.label_columns else 1.0
+        self.own_task_loss = takes_own_task_loss(self, self.kind)
+        self.logit_losses = logit_losses_of(self.args, self.kind, self.teachers)
         features = {name: loss for name, loss in named(self.args.chosen).items() if isinstance(loss, FeatureLoss)}
         self.matcher: FeatureMatcher | None = None
         if features:
@@ -107,21 +108,14 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Collect one optimizer step's batches and count what their losses are means of, over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._terms_steps += 1
         self.zero_projections()
-        self._counts = self._count(batches, device)
-        return batches, self._counts["answers"]
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def _count(self, batches: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
-        counts = {
-            "answers": sum(int(self.answers.counted(batch).sum()) for batch in batches),
-            "task": sum(int(self.answers.task_items(batch)) for batch in batches),
-            "rows": sum(rows_of(batch) for batch in batches),
-        }
-        local = torch.tensor([list(counts.values())], device=device)
-        joint = self.accelerator.gather(local).sum(0).clamp_min(1)
-        return dict(zip(counts, joint))
+    def counted_in(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Return how much of a batch the losses are means of: labelled items, compared places, rows."""
+        found = super().counted_in(batch)
+        return {**found, "places": int(self.kind.compared(batch).sum()), "rows": row_count(batch)}
 
     def compute_loss(
         self,
@@ -135,57 +129,52 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
         if not model.training:
             return super().compute_loss(model, for_student, return_outputs)
         if num_items_in_batch is None:
-            self._counts = self._count([inputs], self.args.device)
-        # DDP averages gradients over processes, and items are counted over all of them.
-        scale = {name: self.accelerator.num_processes / count for name, count in self._counts.items()}
+            self.count_step([inputs], self.args.device)
         taps = self.matcher.student_taps if self.matcher else []
         with tapped(self._student, taps) as features:
             task_mean, outputs = self._forward(model, for_student)
         own = {tap: features[tap] for tap in taps}
-        rows = self.answers.counted(inputs).reshape(-1).nonzero().squeeze(-1)
+        rows = self.kind.compared(inputs).reshape(-1).nonzero().squeeze(-1)
         told = [
-            (teacher.answer(inputs, self.answers, rows, self.matcher.teacher_taps if self.matcher else ()), weight)
+            (teacher.answer(inputs, self.kind, rows, self.matcher.teacher_taps if self.matcher else ()), weight)
             for teacher, weight in self.teachers
         ]
         loss, kd, task = self._logit_loss(outputs, inputs, rows, told)
-        loss, kd, task = (scale["answers"] * one for one in (loss, kd, task))
+        loss, kd, task = (self.scale("places") * one for one in (loss, kd, task))
         if task_mean is not None:
-            # A mean over this micro-batch, weighted by its share of the step.  The mean over no labels is 0 / 0.
-            weight = self.answers.task_weight(inputs) * scale["task"]
-            task = torch.where(self.answers.counted(inputs).any(), task_mean, 0) * weight
-            loss = loss + (1 - self.args.alpha) * task
+            task = self.task_sum(task_mean, inputs) * self.scale("items")
+            loss = loss + (1 - self.alpha) * task
         if self.matcher is not None:
-            more = scale["rows"] * self._feature_loss(own, told[0][0], inputs)
-            loss, kd = loss + self.args.alpha * more, kd + more
+            more = self.scale("rows") * self._feature_loss(own, told[0][0], inputs)
+            loss, kd = loss + self.alpha * more, kd + more
         self._add_terms(kd_loss=kd, task_loss=task)
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any]:
-        """Return the batch's mean task loss, unless it is made from the logits, and the student's outputs."""
-        if self.own_task_loss or not self.answers.has_logits:
-            return None, model(**{name: value for name, value in inputs.items() if name not in self.answers.labels})
-        self.answers.require_labels(inputs)
-        task_mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        return task_mean, outputs
+        """Return the batch's mean task loss, unless there is none or the logits give it, and the student's outputs."""
+        if self.own_task_loss or not self.kind.label_columns:
+            return None, model(
+                **{name: value for name, value in inputs.items() if name not in self.kind.label_columns}
+            )
+        return self.task_mean(model, inputs)
 
     def _logit_loss(
         self, outputs: Any, inputs: dict[str, Any], rows: Tensor, told: list[tuple[Answer, float]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sums over the counted answers: what the logits add to the loss, KD of it, and the task loss."""
+        """Return sums over the compared places: what the logits add to the loss, KD of it, and the task loss."""
         zero = torch.zeros((), device=self.args.device)
-        if not self.answers.has_logits:
+        if not self.logit_losses and not self.own_task_loss:
             return zero, zero, zero
-        logits = self.answers.logits(outputs, inputs)
+        logits = self.kind.logits(outputs, inputs)
         terms = LogitTerms(logits, rows, self.shared_classes, self._progress)
         for answer, share in told:
-            terms.add_teacher(answer, self.logit_losses, share, self.args.alpha)
+            terms.add_teacher(answer, self.logit_losses, share, self.alpha)
         if self.own_task_loss:
-            labels = self.answers.targets(inputs["labels"]).reshape(-1)  # type: ignore[attr-defined]
-            terms.add_task(labels[rows], 1 - self.args.alpha)
+            terms.add_task(self.kind.labels(inputs).reshape(-1)[rows], 1 - self.alpha)
         total, by_name = terms.sums()
         if len(self.logit_losses) + (self.matcher is not None) > 1:
             for name in self.logit_losses:
-                self._add_terms(**{name: by_name[name] * self.accelerator.num_processes / self._counts["answers"]})
+                self._add_terms(**{name: by_name[name] * self.scale("places")})
         return total, terms.weighted_kd(by_name), by_name.get("task", zero)
 
     def _feature_loss(self, own: Any, answer: Answer, inputs: dict[str, Any]) -> Tensor:
@@ -193,13 +182,13 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, Trainer):
         assert self.matcher is not None
 
         def counted(features: Tensor, decoder: bool) -> Tensor:
-            return real_tokens(self._student, inputs, features, decoder, self.answers)
+            return real_tokens(self._student, inputs, features, decoder, self.kind)
 
         total = torch.zeros((), device=self.args.device)
         for name, loss in self.matcher.row_losses(own, answer.features, counted).items():
-            share = loss.sum() * rows_of(inputs) / len(loss)  # rows of several choices are one row
+            share = loss.sum() * row_count(inputs) / len(loss)  # rows of several choices are one row
             total = total + self.matcher.losses[name].weight_at(self._progress) * share
-            self._add_terms(**{name: share * self.accelerator.num_processes / self._counts["rows"]})
+            self._add_terms(**{name: share * self.scale("rows")})
         return total
 
     @property

@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hfcompress.distillation.losses.base import LogitLoss, Loss
-from hfcompress.distillation.losses.binary_kl import BinaryKL
 from hfcompress.distillation.losses.embeddings import Embeddings
 from hfcompress.distillation.losses.features import FeatureLoss
 from hfcompress.distillation.losses.feed_forward import FeedForward
@@ -29,7 +28,6 @@ LOSSES: dict[str, type[Loss]] = {
     "reverse_kl": ReverseKL,
     "jensen_shannon": JensenShannon,
     "top_k_kl": TopKKL,
-    "binary_kl": BinaryKL,
     "logit_mse": LogitMSE,
     "logit_cosine": LogitCosine,
     "hidden_states": HiddenStates,

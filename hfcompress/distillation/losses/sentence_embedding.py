@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.distillation.losses.base import FORBID
-from hfcompress.distillation.losses.features import VectorLoss, at_least_float32, vector_distance
+from hfcompress.distillation.losses.features import Distance, VectorLoss, vector_distance
 from hfcompress.distillation.losses.layer_map import Layers
 from hfcompress.distillation.losses.taps import Tap
+from hfcompress.outputs import Pooling
+from hfcompress.outputs.vectors import pooled
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -21,12 +20,12 @@ class SentenceEmbedding(VectorLoss):
 
     weight, final_weight: at the first step and, on a line from there, at the last.
     layers: always ``last``; there is one.  distance: cosine, or mse (a mean over the features).
-    pooling: mean over the counted tokens, or the first token.
+    pooling: mean over the counted tokens, or ``cls`` or ``last``, the first or the last of them.
     """
 
     layers: Layers = "last"
-    distance: Literal["mse", "cosine"] = "cosine"
-    pooling: Literal["mean", "first"] = "mean"
+    distance: Distance = "cosine"
+    pooling: Pooling = "mean"
 
     def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
         """Return the output of the model below its head."""
@@ -37,11 +36,3 @@ class SentenceEmbedding(VectorLoss):
         """Return the distance of the pooled vectors."""
         own, other = (pooled(one[0], counted, self.pooling) for one in (student, teacher))
         return vector_distance(own, other, self.distance)
-
-
-def pooled(hidden: Tensor, counted: Tensor, pooling: Literal["mean", "first"]) -> Tensor:
-    """Return one vector per row, (rows, features).  hidden: (rows, tokens, features).  counted: (rows, tokens)."""
-    if pooling == "first":
-        return hidden[:, 0]
-    sums = torch.where(counted[..., None], at_least_float32(hidden), 0).sum(1)
-    return sums / counted.sum(1, keepdim=True).clamp_min(1)

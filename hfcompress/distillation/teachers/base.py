@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfcompress.distillation.answers import Answers
 from hfcompress.distillation.losses.taps import Tap
 from hfcompress.distillation.losses.targets import TopK
+from hfcompress.outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class Teacher(ABC):
         """Return the names of the input columns that it reads."""
 
     @abstractmethod
-    def answer(self, inputs: Mapping[str, Any], answers: Answers, rows: Tensor, taps: Sequence[Tap]) -> Answer:
+    def answer(self, inputs: Mapping[str, Any], kind: Outputs, rows: Tensor | None, taps: Sequence[Tap]) -> Answer:
         """Answer one batch.
 
-        rows: flat indices of the places that count.  taps: what is wanted from inside the teacher.
+        kind: of the outputs.  rows: flat indices of the places that count, None where no logits are wanted.
+        taps: what is wanted from inside the teacher.
         """
 
     def place_on(self, device: torch.device) -> None:  # noqa: B027

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel, default_data_collator
 
 from hfcompress.checkpoint.atomic import write_text
 from hfcompress.checkpoint.locks import locked
-from hfcompress.distillation.answers import Answers, answers_of
 from hfcompress.distillation.losses.targets import top_k_of
-from hfcompress.distillation.pairs import label_names
 from hfcompress.distillation.teachers.keys import keys_of
 from hfcompress.distillation.teachers.live import LiveTeacher
 from hfcompress.distillation.teachers.shards import LARGEST_K, Shard, Stored, write_shard
 from hfcompress.errors import CheckpointError, ModelError, OutputError
+from hfcompress.outputs import Outputs, outputs_of
 from hfcompress.progress import meter
 
 INDEX = "teacher_cache.json"
@@ -38,13 +37,14 @@ class CacheIndex:
     """What a cache holds.
 
     teacher: fingerprint of its weights.  name: what it was called.  columns: the inputs that it read.
+    outputs: the kind of the teacher's outputs.
     classes: logits per answer, None where it depends on the example.  k: of which the most probable are kept, None for
     all.  temperature: at which their probabilities were taken.  labels: names of a classifier's classes.
     """
 
     teacher: str
     name: str
-    answers: str
+    outputs: str
     columns: tuple[str, ...]
     classes: int | None
     k: int | None
@@ -150,24 +150,23 @@ def _claim(folder: Path, index: CacheIndex) -> None:
 
 def _index(live: LiveTeacher, k: int | None, temperature: float, name: str) -> CacheIndex:
     model, classes = live.model, live.classes
-    answers = answers_of(model)
-    if not answers.has_logits:
-        raise ModelError(f"{type(model).__name__} has no logits that could be kept.")
-    if k is None and classes is not None and classes > FEW_CLASSES:
+    kind = outputs_of(model)
+    if k is not None and kind.values != "odds":
+        raise ModelError(f"k={k} classes cannot be kept: {type(model).__name__} gives {kind.what}. Leave k out.")
+    if k is None and kind.values == "odds" and classes is not None and classes > FEW_CLASSES:
         k = DEFAULT_K
     if k is not None and not 1 <= k <= min(classes or LARGEST_K, LARGEST_K):
         there = "as many as the example says" if classes is None else f"{classes:,}"
         raise ModelError(f"k={k} must be at least 1 and at most {LARGEST_K}, and there are {there} classes.")
-    labels = () if model.get_output_embeddings() is not None else tuple(label_names(model.config))
     return CacheIndex(
         teacher=fingerprint(model),
         name=name or type(model).__name__,
-        answers=type(answers).__name__,
+        outputs=type(kind).__name__,
         columns=tuple(sorted(live.columns)),
         classes=classes,
         k=k,
         temperature=temperature if k is not None else 1.0,
-        labels=labels,
+        labels=tuple(kind.class_names(model) or ()),
     )
 
 
@@ -191,11 +190,11 @@ def _answers(
     shown: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Stored]]:
     """Yield key and answer of every example that is not known yet."""
-    answers, done = answers_of(live.model), 0
+    kind, done = outputs_of(live.model), 0
     for batch in batches:
         keys = keys_of(batch, set(index.columns))
         if not known.issuperset(keys):
-            for key, answer in zip(keys, _batch(live, index, answers, batch)):
+            for key, answer in zip(keys, _batch(live, index, kind, batch)):
                 if key not in known:
                     known.add(key)
                     yield key, answer
@@ -203,11 +202,11 @@ def _answers(
         shown(done)
 
 
-def _batch(live: LiveTeacher, index: CacheIndex, answers: Answers, batch: dict[str, Any]) -> Sequence[Stored]:
+def _batch(live: LiveTeacher, index: CacheIndex, kind: Outputs, batch: dict[str, Any]) -> Sequence[Stored]:
     """Return the answers of each row of a batch, at the places that count."""
-    counted = answers.counted(batch)
+    counted = kind.compared(batch)
     rows = counted.reshape(-1).nonzero().squeeze(-1)
-    targets = live.answer(batch, answers, rows, ()).targets
+    targets = live.answer(batch, kind, rows, ()).targets
     assert isinstance(targets, Tensor)
     result: list[Stored] = []
     of_row = counted.reshape(len(counted), -1).sum(1).cumsum(0).tolist()

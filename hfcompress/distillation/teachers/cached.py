@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfcompress.distillation.answers import Answers
 from hfcompress.distillation.losses.taps import Tap
 from hfcompress.distillation.losses.targets import TopK
 from hfcompress.distillation.teachers.base import Answer, Teacher
@@ -17,6 +16,7 @@ from hfcompress.distillation.teachers.cache import CacheIndex, read_index, shard
 from hfcompress.distillation.teachers.keys import keys_of
 from hfcompress.distillation.teachers.shards import Shard, Stored
 from hfcompress.errors import CheckpointError, DataError
+from hfcompress.outputs import Outputs
 
 
 class CachedTeacher(Teacher):
@@ -40,8 +40,9 @@ class CachedTeacher(Teacher):
         """Return the inputs that the teacher read."""
         return set(self.index.columns)
 
-    def answer(self, inputs: Mapping[str, Any], answers: Answers, rows: Tensor, taps: Sequence[Tap]) -> Answer:
+    def answer(self, inputs: Mapping[str, Any], kind: Outputs, rows: Tensor | None, taps: Sequence[Tap]) -> Answer:
         """Look the rows up by their content.  Raises DataError for one that is not there."""
+        assert rows is not None, "losses of features are refused"
         found = [self._read(key) for key in keys_of(inputs, self.columns)]
         targets = TopK.cat([one for one in found if isinstance(one, TopK)]) if self.top_k else torch.cat(found)  # type: ignore[arg-type]
         count = len(targets.classes) if isinstance(targets, TopK) else len(targets)

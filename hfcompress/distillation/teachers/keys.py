@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfcompress.distillation.answers import IGNORED, rows_of
+from hfcompress.outputs import IGNORED, row_count
 
 KEY_BYTES = 16
 # What says where padding is, or is made from the labels, does not belong to the content.
@@ -23,7 +23,7 @@ def keys_of(inputs: Mapping[str, Any], columns: set[str]) -> list[bytes]:
     """
     mask = inputs.get("attention_mask")
     names = sorted(name for name in columns & inputs.keys() - _LEFT_OUT if isinstance(inputs[name], Tensor))
-    return [_key(inputs, names, mask, row) for row in range(rows_of(inputs))]
+    return [_key(inputs, names, mask, row) for row in range(row_count(inputs))]
 
 
 def _key(inputs: Mapping[str, Any], names: list[str], mask: Tensor | None, row: int) -> bytes:

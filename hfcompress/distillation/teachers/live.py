@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.distillation.answers import Answers, answers_of
 from hfcompress.distillation.losses.taps import Tap, tapped
 from hfcompress.distillation.teachers.base import Answer, Teacher
+from hfcompress.outputs import Outputs, outputs_of
 
 
 class LiveTeacher(Teacher):
@@ -20,7 +20,7 @@ class LiveTeacher(Teacher):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.classes = answers_of(model).classes(model)
+        self.classes = outputs_of(model).size(model)
         model.requires_grad_(False)
         model.eval()
 
@@ -36,19 +36,19 @@ class LiveTeacher(Teacher):
             nn.Module.to(self.model, device)
 
     @torch.no_grad()
-    def answer(self, inputs: Mapping[str, Any], answers: Answers, rows: Tensor, taps: Sequence[Tap]) -> Answer:
+    def answer(self, inputs: Mapping[str, Any], kind: Outputs, rows: Tensor | None, taps: Sequence[Tap]) -> Answer:
         """Run the model on the columns that it takes, without the labels."""
         device = self.model.device
-        accepted = self.columns - set(answers.labels)
+        accepted = self.columns - set(kind.label_columns)
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k in accepted}
         if self.model.config.is_encoder_decoder and "decoder_input_ids" not in moved and "labels" in inputs:
             moved.update(self._decoder_inputs(inputs["labels"].to(device)))
         with tapped(self.model, taps) as features:
             outputs = self.model(**moved)
         found = {tap: features[tap] for tap in taps}
-        if not answers.has_logits:
+        if rows is None:
             return Answer(None, None, None, found)
-        logits = answers.logits(outputs, inputs)
+        logits = kind.logits(outputs, inputs)
         shape = tuple(logits.shape[:-1])
         return Answer(logits.reshape(-1, logits.shape[-1]), rows.to(logits.device), shape, found)
 
