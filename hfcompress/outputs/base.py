@@ -59,6 +59,10 @@ class Outputs(ABC):
         """Return the last dimension of ``logits``, None where it differs from batch to batch."""
         return int(model.config.num_labels)
 
+    def classes_in(self, batch: Batch) -> int | None:
+        """Return the last dimension of ``logits`` for a batch where the model does not say it, else None."""
+        return None
+
     def class_names(self, model: Any) -> list[str] | None:
         """Return what the model calls its classes, None where they are tokens or nothing."""
         return None

@@ -29,7 +29,7 @@ class Spans(Outputs):
 
     def labelled(self, batch: Batch) -> Tensor:
         """Mark what lies in the row, as Transformers' heads do."""
-        labels, length = self.labels(batch), next(iter(_tokens(batch))).shape[1]
+        labels, length = self.labels(batch), self.classes_in(batch)
         return (labels >= 0) & (labels < length)
 
     def logits(self, output: Mapping[str, Any], batch: Batch) -> Tensor:
@@ -48,6 +48,6 @@ class Spans(Outputs):
         """Return None: a row has as many classes as tokens."""
         return None
 
-
-def _tokens(batch: Batch) -> list[Tensor]:
-    return [batch[name] for name in ("input_ids", "attention_mask", "inputs_embeds") if name in batch]
+    def classes_in(self, batch: Batch) -> int:
+        """Return how many tokens a row has, padding included."""
+        return next(batch[name].shape[1] for name in ("input_ids", "attention_mask", "inputs_embeds") if name in batch)

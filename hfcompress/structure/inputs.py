@@ -19,10 +19,12 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return inputs of one row for ``model.forward`` by the model's main input name, on the model's device.
 
     Token models get eight tokens, image models one random image of the config's size, audio models random features.
-    Encoder-decoders get decoder tokens too; a model that pairs text with images gets both.
+    Encoder-decoders get decoder tokens too, multiple choice two equal choices; a model of text and images gets both.
     """
     inputs = {model.main_input_name: _one(model, model.main_input_name)}
     accepted = inspect.signature(model.forward).parameters
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        inputs = {name: value[:, None].expand(-1, 2, -1) for name, value in inputs.items()}
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _one(model, "decoder_input_ids")
     # Two towers without image tokens, such as CLIP: the second tower needs its own input.

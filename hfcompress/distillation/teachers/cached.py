@@ -14,7 +14,7 @@ from hfcompress.distillation.losses.targets import TopK
 from hfcompress.distillation.teachers.base import Answer, Teacher
 from hfcompress.distillation.teachers.cache import CacheIndex, read_index, shard_files
 from hfcompress.distillation.teachers.keys import keys_of
-from hfcompress.distillation.teachers.shards import Shard, Stored
+from hfcompress.distillation.teachers.shards import Shard, Stored, joined
 from hfcompress.errors import CheckpointError, DataError
 from hfcompress.outputs import Outputs
 
@@ -44,7 +44,11 @@ class CachedTeacher(Teacher):
         """Look the rows up by their content.  Raises DataError for one that is not there."""
         assert rows is not None, "losses of features are refused"
         found = [self._read(key) for key in keys_of(inputs, self.columns)]
-        targets = TopK.cat([one for one in found if isinstance(one, TopK)]) if self.top_k else torch.cat(found)  # type: ignore[arg-type]
+        targets: Stored
+        if self.top_k:
+            targets = TopK.cat([one for one in found if isinstance(one, TopK)])
+        else:
+            targets = joined([one for one in found if isinstance(one, Tensor)], kind.classes_in(inputs) or 0)
         count = len(targets.classes) if isinstance(targets, TopK) else len(targets)
         if count != len(rows):
             raise DataError(

@@ -23,10 +23,11 @@ def keys_of(inputs: Mapping[str, Any], columns: set[str]) -> list[bytes]:
     """
     mask = inputs.get("attention_mask")
     names = sorted(name for name in columns & inputs.keys() - _LEFT_OUT if isinstance(inputs[name], Tensor))
-    return [_key(inputs, names, mask, row) for row in range(row_count(inputs))]
+    decodes = "decoder_input_ids" in columns
+    return [_key(inputs, names, mask, row, decodes) for row in range(row_count(inputs))]
 
 
-def _key(inputs: Mapping[str, Any], names: list[str], mask: Tensor | None, row: int) -> bytes:
+def _key(inputs: Mapping[str, Any], names: list[str], mask: Tensor | None, row: int, decodes: bool) -> bytes:
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in names:
         if name != "labels":
@@ -34,13 +35,16 @@ def _key(inputs: Mapping[str, Any], names: list[str], mask: Tensor | None, row: 
             digest.update(_bytes(_unpadded(inputs[name], mask, row)))
     labels = inputs.get("labels")
     if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        aligned = mask is not None and mask.shape == labels.shape
         digest.update(b"labels")
-        if aligned or ("input_ids" in inputs and inputs["input_ids"].shape == labels.shape):
-            digest.update(_bytes(_unpadded(labels, mask, row) != IGNORED))
-        else:  # an encoder-decoder's labels are its decoder's inputs
+        if decodes or not _aligned(inputs, labels):  # an encoder-decoder's labels are its decoder's inputs
             digest.update(_bytes(labels[row][labels[row] != IGNORED]))
+        else:
+            digest.update(_bytes(_unpadded(labels, mask, row) != IGNORED))
     return digest.digest()
+
+
+def _aligned(inputs: Mapping[str, Any], labels: Tensor) -> bool:
+    return any(name in inputs and inputs[name].shape == labels.shape for name in ("attention_mask", "input_ids"))
 
 
 def _unpadded(values: Tensor, mask: Tensor | None, row: int) -> Tensor:

@@ -15,10 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from hfcompress.distillation.losses.targets import TopK
 from hfcompress.distillation.teachers.keys import KEY_BYTES
 from hfcompress.errors import CheckpointError
+from hfcompress.outputs import ABSENT
 
 LARGEST_K = 255
 _LOW_BITS = 16
@@ -28,7 +30,7 @@ Stored = TopK | Tensor
 def write_shard(file: Path, keys: Sequence[bytes], answers: Sequence[Stored], classes: int) -> None:
     """Write the answers of some examples, whole or not at all.
 
-    answers: one per key: a ``TopK``, or logits in float32, (places, classes).
+    answers: one per key: a ``TopK``, or logits in float32, (places, classes), of as many classes as the row has.
     """
     lengths = torch.tensor([len(one.classes) if isinstance(one, TopK) else len(one) for one in answers])
     tensors = {
@@ -39,7 +41,7 @@ def write_shard(file: Path, keys: Sequence[bytes], answers: Sequence[Stored], cl
         parts = [_packed(one, classes) for one in answers if isinstance(one, TopK)]
         tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     else:
-        tensors["logits"] = torch.cat([one for one in answers if isinstance(one, Tensor)])
+        tensors["logits"] = joined([one for one in answers if isinstance(one, Tensor)])
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file(tensors, scratch)
@@ -48,6 +50,12 @@ def write_shard(file: Path, keys: Sequence[bytes], answers: Sequence[Stored], cl
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def joined(logits: Sequence[Tensor], classes: int = 0) -> Tensor:
+    """Return the logits of several rows one after another, padded with absent classes to the widest."""
+    classes = max(classes, *(one.shape[-1] for one in logits))
+    return torch.cat([F.pad(one, (0, classes - one.shape[-1]), value=ABSENT) for one in logits])
 
 
 def _packed(answer: TopK, classes: int) -> dict[str, Tensor]:
