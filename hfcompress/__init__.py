@@ -27,6 +27,7 @@ _HOME_OF = {
     "GPTQ": "hfcompress.quantization",
     "RTN": "hfcompress.quantization",
     "quantize": "hfcompress.quantization",
+    "calibration_batches": "hfcompress.calibration",
     "compress": "hfcompress.pipeline",
     "load_recipe": "hfcompress.recipe",
     "Recipe": "hfcompress.recipe",

@@ -15,7 +15,8 @@ from hfcompress.outputs import label_names
 from hfcompress.recipe import Distill, Finetune, ModelSpec, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
-from hfcompress.tasks.lengths import longest_input, refuse_longer
+from hfcompress.structure.lengths import longest_input
+from hfcompress.tasks.lengths import refuse_longer
 from hfcompress.training import training_options
 
 

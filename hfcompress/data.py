@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset_builder
 
 from hfcompress.bundled import is_packaged, packaged_documents
 from hfcompress.checkpoint.files import digest_of
 from hfcompress.errors import DataError, did_you_mean
-from hfcompress.progress import quiet_bars
+from hfcompress.reading import open_dataset, opening_dataset, read_files, refuse_missing
 from hfcompress.recipe import DataSpec
 
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    # The convention of tab-separated corpora (GLUE among them): a quotation mark is a character like any other.
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-    ".md": ("text", {"sample_by": "document"}),
-}
 HELD_OUT_NAMES = ("validation", "dev", "test")
 
 
@@ -105,7 +92,7 @@ def data_digest(spec: DataSpec) -> str:
         digest = hashlib.sha256()
         for split, paths in sorted(_files_by_split(spec).items()):
             for path in paths:
-                _refuse_missing(path)
+                refuse_missing(path)
                 digest.update(f"{split}\0{digest_of(path.parent, [path])}\n".encode())
         return digest.hexdigest()[:16]
     if is_packaged(spec.id):
@@ -113,7 +100,7 @@ def data_digest(spec: DataSpec) -> str:
     folder = Path(spec.id)
     if folder.is_dir():
         return digest_of(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
-    with _opening(spec):
+    with opening_dataset(spec.id):
         # The builder's hash is the commit, of what is on the Hub and of what was downloaded from there earlier.
         return f"{spec.id}@{load_dataset_builder(spec.id, spec.name, revision=spec.revision).hash}"
 
@@ -128,45 +115,8 @@ def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
 
 def _open(spec: DataSpec) -> DatasetDict:
     if spec.id is None:
-        return DatasetDict({split: _read_files(paths) for split, paths in _files_by_split(spec).items()})
-    if is_packaged(spec.id):
-        documents = packaged_documents(spec.id)
-        rows = {"title": list(documents), spec.text_column: list(documents.values())}
-        return DatasetDict({"train": Dataset.from_dict(rows)})
-    with _opening(spec):
-        return load_dataset(spec.id, spec.name, revision=spec.revision)
-
-
-@contextmanager
-def _opening(spec: DataSpec) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"Data '{spec.id}' cannot be opened: it is neither on the Hub as this machine reaches it, nor a local "
-            f"path (local files go under data.files). {type(error).__name__}: {error}"
-        ) from error
-
-
-def _refuse_missing(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"No such data file: {path}.")
-
-
-def _read_files(paths: list[Path]) -> Dataset:
-    for path in paths:
-        _refuse_missing(path)
-        if path.suffix not in READERS:
-            raise DataError(f"{path}: '{path.suffix}' files cannot be read. Known: {', '.join(READERS)}.")
-    suffixes = {path.suffix for path in paths}
-    if len(suffixes) != 1:
-        raise DataError(f"The files of one split must be of one kind, not {', '.join(sorted(suffixes))}.")
-    builder, options = READERS[suffixes.pop()]
-    try:
-        with quiet_bars():
-            return load_dataset(builder, data_files=[str(path) for path in paths], split="train", **options)
-    except Exception as error:  # the readers raise many kinds; each means that the file is not what its name says
-        raise DataError(f"{paths[0]} cannot be read as {builder}: {error}") from error
+        return DatasetDict({split: read_files(paths) for split, paths in _files_by_split(spec).items()})
+    return open_dataset(spec.id, spec.name, spec.revision, spec.text_column)
 
 
 def _only(raw: DatasetDict, name: str | None, usual: Iterable[str], role: str) -> Dataset:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfcompress.data import READERS, load_train_rows
+from hfcompress.data import load_train_rows
+from hfcompress.reading import READERS
 from hfcompress.recipe import DataSpec
 
 ROWS = {"text": ['a "good" film, not bad', "null", "tab and\nnew line"], "label": [1, 0, 1]}

@@ -8,12 +8,12 @@ from pydoc_data import topics
 import pytest
 import torch
 
+from hfcompress.calibration.texts import pack
 from hfcompress.evaluate import evaluate_model
 from hfcompress.opening import open_model, open_processor
 from hfcompress.recipe import ModelSpec
 from hfcompress.structure import DropLayers, drop_layers
 from hfcompress.tasks import TASKS
-from hfcompress.tasks.causal_lm import pack
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from hfcompress.calibration.texts import pack
 from hfcompress.evaluate import evaluate_model
 from hfcompress.opening import open_model, open_processor
 from hfcompress.pipeline import compress
 from hfcompress.quantization import GPTQ, RTN, quantize
 from hfcompress.recipe import ModelSpec, load_recipe
 from hfcompress.tasks import TASKS
-from hfcompress.tasks.causal_lm import pack
 
 pytestmark = pytest.mark.slow
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2_train.tsv"

@@ -12,7 +12,7 @@ import transformers as hf
 from hfcompress.job import Source
 from hfcompress.pipeline import compress
 from hfcompress.recipe import parse_recipe
-from hfcompress.tasks.lengths import longest_input
+from hfcompress.structure.lengths import longest_input
 from tests.conftest import SPECIAL, WORDS, tiny_gpt2_classifier, word_tokenizer
 from tests.runs import write_reviews
 

@@ -9,6 +9,7 @@ from hfcompress.calibration.columns import ColumnPruning, Rounding, Selection, c
 from hfcompress.calibration.factor import HessianFactor, factor_hessian
 from hfcompress.calibration.hessian import accumulate_hessian_
 from hfcompress.calibration.observe import InputHessian, InputSquares
+from hfcompress.calibration.texts import calibration_batches
 from hfcompress.calibration.walk import LayerVisit, walk_layers
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Rounding",
     "Selection",
     "accumulate_hessian_",
+    "calibration_batches",
     "compress_columns",
     "factor_hessian",
     "walk_layers",

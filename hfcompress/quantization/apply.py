@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
-from hfcompress.calibration.checks import calibration_list, observe_layers, warn_about_damping
+from hfcompress.calibration.checks import observe_layers, warn_about_damping
 from hfcompress.calibration.hessian import relative_error
+from hfcompress.calibration.texts import Calibration, batches_for
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import PackedWeight, compressed_tensors_config, packed_twin
@@ -33,20 +34,24 @@ OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 def quantize(
     model: PreTrainedModel,
     method: RTN | GPTQ,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Calibration | None = None,
     on_layer: OnLayer | None = None,
     prune: ColumnPruning | None = None,
+    *,
+    processor: Any = None,
 ) -> QuantizationReport:
     """Replace the linear layers of a model's stacks by packed ones; embeddings and heads stay as they are.
 
-    Afterwards plain ``model.save_pretrained`` writes a compressed-tensors checkpoint. calibration: batches as
-    ``model(**batch)`` takes them, for methods that need data; padding does not count.  on_layer: called after each
-    layer with its name and rows.  prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds
-    them, so that later columns absorb both errors.  Raises ModelError or DataError; the model is then as it was
-    before, for which the dense weights are kept until the end.
+    Afterwards plain ``model.save_pretrained`` writes a compressed-tensors checkpoint. calibration: for methods that
+    need data, batches as ``model(**batch)`` takes them, where padding does not count, or what ``calibration_batches``
+    makes them of: texts, a ``Dataset``, a file, a dataset's id.  processor: the tokenizer for texts; None is the one
+    in the model's folder.  on_layer: called after each layer with its name and rows.
+    prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds them, so that later columns
+    absorb both errors.  Raises ModelError or DataError; the model is then as it was before, for which the dense
+    weights are kept until the end.
     """
     started = time.perf_counter()
-    batches = calibration_list(type(method).__name__, calibration) if method.needs_calibration else []
+    batches = batches_for(model, type(method).__name__, calibration, processor) if method.needs_calibration else []
     planned = plan_linears(model, method)
     if prune is not None:
         check_joint_pruning(method, prune, planned)

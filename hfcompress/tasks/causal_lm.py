@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
+from hfcompress.calibration.texts import pack
 from hfcompress.errors import DataError
-from hfcompress.progress import busy
 from hfcompress.recipe import DataSpec
 from hfcompress.tasks.base import Task
 
@@ -50,13 +50,4 @@ class CausalLM(Task):
 
     def calibration_rows(self, rows: Dataset, processor: Any, spec: DataSpec, count: int, length: int) -> Dataset:
         """Pack the documents into rows of ``length`` tokens; the last, shorter rest is dropped."""
-        return Dataset.from_dict({"input_ids": pack(rows[spec.text_column], processor, length)[:count]})
-
-
-def pack(texts: Any, tokenizer: Any, length: int) -> list[list[int]]:
-    """Return rows of exactly ``length`` token ids from all texts in order, an end token after each."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    with busy(f"packing {len(texts):,} texts into rows of {length} tokens"):
-        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    stream = [token for ids in encoded for token in (*ids, *end)]
-    return [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]
+        return Dataset.from_dict({"input_ids": pack(rows[spec.text_column], processor, length, count)})

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import InputHessian, InputSquares, LayerVisit
-from hfcompress.calibration.checks import calibration_list, observe_layers, warn_about_damping
+from hfcompress.calibration.checks import observe_layers, warn_about_damping
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.calibration.running import Batch
+from hfcompress.calibration.texts import Calibration, batches_for
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.progress import meter
 from hfcompress.pruning.oneshot.magnitude import Magnitude, magnitude_pruned
@@ -29,14 +30,17 @@ Rows = list[PrunedLayer]
 def prune(
     model: PreTrainedModel,
     method: Magnitude | Wanda | SparseGPT,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Calibration | None = None,
     *,
     targets: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
+    processor: Any = None,
 ) -> PruningReport:
     """Set weights of a model to zero in place, layer by layer, each calibrated on what the pruned layers before give.
 
-    calibration: batches as ``model(**batch)`` takes them, for methods that need data; padding does not count.
+    calibration: for methods that need data, batches as ``model(**batch)`` takes them, where padding does not count, or
+    what ``calibration_batches`` makes them of: texts, a ``Dataset``, a file, a dataset's id.  processor: the tokenizer
+    for texts; None is the one in the model's folder.
     targets, exclude: name patterns (``fnmatch``) over module names; targets None means every linear and Conv1D module
     inside the layer stacks.  Weights that are zero stay zero and count towards the sparsity, which is never exceeded.
     Beyond the model it takes the memory of one layer's activations and Hessians, so there is no way back: an error
@@ -44,7 +48,7 @@ def prune(
     """
     started = time.perf_counter()
     name = type(method).__name__
-    batches = calibration_list(name, calibration) if method.needs_calibration else []
+    batches = batches_for(model, name, calibration, processor) if method.needs_calibration else []
     planned = plan_weights(model, method, targets, exclude)
     rows: Rows = []
     try:
