@@ -165,40 +165,27 @@ def _recipe_for(folder: Path, named: str | None) -> str:
     return named or str(own)
 
 
-@app.command()
-def prune(
-    model: Annotated[str, typer.Argument(help="A model id, a checkpoint folder, or package:<name>.")],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", parser=_path, metavar="FOLDER", help="Folder for the pruned checkpoint."),
-    ],
-    method: Annotated[str, typer.Option(help="magnitude (needs no data), wanda or sparsegpt.")] = "wanda",
-    sparsity: Annotated[float | None, typer.Option(help="Share of each layer's weights to set to zero.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M, such as 2:4: keep N of every M neighbours.")] = None,
-    data: Annotated[str | None, typer.Option(help="A text file or a dataset id to calibrate on.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text in the data.")] = "text",
-    rows: Annotated[int | None, typer.Option(help="Calibration rows; 128 unless given.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a calibration row; 512 unless given.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Name pattern of modules to prune; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Name pattern of modules to leave; repeatable.")] = None,
-    task: Annotated[str, typer.Option(help="What the model is for.")] = "causal-lm",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in the folder.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Prune a checkpoint in one shot, without training, and verify what is written."""
-    from hfcompress.checkpoint import inspect_checkpoint
-    from hfcompress.oneshot import prune_checkpoint
-    from hfcompress.publish import inspection_tables
+_INNER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-    options = {"method": method, "sparsity": sparsity, "pattern": pattern, "targets": target, "exclude": exclude}
-    options |= {"calibration_rows": rows, "calibration_length": length}
-    given = {name: value for name, value in options.items() if value is not None}
-    report = prune_checkpoint(model, given, output, task=task, data=data, text_column=text_column, overwrite=overwrite)
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        for table in inspection_tables(inspect_checkpoint(output)):
-            Console().print(table)
+
+@app.command(context_settings=_INNER, add_help_option=False)
+def prune(context: typer.Context) -> None:
+    """Prune a checkpoint in one shot, without training, and verify what is written."""
+    _one_shot(context, "wanda")
+
+
+@app.command(context_settings=_INNER, add_help_option=False)
+def quantize(context: typer.Context) -> None:
+    """Store a checkpoint's layers in few bits, and verify what is written."""
+    _one_shot(context, "gptq")
+
+
+def _one_shot(context: typer.Context, method: str) -> None:
+    """Hand the words over to a command whose options are the methods' own: to make them takes seconds of imports."""
+    from hfcompress.commands import one_shot_command
+
+    command = one_shot_command(str(context.info_name), method, context.command.help)
+    command(args=context.args, prog_name=context.command_path, standalone_mode=False)
 
 
 @app.command()

@@ -1,77 +1,125 @@
-"""Prune a checkpoint without a recipe, as the command line does."""
+"""Prune or quantize a checkpoint without a recipe, as the command line does."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress import opening
 from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.atomic import MARKER, refuse_foreign
+from hfcompress.checkpoint.verify import require_loader_of_packed
 from hfcompress.data import load_train_rows, require_columns
 from hfcompress.errors import DataError, ModelError, OutputError, look_up
 from hfcompress.pruning.oneshot import PruningReport, prune
-from hfcompress.recipe import DataSpec, ModelSpec, Prune, read_method
+from hfcompress.pruning.oneshot.plan import plan_weights
+from hfcompress.quantization import QuantizationReport, quantize
+from hfcompress.quantization.plan import check_joint_pruning, plan_linears
+from hfcompress.recipe import DataSpec, ModelSpec, Prune, Quantize, read_method
 from hfcompress.recipe.faults import Fault, recipe_error
+from hfcompress.structure.lengths import longest_input
 from hfcompress.tasks import TASKS, Task, batches
-from hfcompress.tasks.lengths import longest_input, refuse_longer
+from hfcompress.tasks.lengths import refuse_longer
 
 BATCH_SIZE = 8
 
 
-def prune_checkpoint(
-    model: str,
-    options: Mapping[str, Any],
-    output: Path,
-    *,
-    task: str,
-    data: str | None,
-    text_column: str,
-    overwrite: bool = False,
-) -> PruningReport:
-    """Open a model, prune it in one shot, and write it where it is verified by reloading.
+@dataclass(frozen=True)
+class OneShot:
+    """What is asked for: a model, the options of one ``prune`` or ``quantize`` stage, and where the result goes.
 
-    options: those of a recipe's ``prune`` stage.  data: a text file or a dataset id, for methods that need it.
+    kind: of the stage.  options: as a recipe has them.  data: a file or a dataset's id, for methods that need it.
     overwrite: replace a finished result in the output folder, which is refused otherwise.
-    Everything is checked before the model is opened; nothing is written when something fails.
     """
-    stage = _checked(options)
-    kind = look_up(TASKS, task, "task")
-    _refuse_output(output, model, overwrite)
-    spec = ModelSpec(id=model)
-    config = opening.open_config(spec)
-    _refuse_untrained_head(spec, config, kind)
-    processor = opening.open_processor(spec)
-    calibration = None
-    if stage.method.needs_calibration:
-        if data is None:
+
+    kind: str
+    model: str
+    options: Mapping[str, Any]
+    output: Path
+    task: str = "causal-lm"
+    data: str | None = None
+    text_column: str = "text"
+    overwrite: bool = False
+
+    def run(self) -> PruningReport | QuantizationReport:
+        """Open the model, change it, and write it where it is verified by reloading.
+
+        Everything is checked before a weight is loaded; nothing is written when something fails.
+        """
+        stage = self.stage
+        _refuse_output(self.output, self.model, self.overwrite)
+        _refuse_untrained_head(self._spec, self._config, self._task)
+        processor = opening.open_processor(self._spec)
+        self._check_plan(stage)
+        calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
+        model = opening.open_model(self._spec, self._task)
+        report = _apply_(model, stage, calibration)
+        save_compressed(model, self.output, processor, verify=True)
+        return report
+
+    @cached_property
+    def stage(self) -> Prune | Quantize:
+        """Return the options, checked; raises RecipeError with all faults."""
+        faults: list[Fault] = []
+        stage = read_method(self.kind, self.options, (), faults)
+        if not isinstance(stage, (Prune, Quantize)):
+            raise recipe_error("What is asked for", faults, {})
+        return stage
+
+    @cached_property
+    def _task(self) -> Task:
+        return look_up(TASKS, self.task, "task")
+
+    @property
+    def _spec(self) -> ModelSpec:
+        return ModelSpec(id=self.model)
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        return opening.open_config(self._spec)
+
+    def _check_plan(self, stage: Prune | Quantize) -> None:
+        """Raise ModelError for what the method cannot do to a model of this config, before its weights are loaded."""
+        with torch.device("meta"):
+            model = getattr(transformers, self._task.auto_class).from_config(self._config)
+        if isinstance(stage, Prune):
+            plan_weights(model, stage.method, stage.targets, stage.exclude, loaded=False)
+            return
+        require_loader_of_packed()
+        planned = plan_linears(model, stage.method, loaded=False)
+        if stage.prune is not None:
+            check_joint_pruning(stage.method, stage.prune, planned)
+
+    def _calibration(self, stage: Prune | Quantize, processor: Any) -> list[dict[str, Any]]:
+        """Return batches of the data's training rows."""
+        if self.data is None:
             raise DataError(f"{type(stage.method).__name__} needs calibration text: give --data a file or a dataset.")
         length = stage.calibration_length
-        refuse_longer(model, longest_input(config), "A calibration row (--length)", length)
-        found = {"files": (data,)} if os.path.isfile(os.path.expanduser(data)) else {"id": data}
-        source = DataSpec(**found, text_column=text_column, max_length=length)
+        refuse_longer(self.model, longest_input(self._config), "A calibration row (--length)", length)
+        found = {"files": (self.data,)} if os.path.isfile(os.path.expanduser(self.data)) else {"id": self.data}
+        source = DataSpec(**found, text_column=self.text_column, max_length=length)
         raw = load_train_rows(source)
-        require_columns(raw, [text_column], source)
-        rows = kind.calibration_rows(raw, processor, source, stage.calibration_rows, length)
+        require_columns(raw, [self.text_column], source)
+        rows = self._task.calibration_rows(raw, processor, source, stage.calibration_rows, length)
         if len(rows) == 0:
-            raise DataError(f"{data} has less than {length} tokens of text, which fill no row.")
-        calibration = batches(rows, kind.collator(processor), BATCH_SIZE)
-    opened = opening.open_model(spec, kind)
-    report = prune(opened, stage.method, calibration, targets=stage.targets, exclude=stage.exclude)
-    save_compressed(opened, output, processor, verify=True)
-    return report
+            raise DataError(f"{self.data} has less than {length} tokens of text, which fill no row.")
+        return batches(rows, self._task.collator(processor), BATCH_SIZE)
 
 
-def _checked(options: Mapping[str, Any]) -> Prune:
-    faults: list[Fault] = []
-    stage = read_method("prune", options, (), faults)
-    if not isinstance(stage, Prune):
-        raise recipe_error("What is asked for", faults, {})
-    return stage
+def _apply_(
+    model: PreTrainedModel, stage: Prune | Quantize, calibration: list[dict[str, Any]] | None
+) -> PruningReport | QuantizationReport:
+    if isinstance(stage, Prune):
+        return prune(model, stage.method, calibration, targets=stage.targets, exclude=stage.exclude)
+    return quantize(model, stage.method, calibration, prune=stage.prune)
 
 
 def _refuse_output(output: Path, model: str, overwrite: bool) -> None:
@@ -79,7 +127,7 @@ def _refuse_output(output: Path, model: str, overwrite: bool) -> None:
     refuse_foreign(output)
     source, target = (Path(os.path.realpath(Path(path).expanduser())) for path in (model, output))
     if source.is_dir() and target in (source, *source.parents):
-        raise OutputError(f"{output} holds the model that is to be pruned. Name another folder for the result.")
+        raise OutputError(f"{output} holds the model that is to be compressed. Name another folder for the result.")
     if (output / MARKER).is_file() and not overwrite:
         raise OutputError(f"{output} holds a finished result. Name another folder, or use --overwrite to replace it.")
 
@@ -88,6 +136,6 @@ def _refuse_untrained_head(spec: ModelSpec, config: PreTrainedConfig, task: Task
     """Raise ModelError where opening the model makes a classification head of random weights, as nothing trains it."""
     if task.auto_class == "AutoModelForSequenceClassification" and not opening.has_trained_head(config):
         raise ModelError(
-            f"Model '{spec.id}' has no trained classification head, and pruning in one shot trains none. Run a recipe "
+            f"Model '{spec.id}' has no trained classification head, and one-shot methods train none. Run a recipe "
             "that begins with a finetune stage, or name a trained classifier."
         )

@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
+from hfcompress.cli import app
 from hfcompress.recipe import Recipe, parse_recipe
 
 # fmt: off
@@ -24,6 +27,13 @@ def write_text(path: Path, rows: int = 100, words: int = 60) -> Path:
     lines = [json.dumps({"text": " ".join(chooser.choices(WORDS, k=words))}) for _ in range(rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def run_command(*words: object) -> str:
+    """Run ``hfcompress`` in this process and return its standard output; errors are raised."""
+    result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def write_reviews(path: Path, rows: int = 120) -> Path:

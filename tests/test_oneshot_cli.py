@@ -9,23 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from hfcompress.checkpoint import inspect_checkpoint
-from hfcompress.cli import app
 from hfcompress.errors import HFCompressError, ModelError, OutputError
 from hfcompress.structure import stack_linears
 from tests.conftest import tiny_bert
-from tests.runs import write_text
+from tests.runs import run_command, write_text
 
 MAGNITUDE = ["--method", "magnitude", "--sparsity"]
 
 
 def prune(model: object, *words: object) -> str:
-    """Run the command in this process and return its standard output."""
-    result = CliRunner().invoke(app, ["prune", *map(str, (model, *words))], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return run_command("prune", model, *words)
 
 
 def modified(folder: Path) -> dict[Path, int]:
@@ -97,7 +92,7 @@ def test_the_model_is_never_replaced_by_its_own_result(source: str, llama_dir: P
     prune(llama_dir, *MAGNITUDE, 0.25, "-o", output)
     (tmp_path / "link").symlink_to(output)
     before = modified(tmp_path)
-    with pytest.raises(OutputError, match="sparse holds the model that is to be pruned"):
+    with pytest.raises(OutputError, match="sparse holds the model that is to be compressed"):
         prune(tmp_path / source, *MAGNITUDE, 0.75, "-o", output, "--overwrite")
     assert modified(tmp_path) == before
 

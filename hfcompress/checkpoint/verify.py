@@ -6,6 +6,7 @@ the checkpoint's users write.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.files import read_json
-from hfcompress.errors import CheckpointError
+from hfcompress.errors import CheckpointError, MissingDependencyError
 from hfcompress.formats import METHOD
 from hfcompress.progress import busy
 from hfcompress.structure.modes import eval_mode
@@ -39,6 +40,14 @@ AUTO_CLASSES = (
     "AutoModelForSeq2SeqLM",
     "AutoModelForImageClassification",
 )
+
+
+def require_loader_of_packed() -> None:
+    """Raise MissingDependencyError when what loads packed checkpoints, and so verifies them, is not installed."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise MissingDependencyError(
+            "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
+        )
 
 
 @dataclass(frozen=True)

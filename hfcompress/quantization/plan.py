@@ -69,11 +69,12 @@ def fitting_group_size(in_features: int, requested: int | None) -> int | None:
     return next((size for size in sizes if size % GROUP_MULTIPLE == 0 and in_features % size == 0), None)
 
 
-def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLinear]:
+def plan_linears(model: PreTrainedModel, method: RTN | GPTQ, *, loaded: bool = True) -> list[PlannedLinear]:
     """Return the linear layers of the model's stacks that the method quantizes.
 
-    Raises ModelError when the model is quantized already, has layers that cannot be packed, shares or damages a
-    targeted weight, or when nothing is left to quantize. Warns once about group sizes that do not divide.
+    loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Raises ModelError
+    when the model is quantized already, has layers that cannot be packed, shares or damages a targeted weight, or when
+    nothing is left to quantize. Warns once about group sizes that do not divide.
     """
     recorded = getattr(model.config, "quantization_config", None)
     if packed_layers(model) or not (recorded is None or says_shapes_alone(model.config)):
@@ -86,7 +87,7 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLine
             f"exclude={list(method.exclude)} leaves no linear layer of {type(model).__name__} to quantize. "
             f"Its {len(candidates)} linear layers have names like {_examples(candidates)}."
         )
-    also = _check_weights(model, chosen)
+    also = _check_weights(model, chosen, loaded)
     chosen = {name: model.get_submodule(name) for name in also}
     asked = method.group_size
     sizes = {name: _columns(module) for name, module in chosen.items()}
@@ -105,7 +106,8 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ) -> list[PlannedLine
         )
         for name, module in chosen.items()
     ]
-    _warn_about_group_sizes(planned)
+    if loaded:
+        _warn_about_group_sizes(planned)
     return planned
 
 
@@ -178,7 +180,7 @@ def _check_exclude(model: nn.Module, candidates: Mapping[str, nn.Module], exclud
             )
 
 
-def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module], loaded: bool) -> dict[str, tuple[str, ...]]:
     """Return the modules to pack, each with the names of those that share its weight: tied embeddings and heads.
 
     Refuses layers that compute more than a product, and weights that are no floating numbers, hold NaN or infinite
@@ -190,7 +192,8 @@ def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
             homes.setdefault(id(module.weight), []).append(name)
     found: dict[str, tuple[str, ...]] = {}
     for name, module in chosen.items():
-        _check_values(name, module)
+        if loaded:
+            _check_values(name, module)
         first, *others = homes[id(module.weight)]
         modules = [model.get_submodule(one) for one in (first, *others)]
         refused = next((one for one in modules if not has_packed_form(one)), None)

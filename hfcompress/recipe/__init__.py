@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from hfcompress.errors import RecipeError, did_you_mean
 from hfcompress.quantization import RTN
 from hfcompress.recipe.checks import cross_faults, earlier_stage, stage_kind, stage_names
-from hfcompress.recipe.faults import Fault, near, not_a, not_one_of, place, read_options, recipe_error, shown
+from hfcompress.recipe.faults import (
+    Fault,
+    near,
+    not_a,
+    not_one_of,
+    place,
+    read_options,
+    recipe_error,
+    shown,
+)
 from hfcompress.recipe.faults import Path as Place
 from hfcompress.recipe.options import (
     METHODS,
@@ -29,7 +38,7 @@ from hfcompress.recipe.options import (
     StageOptions,
     options_beside_method,
 )
-from hfcompress.recipe.schema import recipe_schema
+from hfcompress.recipe.schema import field_notes, recipe_schema
 from hfcompress.recipe.sections import TASKS, DataSpec, EvaluateSpec, ModelSpec, Splits
 from hfcompress.recipe.text import apply_overrides_, read_yaml
 
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
     from importlib.abc import Traversable
 
 __all__ = [
+    "METHODS",
     "STAGES",
     "TASKS",
     "DataSpec",
@@ -51,7 +61,9 @@ __all__ = [
     "Splits",
     "Stage",
     "bundled_recipes",
+    "field_notes",
     "load_recipe",
+    "options_beside_method",
     "parse_recipe",
     "read_method",
     "recipe_differences",

@@ -64,16 +64,22 @@ def _schema_of(options: type, definitions: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _describe_(schema: dict[str, Any], options: type) -> None:
-    """Take descriptions from the class's docstring: its first line, and ``field: text`` after it."""
-    summary, _, notes = (options.__doc__ or "").partition("\n")
-    schema["description"] = summary.strip()
+def field_notes(options: type) -> dict[str, str]:
+    """Return what a class's docstring says of each field: ``field: text`` after its first line."""
+    _, _, notes = (options.__doc__ or "").partition("\n")
     names = [field.name for field in dataclasses.fields(options)]
     heading = re.compile(rf"\b((?:{'|'.join(names)})(?:, (?:{'|'.join(names)}))*): ")
     parts = heading.split(" ".join(notes.split()))
-    for heads, text in zip(parts[1::2], parts[2::2]):
-        for name in heads.split(", "):
-            schema["properties"][name]["description"] = text.strip().rstrip(".;")
+    return {
+        name: text.strip().rstrip(".;") for heads, text in zip(parts[1::2], parts[2::2]) for name in heads.split(", ")
+    }
+
+
+def _describe_(schema: dict[str, Any], options: type) -> None:
+    """Take descriptions from the class's docstring."""
+    schema["description"] = (options.__doc__ or "").partition("\n")[0].strip()
+    for name, note in field_notes(options).items():
+        schema["properties"][name]["description"] = note
 
 
 def _stage_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:

@@ -35,11 +35,13 @@ def plan_weights(
     method: Magnitude | Wanda | SparseGPT,
     targets: Iterable[str] | None,
     exclude: Iterable[str],
+    *,
+    loaded: bool = True,
 ) -> dict[str, PlannedWeight]:
     """Return the weights to prune by their modules' names; one that two modules share appears once.
 
-    Raises ModelError when the model is quantized, when nothing matches, and for a weight that the method cannot prune
-    or that is damaged.
+    loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Raises ModelError
+    when the model is quantized, when nothing matches, and for weights that are damaged or cannot be pruned.
     """
     if packed_layers(model) or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
@@ -54,7 +56,8 @@ def plan_weights(
     planned = {}
     for name, module in modules.items():
         assert isinstance(module.weight, nn.Parameter)
-        _check_values(name, module.weight)
+        if loaded:
+            _check_values(name, module.weight)
         weight = module.weight.detach()
         planned[name] = PlannedWeight(name, module, weight.T if isinstance(module, Conv1D) else weight)
         if pattern is not None:

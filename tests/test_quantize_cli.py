@@ -1,0 +1,104 @@
+"""``hfcompress quantize`` takes every method's options and writes a verified checkpoint, or says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hfcompress
+from hfcompress import opening
+from hfcompress.errors import HFCompressError
+from hfcompress.packed import packed_layers
+from hfcompress.recipe import METHODS, options_beside_method
+from tests.runs import run_command, write_text
+
+SHAPE = ["--rows", "8", "--length", "32"]
+
+
+def quantize(model: object, *words: object) -> str:
+    return run_command("quantize", model, *words)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_option_of_every_method_is_in_the_help(kind: str) -> None:
+    shown = run_command(kind, "--help")
+    for method in METHODS[kind].values():
+        names = [*(field.name for field in fields(method)), *options_beside_method(kind, method)]
+        assert [name for name in names if f"--{name.replace('_', '-')}"[:18] not in shown] == []
+
+
+def test_a_checkpoint_is_quantized_by_the_options_given(llama_dir: Path, tmp_path: Path) -> None:
+    text, output = write_text(tmp_path / "text.jsonl"), tmp_path / "small"
+    words = ["--bits", 4, "--group-size", 32, "--no-symmetric", "--exclude", "*.self_attn.*", "--exclude", "*.1.*"]
+    report = json.loads(quantize(llama_dir, *words, "--data", text, *SHAPE, "-o", output, "--json"))
+    rows = {row["name"]: row for row in report["rows"]}
+    assert (report["method"], list(rows)) == (
+        "gptq",
+        [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")],
+    )
+    assert {(row["bits"], row["group_size"], row["tokens"]) for row in rows.values()} == {(4, 32, 8 * 32)}
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["symmetric"] is False
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (llama_dir, output))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        f"{name}.weight" for name in rows
+    ]
+
+
+def test_the_command_does_what_the_function_does(llama_dir: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "text.csv", tmp_path / "sparse"
+    Dataset.from_json(str(write_text(tmp_path / "text.jsonl"))).to_csv(str(file))
+    words = ["--group-size", 32, "--prune", "{sparsity: 0.5, pattern: '2:4'}", "--data", file, *SHAPE]
+    quantize(llama_dir, *words, "-o", output)
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    batches = hfcompress.calibration_batches(file, AutoTokenizer.from_pretrained(llama_dir), rows=8, length=32)
+    prune = hfcompress.SparseGPT(sparsity=0.5, pattern="2:4")
+    hfcompress.quantize(model, hfcompress.GPTQ(group_size=32), batches, prune=prune)
+    expected = {name: module.dequantize() for name, module in packed_layers(model).items()}
+    written = AutoModelForCausalLM.from_pretrained(output)
+    assert len(expected) == 14
+    assert all(torch.equal(written.get_submodule(name).weight, one) for name, one in expected.items())
+
+
+def test_a_method_without_data_and_a_model_that_is_quantized_already(llama_dir: Path, tmp_path: Path) -> None:
+    words = ["--method", "rtn", "--group-size", "none", "-o", tmp_path / "small"]
+    assert "8.5" in quantize(llama_dir, *words)  # bits per weight: 8, and 32 of a scale for 64 columns
+    with pytest.raises(HFCompressError, match="LlamaForCausalLM is quantized already; load the dense checkpoint"):
+        quantize(tmp_path / "small", "--method", "rtn", "-o", tmp_path / "smaller")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "gptw"], r"method: 'gptw' is not one of rtn, gptq.* \(gptq\?\)"),
+        (["--bits", "5", "--damping", "2"], r"(?s)2 faults.*bits: 5 is not one of 2, 3, 4, 8.*damping: must be less"),
+        (["--bits", "four"], "bits: 'four' is not one of"),
+        (["--group-size", "7"], "group_size: must be at least 8, not 7"),
+        (["--method", "rtn", "--rows", "8"], "calibration_rows: method rtn needs no calibration data"),
+        (["--method", "rtn", "--damping", "0.1"], r"unknown option 'damping'"),
+        (["--prune", "{sparsity: 2}"], r"prune\.sparsity: must be less than 1"),
+        ([], "GPTQ needs calibration text: give --data a file or a dataset"),
+        (["--data", "absent/name", "--length", "32"], "Data 'absent/name' cannot be opened"),
+        (["--data", "text.jsonl", "--length", "129"], r"\(--length\) is 129 tokens, but '.*llama' takes at most 128"),
+        (["--data", "text.jsonl", "--length", "128"], "text.jsonl has less than 128 tokens"),
+        (["--data", "text.jsonl", "--exclude", "*"], "leaves no linear layer of LlamaForCausalLM"),
+        (["--data", "text.jsonl", "--exclude", "*.q_prj"], r"'\*\.q_prj' matches no module of LlamaForCausalLM"),
+        (["--method", "rtn", "-o", "."], "exists and was not written by hfcompress"),
+    ],
+)
+def test_faults_are_told_before_any_weight_is_loaded(
+    words: list[str], message: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text.jsonl", rows=2)
+    monkeypatch.delattr(opening, "open_model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(HFCompressError, match=message):
+        quantize(llama_dir, *words, *([] if "-o" in words else ["-o", "small"]))
+    assert sorted(tmp_path.rglob("*")) == before
