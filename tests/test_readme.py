@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+from hfcompress.packed import packed_layers
 from tests.conftest import tiny_llama, token_batches
+from tests.runs import WORDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +19,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_every_door_runs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     monkeypatch.chdir(ROOT)
     rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(32, rows=1)]
     folder = str(tmp_path)
@@ -31,11 +33,16 @@ def test_every_door_runs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, mon
         "batches": token_batches(8),
         "tokenizer": tokenizer,
         "folder": folder,
+        "original": str(tmp_path / "original"),
+        "texts": [" ".join(WORDS)] * 8,
     }
+    names["model"].save_pretrained(names["original"])
+    tokenizer.save_pretrained(names["original"])
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert names["saved"].verification.max_logit_difference == 0.0
     assert names["reloaded"].config.num_hidden_layers == 3
+    assert len(packed_layers(names["packed"])) == 28
     assert names["recipe"].stages[1].options.steps == 16
 
 

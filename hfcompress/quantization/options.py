@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from hfcompress.calibration.texts import Calibration
+    from hfcompress.quantization.while_loading import QuantizeConfig
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Bits = Literal[2, 3, 4, 8]
 
 
+class WhileLoading:
+    """Lets a method be ``from_pretrained``'s ``quantization_config``."""
+
+    def as_config(
+        self, dataset: Calibration | None = None, processor: Any = None, *, rows: int = 128, length: int = 512
+    ) -> QuantizeConfig:
+        """Return what ``from_pretrained(id, quantization_config=...)`` takes: it loads the model and quantizes it.
+
+        dataset: for methods that need data, batches, texts, a ``Dataset``, a file or a dataset's id.
+        processor: the tokenizer for texts; None is the one in the model's folder.  rows, length: of texts at most so
+        many rows, of so many tokens.  Raises DataError when data are needed and not given.
+        """
+        from hfcompress.quantization.while_loading import QuantizeConfig
+
+        return QuantizeConfig(self, dataset, processor, rows, length)
+
+
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
-class RTN:
+class RTN(WhileLoading):
     """Round every weight to the nearest point of its group's grid; needs no data.
 
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
@@ -34,7 +55,7 @@ class RTN:
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
-class GPTQ:
+class GPTQ(WhileLoading):
     """Round column by column and let later columns absorb the error (Frantar et al., arXiv 2210.17323).
 
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
