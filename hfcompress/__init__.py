@@ -28,6 +28,7 @@ _HOME_OF = {
     "RTN": "hfcompress.quantization",
     "quantize": "hfcompress.quantization",
     "calibration_batches": "hfcompress.calibration",
+    "QuantizeAwareCallback": "hfcompress.quantization",
     "compress": "hfcompress.pipeline",
     "load_recipe": "hfcompress.recipe",
     "Recipe": "hfcompress.recipe",

@@ -23,7 +23,7 @@ Rows = list[dict[str, Tensor]]
 
 
 def small_llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
-    return tiny_llama(seed=seed, hidden_size=32, intermediate_size=64, **changes)
+    return tiny_llama(seed=seed, **{"hidden_size": 32, "intermediate_size": 64, **changes})
 
 
 def small_gpt2() -> PreTrainedModel:

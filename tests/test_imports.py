@@ -14,7 +14,7 @@ import hfcompress
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
     {"errors", "progress", "devices", "formats", "fresh"},
-    {"structure", "packed", "vocabulary", "outputs", "bundled"},
+    {"callbacks", "structure", "packed", "vocabulary", "outputs", "bundled"},
     {"loading", "reading"},
     {"calibration", "checkpoint", "evaluate"},
     {"publish"},

@@ -63,6 +63,7 @@ def save_compressed(
     recover(folder)
     refuse_foreign(folder)
     refuse_nan(model)
+    _refuse_rounding(model)
     if uneven == "dense":
         model = to_dense(model, inputs)
     shapes = record_uneven(model)
@@ -102,6 +103,16 @@ def refuse_nan(model: nn.Module) -> None:
             raise ModelError(
                 f"Weight '{name}' holds NaN or infinite values; such a model is neither compressed nor saved. "
                 "Nothing was changed."
+            )
+
+
+def _refuse_rounding(model: nn.Module) -> None:
+    """Raise ModelError for layers that compute with a rounded weight and hold another."""
+    for name, module in model.named_modules():
+        if hasattr(type(module), "dense_form"):
+            raise ModelError(
+                f"{name} rounds its weight for quantization-aware training, but holds it unrounded: export the model "
+                "by QuantizeAwareCallback.export before it is saved. (Plain save_pretrained saves what it holds.)"
             )
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.packed.packing import unpack_codes
-from hfcompress.packed.weight import PackedWeight, rows_of_words
+from hfcompress.packed.weight import PackedWeight, rows_of_words, values_of
 
 PACKABLE = (nn.Linear, Conv1D, nn.Embedding)
 
@@ -132,12 +132,16 @@ class PackedEmbedding(PackedWeight):
         rows = ids.flatten().long()
         codes = unpack_codes(self.weight_packed[rows], self.bits, self.columns)
         points = None if self.symmetric else rows_of_words(self.weight_zero_point, self.bits, rows)
-        return self._values(codes, self.weight_scale[rows], points).view(*ids.shape, self.columns)
+        return values_of(codes, self.weight_scale[rows], points).view(*ids.shape, self.columns)
 
 
 def has_packed_form(module: nn.Module) -> bool:
-    """Tell whether a module is a linear or embedding layer that computes nothing beside its product or look-up."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in PACKABLE)
+    """Tell whether a module is a linear or embedding layer that computes nothing beside its product or look-up.
+
+    A class that only rounds the weight before it says so: its ``dense_form`` is the class whose form is packed.
+    """
+    form = getattr(type(module), "dense_form", type(module))
+    return any(isinstance(module, kind) and form.forward is kind.forward for kind in PACKABLE)
 
 
 def packed_twin(module: nn.Module, bits: int, group_size: int | None, symmetric: bool = True) -> PackedWeight:

@@ -10,6 +10,14 @@ from hfcompress.packed.packing import WORD_BITS, pack_codes, packed_width, unpac
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # of a packed weight in a checkpoint
 
 
+def values_of(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return what codes stand for, in the dtype of the scales.  codes: (rows, columns).  scale: (rows, groups)."""
+    groups = codes.to(scale.dtype).view(len(codes), scale.shape[1], -1)
+    if zero_point is not None:
+        groups.sub_(zero_point.to(scale.dtype).unsqueeze(-1))
+    return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
+
+
 class PackedWeight(nn.Module):
     """A layer whose matrix is ``(codes - zero_point) * scale``; its state dict is the compressed-tensors format.
 
@@ -99,14 +107,7 @@ class PackedWeight(nn.Module):
 
         The product is taken in that dtype, as compressed-tensors does, so a stock reload has the same bits.
         """
-        return self._values(self.codes(), self.weight_scale, self.zero_point())
-
-    def _values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Return the values of some rows.  codes: (rows, columns).  scale, zero_point: (rows, groups)."""
-        groups = codes.to(scale.dtype).view(len(codes), scale.shape[1], -1)
-        if zero_point is not None:
-            groups.sub_(zero_point.to(scale.dtype).unsqueeze(-1))
-        return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
+        return values_of(self.codes(), self.weight_scale, self.zero_point())
 
     @property
     def weight(self) -> Tensor:

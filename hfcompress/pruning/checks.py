@@ -15,19 +15,6 @@ from hfcompress.pruning.targets import as_rows
 Weights = Mapping[str, nn.Parameter]
 
 
-def refuse_sharding(args: TrainingArguments, kind: str) -> None:
-    """Raise HFCompressError when FSDP or DeepSpeed shards the weights."""
-    from accelerate.state import DistributedType, PartialState
-
-    # A launcher can choose sharding behind the arguments' back: `accelerate launch --use_fsdp`.
-    launched = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if launched or args.deepspeed or getattr(args, "fsdp", None):
-        raise HFCompressError(
-            f"{kind} needs whole weights on every device, but FSDP or DeepSpeed shards them. "
-            "Train with DDP or on one device."
-        )
-
-
 def refuse_replicas(args: TrainingArguments) -> None:
     """Raise HFCompressError when one process runs copies of the model, whose hooks would count in parallel."""
     if args.n_gpu > 1:

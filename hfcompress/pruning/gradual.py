@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hfcompress.errors import HFCompressError, did_you_mean
+from hfcompress.callbacks import handler_of, peers_of, read_options, refuse_sharding, unwrapped
 from hfcompress.pruning import checks
 from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
 from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.inputs import InputSquares
 from hfcompress.pruning.options import GradualOptions
-from hfcompress.pruning.reporting import handler_of, peers_of
 from hfcompress.pruning.schedules import SCHEDULES, last_update, ramp
 
 logger = logging.get_logger(__name__)
@@ -38,17 +37,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
     options: GradualOptions
 
     def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
-        kind = type(self).__name__
-        known = [field.name for field in dataclasses.fields(self.options_type)]
-        for name in options:
-            if name not in known:
-                raise HFCompressError(
-                    f"{kind} has no option '{name}'. {did_you_mean(name, known)}Known: {', '.join(known)}."
-                )
-        try:
-            self.options = self.options_type(sparsity=sparsity, **options)
-        except ValueError as error:
-            raise HFCompressError(f"{kind}: {error}") from error
+        self.options = read_options(type(self).__name__, self.options_type, {"sparsity": sparsity, **options})
         self._masks: masking.Masks = {}
         self._evidence: Evidence | None = None
         self._inputs: InputSquares | None = None
@@ -123,7 +112,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the zeros that are there, and keep gradients off them so that clipping sees live weights only."""
-        checks.refuse_sharding(args, type(self).__name__)
+        refuse_sharding(args, type(self).__name__)
         self._release()
         self._masks = {}
         model = unwrapped(kwargs["model"])
@@ -244,10 +233,3 @@ class GradualPruneCallback(TrainerCallback, ABC):
         if self._inputs is not None:
             self._inputs.remove()
             self._inputs = None
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside what compiles it or spreads it over devices."""
-    from accelerate.utils import extract_model_from_parallel
-
-    return extract_model_from_parallel(model, keep_torch_compile=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hfcompress.quantization.apply import quantize
+from hfcompress.quantization.aware import QuantizeAwareCallback, QuantizeAwareOptions
 from hfcompress.quantization.gptq import GPTQResult, gptq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
@@ -16,6 +17,8 @@ __all__ = [
     "RTN",
     "GPTQResult",
     "QuantizationReport",
+    "QuantizeAwareCallback",
+    "QuantizeAwareOptions",
     "QuantizedLinear",
     "gptq",
     "quantize",

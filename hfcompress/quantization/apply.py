@@ -22,7 +22,7 @@ from hfcompress.quantization.conv1d import gptq_conv1d
 from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.grids import Rounded
 from hfcompress.quantization.options import GPTQ, RTN
-from hfcompress.quantization.plan import PlannedLinear, check_joint_pruning, plan_linears
+from hfcompress.quantization.plan import PlannedLinear, check_joint_pruning, plan_linears, warn_about_other_grid
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import Scale, round_to_nearest
 from hfcompress.structure.stack import layer_stacks, stack_linears
@@ -55,6 +55,7 @@ def quantize(
     planned = plan_linears(model, method)
     if prune is not None:
         check_joint_pruning(method, prune, planned)
+    warn_about_other_grid(model, planned, method)
     inside = stack_linears(model)
     if isinstance(method, GPTQ):
         steps = _calibrated(model, planned, method, batches, prune)

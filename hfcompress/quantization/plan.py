@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
 
@@ -19,6 +19,7 @@ from hfcompress.loading.record import says_shapes_alone
 from hfcompress.packed import has_packed_form, packed_layers
 from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.options import GPTQ, RTN
+from hfcompress.quantization.rtn import Grid, Scale
 from hfcompress.structure.stack import stack_linears
 
 GROUP_MULTIPLE = 8
@@ -52,6 +53,10 @@ class PlannedLinear:
     def weight(self) -> Tensor:
         """Return the weight of a linear layer as rows of outputs, (out, in)."""
         return self.matrix.T if isinstance(self.module, Conv1D) else self.matrix
+
+    def grid(self, scale: Scale, dtype: torch.dtype | None = None) -> Grid:
+        """Return how the stored matrix is rounded to nearest."""
+        return Grid(self.bits, self.group_size, self.symmetric, scale, dtype)
 
 
 def fitting_group_size(in_features: int, requested: int | None) -> int | None:
@@ -227,3 +232,27 @@ def _warn_about_group_sizes(planned: Iterable[PlannedLinear]) -> None:
         parts = [f"{note} ({len(names)} layers, such as {names[0]})" for note, names in changed.items()]
         message = f"Group sizes that do not divide the input columns were changed: {'; '.join(parts)}."
         warnings.warn(message, stacklevel=4)
+
+
+def warn_about_other_grid(model: nn.Module, planned: Iterable[PlannedLinear], method: RTN | GPTQ) -> None:
+    """Warn about layers that were trained for another grid than they get, or for one and get none."""
+    trained = {
+        name: grid for name, module in model.named_modules() if isinstance(grid := vars(module).get("grid"), Grid)
+    }
+    same = {
+        name
+        for one in planned
+        for name in (one.name, *one.also)
+        if isinstance(method, RTN) and _grid_without_dtype(trained.get(name)) == one.grid(method.scale)
+    }
+    other = [name for name in trained if name not in same]
+    if other:
+        warnings.warn(
+            f"{len(other)} layers ({_examples(other)}) were trained for {trained[other[0]]} and get another or none: "
+            "QuantizeAwareCallback.export gives them theirs.",
+            stacklevel=3,
+        )
+
+
+def _grid_without_dtype(grid: Grid | None) -> Grid | None:
+    return None if grid is None else replace(grid, dtype=None)

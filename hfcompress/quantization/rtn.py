@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hfcompress.packed.packing import code_range
+from hfcompress.packed import code_range, values_of
 from hfcompress.quantization.grids import Rounded, absmax_scale, affine_grid, search_affine, search_scale
 
 Scale = Literal["absmax", "mse"]
@@ -48,3 +49,23 @@ def _grid(
         scale = search_scale(groups.T, alike, bits, dtype) if search else absmax_scale(groups, bits, dtype).squeeze(-1)
         return scale, None
     return search_affine(groups.T, alike, bits, dtype) if search else affine_grid(groups.T, bits, dtype)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a stored matrix is rounded to nearest.
+
+    dtype: what the matrix, and with it the scales, is rounded to first; None is its own.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool = True
+    scale: Scale = "absmax"
+    dtype: torch.dtype | None = None
+
+    def rounded(self, matrix: Tensor) -> Tensor:
+        """Return the values that a packed layer will have, in the dtype of the matrix.  matrix: (rows, columns)."""
+        stored = matrix.detach().to(self.dtype or matrix.dtype)
+        found = round_to_nearest(stored, self.bits, self.group_size, self.symmetric, self.scale)
+        return values_of(*found).to(matrix.dtype)

@@ -10,15 +10,18 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode and the weights' own precision; on leaving, also by an error, all is as it was.
+    """Switch to eval mode and the weights' own precision; on leaving, also by an error, all is as it was."""
+    with training_flags_kept(model), _own_precision(model):
+        model.eval()
+        yield
 
-    Every module gets its own training flag back.
-    """
+
+@contextmanager
+def training_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its own training flag back on leaving, also by an error."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with _own_precision(model):
-            yield
+        yield
     finally:
         for module, flag in training.items():
             module.training = flag
