@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from hfcompress import opening
 from hfcompress.distillation import DistillationConfig
-from hfcompress.distillation.pairs import refuse_other_labels, refuse_other_size, refuse_other_vocabulary
 from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
-from hfcompress.outputs import label_names
-from hfcompress.recipe import Distill, Finetune, ModelSpec, Prune, Quantize, Stage
+from hfcompress.recipe import Distill, Finetune, Prune, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
 from hfcompress.structure.lengths import longest_input
 from hfcompress.tasks.lengths import refuse_longer
+from hfcompress.teaching import check_teachers
 from hfcompress.training import training_options
 
 
@@ -50,8 +48,8 @@ def _check_stage(source: Source, stage: Stage) -> None:
             DistillationConfig(**training_options(options, Path("unused"), source.recipe.seed))
         except (ValueError, ImportError) as error:
             raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
-    if isinstance(options, Distill) and options.teacher not in ("original", *_names(source)):
-        _check_teacher(source, ModelSpec(id=options.teacher))
+    if isinstance(options, Distill):
+        check_teachers(source, options)
     if isinstance(options, Quantize) and importlib.util.find_spec("compressed_tensors") is None:
         raise MissingDependencyError(
             "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
@@ -91,27 +89,6 @@ def _check_lengths(source: Source) -> None:
         if source.data_labels is None:
             option = f"stages[{index}].{stage.kind}.calibration_length"
             refuse_longer(model.id, limit, option, options.calibration_length)
-
-
-def _check_teacher(source: Source, teacher: ModelSpec) -> None:
-    """An outside teacher reads the student's tokens, and its logits must mean the student's classes."""
-    config, student = opening.open_config(teacher), source.config
-    refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
-    refuse_other_vocabulary(source.processor.get_vocab(), opening.open_processor(teacher).get_vocab())
-    if source.labels is None:
-        sizes = [int(one.get_text_config().vocab_size or 0) for one in (student, config)]
-        refuse_other_size(sizes[0], sizes[1])
-        return
-    if not opening.has_trained_head(config):
-        raise ModelError(f"Teacher '{teacher.id}' has no trained classification head, so it has nothing to teach.")
-    refuse_other_size(len(source.labels), len(label_names(config)))
-    refuse_other_labels(
-        label_names(student) if opening.has_trained_head(student) else source.labels, label_names(config)
-    )
-
-
-def _names(source: Source) -> list[str]:
-    return [stage.name for stage in source.recipe.stages]
 
 
 def _layers_before(source: Source, stage: Stage) -> int:

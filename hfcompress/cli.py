@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -186,6 +187,38 @@ def _one_shot(context: typer.Context, method: str) -> None:
 
     command = one_shot_command(str(context.info_name), method, context.command.help)
     command(args=context.args, prog_name=context.command_path, standalone_mode=False)
+
+
+@app.command(name="cache-teacher")
+def cache_teacher(
+    recipe: RecipePath,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=_path, metavar="FOLDER", help="Folder for the answers.")
+    ],
+    teacher: Annotated[str, typer.Option(help="A model id or folder; original is the recipe's model.")] = "original",
+    k: Annotated[int | None, typer.Option(help="Classes kept per token; by default 64, or all of up to 256.")] = None,
+    temperature: Annotated[float, typer.Option(help="At which probabilities are taken.", min=1e-3)] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 8,
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a teacher's answers to a recipe's training rows, so that distilling needs no teacher; resumable."""
+    from hfcompress.devices import keep_freed_memory
+    from hfcompress.recipe import load_recipe
+    from hfcompress.teaching import cache_recipe_teacher
+
+    checked = load_recipe(recipe, changes or [])
+    keep_freed_memory()
+    report = cache_recipe_teacher(
+        checked, output, teacher=teacher, k=k, temperature=temperature, batch_size=batch_size
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        print(
+            f"{report.folder} holds the answers to {report.examples:,} rows ({report.found:,} were there before), "
+            f"{report.answers:,} places, {report.bytes / 1e6:,.1f} MB. Use it as `teacher:` of a distill stage."
+        )
 
 
 @app.command()

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hfcompress import data as opening_data
 from hfcompress import opening
 from hfcompress.devices import fast_bfloat16
+from hfcompress.distillation.teachers import is_cache
 from hfcompress.errors import DataError
 from hfcompress.progress import busy
 from hfcompress.recipe import ModelSpec, Prune, Quantize, Recipe
@@ -114,6 +115,13 @@ class Source:
         self.task.prepare_(model, self.processor)
         return model
 
+    def open_in(self, spec: ModelSpec, dtype: Dtype) -> PreTrainedModel:
+        """Open any model in a dtype: ``fast`` is as it was saved, but float32 where bfloat16 products are slow."""
+        if dtype == "fast":
+            slow = opening.open_config(spec).dtype == torch.bfloat16 and not fast_bfloat16()
+            dtype = "float32" if slow else "auto"
+        return self.open(replace(spec, dtype=dtype))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -144,27 +152,22 @@ class Job:
 
         dtype: ``auto`` is as it was saved; ``fast`` too, but in float32 where bfloat16 products are slow.
         """
-        return self._open(self._spec(folder or self.folder), dtype)
+        return self.source.open_in(self._spec(folder or self.folder), dtype)
 
     def _spec(self, folder: Path) -> ModelSpec:
         """Return how to open a checkpoint of this run: its code is trusted if the recipe trusts the model's."""
         return ModelSpec(id=str(folder), trust_remote_code=self.recipe.model.trust_remote_code)
 
-    def _open(self, spec: ModelSpec, dtype: Dtype) -> PreTrainedModel:
-        if dtype == "fast":
-            slow = opening.open_config(spec).dtype == torch.bfloat16 and not fast_bfloat16()
-            dtype = "float32" if slow else "auto"
-        return self.source.open(replace(spec, dtype=dtype))
-
     def saved_dtype(self) -> Any:
         """Return the dtype that the checkpoint this stage starts from is saved in."""
         return opening.open_config(self._spec(self.folder)).dtype
 
-    def teacher(self, name: str) -> PreTrainedModel:
-        """Open a teacher: ``original``, an earlier stage by name or index, or any model id."""
-        stages = {str(index): stage.name for index, stage in enumerate(self.recipe.stages)}
-        folder = self.finished.get(stages.get(name, name))
-        return self._open(ModelSpec(id=name) if folder is None else self._spec(folder), "fast")
+    def teacher(self, name: str) -> PreTrainedModel | Path:
+        """Open a teacher: ``original``, an earlier stage by name, or any model id; a folder of answers stays one."""
+        if is_cache(name):
+            return Path(name).expanduser()
+        folder = self.finished.get(name)
+        return self.source.open_in(ModelSpec(id=name) if folder is None else self._spec(folder), "fast")
 
     def held_out_batches(self) -> list[dict[str, Tensor]]:
         """Return the batches that every measurement of this recipe uses."""

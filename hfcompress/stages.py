@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,16 +62,18 @@ def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
 
 def _distill(job: Job, options: Distill, name: str) -> Outcome:
     student = job.open_model("float32")
-    teacher = job.teacher(options.teacher)
+    teachers = [job.teacher(name) for name in options.teachers]
     arguments = DistillationConfig(
-        **training_options(options, job.work, job.recipe.seed), temperature=options.temperature, alpha=options.alpha
-    )
+        **training_options(options, job.work, job.recipe.seed),
+        temperature=options.temperature, alpha=options.alpha, losses=options.losses,
+    )  # fmt: skip
     pruning = _pruning(options)
     trainer = DistillationTrainer(
-        model=student, teacher_model=teacher, args=arguments, **_data_of(job), callbacks=list(pruning)
-    )
+        model=student, teacher_model=teachers, teacher_weights=options.teacher_weights, args=arguments,
+        **_data_of(job), **_tokenizers(job, student, teachers), callbacks=list(pruning),
+    )  # fmt: skip
     train(trainer, name)
-    summary = f"teacher {options.teacher}, {_trained(trainer, pruning)}"
+    summary = f"teacher {' and '.join(options.teachers)}, {_trained(trainer, pruning)}"
     return Outcome(_in_saved_dtype(student, job), summary)
 
 
@@ -121,6 +124,16 @@ def _data_of(job: Job) -> dict[str, Any]:
         "eval_dataset": job.source.encoded("held_out"),
         "data_collator": job.task.collator(job.processor),
     }
+
+
+def _tokenizers(job: Job, student: PreTrainedModel, teachers: Sequence[PreTrainedModel | Path]) -> dict[str, Any]:
+    """Show the trainer that models whose vocabularies are padded differently have one tokenizer.
+
+    It was compared before the first stage.
+    """
+    sizes = {one.config.get_text_config().vocab_size for one in (student, *teachers) if not isinstance(one, Path)}
+    same = {"processing_class": job.processor, "teacher_processing_class": job.processor}
+    return same if job.task.name == "causal-lm" and len(sizes) > 1 else {}
 
 
 def _pruning(options: Finetune | Distill) -> list[GradualPruneCallback]:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hfcompress.checkpoint.atomic import MARKER, recover, refuse_foreign, write_text
+from hfcompress.checkpoint.files import digest_of
 from hfcompress.checkpoint.locks import locked
 from hfcompress.data import data_digest
+from hfcompress.distillation.teachers import INDEX, is_cache
 from hfcompress.errors import OutputError
 from hfcompress.opening import model_digest
 from hfcompress.recipe import Distill, ModelSpec, Recipe, recipe_differences
@@ -88,10 +90,15 @@ class Workspace:
     def inputs(self) -> dict[str, str]:
         """Return a digest of everything that the recipe only names: the model, the data and teachers from outside."""
         known = {"original", *(stage.name for stage in self.recipe.stages)}
-        teachers = {
-            f"teacher of stage {stage.name}": model_digest(ModelSpec(id=stage.options.teacher))
+        outside = {
+            stage.name: [name for name in stage.options.teachers if name not in known]
             for stage in self.recipe.stages
-            if isinstance(stage.options, Distill) and stage.options.teacher not in known
+            if isinstance(stage.options, Distill)
+        }
+        teachers = {
+            f"teacher of stage {stage}": " ".join(_teacher_digest(name) for name in names)
+            for stage, names in outside.items()
+            if names
         }
         return {"model": model_digest(self.recipe.model), "data": data_digest(self.recipe.data), **teachers}
 
@@ -220,3 +227,11 @@ def _is_workspace(folder: Path) -> bool:
     """Tell a workspace by its run.json; one that was killed before it had that is empty but for ours."""
     names = [path.name for path in folder.iterdir()]
     return RUN in names or all(name == LOCK or name.startswith(f".{RUN}.") for name in names)
+
+
+def _teacher_digest(name: str) -> str:
+    """Return a digest of a model, or of what a folder of a teacher's answers says of itself."""
+    if is_cache(name):
+        folder = Path(name).expanduser()
+        return digest_of(folder, [folder / INDEX])
+    return model_digest(ModelSpec(id=name))

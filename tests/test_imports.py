@@ -23,6 +23,7 @@ LAYERS = [
     {"tasks", "data", "training"},
     {"opening"},
     {"job"},
+    {"teaching"},
     {"stages", "workspace", "measuring", "checks", "oneshot"},
     {"gathering", "commands"},
     {"pipeline"},

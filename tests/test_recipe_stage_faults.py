@@ -29,7 +29,6 @@ STAGE_FAULTS = [
     ("finetune: {epochs: .inf}", "stages[0].finetune.epochs: must be a finite number, not inf"),
     ("distill: {steps: 1, alpha: 1.5}", "stages[0].distill.alpha: must be at most 1, not 1.5"),
     ("distill: {steps: 1, temperature: 0}", "stages[0].distill.temperature: must be greater than 0, not 0"),
-    ("distill: {steps: 1, teacher: [a]}", "stages[0].distill.teacher: must be text, not a list"),
     ("distill: {steps: 1, teacher: orignal}",
      "stages[0].distill.teacher: there is no teacher 'orignal' (original?); known: original, "
      "or a model id with a '/'"),

@@ -190,8 +190,8 @@ def _read_stage(raw: Any, index: int, names: Sequence[str], faults: list[Fault])
     else:
         options = read_options(STAGES[kind], given, path, faults)
     if isinstance(options, Distill):
-        teacher = earlier_stage(options.teacher, names, index) or options.teacher
-        options = dataclasses.replace(options, teacher=teacher)
+        found = tuple(earlier_stage(one, names, index) or one for one in options.teachers)
+        options = dataclasses.replace(options, teacher=found[0] if isinstance(options.teacher, str) else found)
     return None if options is None else Stage(kind, options, names[index])
 
 

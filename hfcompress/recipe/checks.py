@@ -99,17 +99,26 @@ def _teacher_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Itera
     for index, (stage, kind) in enumerate(zip(stages, kinds)):
         options = stage[kind] if kind == "distill" else None
         teacher = options.get("teacher") if isinstance(options, Mapping) else None
-        if not isinstance(teacher, (str, int)) or isinstance(teacher, bool) or teacher == "":
-            continue
-        text = str(teacher)
-        if text == "original" or earlier_stage(text, names, index) is not None:
-            continue
-        if not text.isdecimal() and ("/" in text or text.startswith("package:") or os.path.isdir(text)):
-            continue
-        earlier = [name for name in names[:index] if name]
-        known = ", ".join(["original", *earlier])
-        if text in names or (text.isdecimal() and int(text) < len(stages)):
-            problem = f"'{text}' does not come before this stage"
-        else:
-            problem = f"there is no teacher '{text}'{near(text, ['original', *earlier])}"
-        yield Fault(("stages", index, "distill", "teacher"), f"{problem}; known: {known}, or a model id with a '/'")
+        here: tuple[Any, ...] = ("stages", index, "distill", "teacher")
+        several = list(enumerate(teacher)) if isinstance(teacher, (list, tuple)) else []
+        for path, one in [((*here, place), one) for place, one in several] or [(here, teacher)]:
+            problem = _teacher_problem(one, names, index)
+            if problem is not None:
+                yield Fault(path, problem)
+
+
+def _teacher_problem(teacher: Any, names: Sequence[str], index: int) -> str | None:
+    """Say why the stage ``index`` has no such teacher, or return None."""
+    if not isinstance(teacher, (str, int)) or isinstance(teacher, bool) or teacher == "":
+        return None  # of another type, which is said elsewhere
+    text = str(teacher)
+    if text == "original" or earlier_stage(text, names, index) is not None:
+        return None
+    if not text.isdecimal() and ("/" in text or text.startswith("package:") or os.path.isdir(text)):
+        return None
+    known = ["original", *(name for name in names[:index] if name)]
+    if text in names or (text.isdecimal() and int(text) < len(names)):
+        problem = f"'{text}' does not come before this stage"
+    else:
+        problem = f"there is no teacher '{text}'{near(text, known)}"
+    return f"{problem}; known: {', '.join(known)}, or a model id with a '/'"

@@ -10,12 +10,15 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
+from hfcompress.distillation.losses import Loss, name_of
 from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.pruning.oneshot import Magnitude, SparseGPT, Wanda
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
 from hfcompress.quantization import GPTQ, RTN
 from hfcompress.quantization import METHODS as QUANTIZERS
+from hfcompress.recipe.faults import not_a
+from hfcompress.recipe.losses import Losses
 from hfcompress.recipe.sections import (
     FROZEN,
     TASKS,
@@ -31,13 +34,25 @@ from hfcompress.recipe.training import Training
 from hfcompress.structure.layers import DropLayers
 
 
-def _index_as_text(value: Any) -> Any:
+def _indices_as_text(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        names = tuple(_indices_as_text(one) for one in value)
+        wrong = [not_a("text", one) for one in names if not isinstance(one, str)]
+        if wrong or not names:
+            raise ValueError(f"a teacher {wrong[0]}" if wrong else "names no teacher")
+        return names
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+_TEACHER = {"type": ["string", "integer"]}
 Teacher = Annotated[
-    Text, BeforeValidator(_index_as_text), WithJsonSchema({"type": ["string", "integer"], "default": "original"})
+    Text | tuple[Text, ...],
+    BeforeValidator(_indices_as_text),
+    WithJsonSchema({"anyOf": [_TEACHER, {"type": "array", "items": _TEACHER, "minItems": 1}], "default": "original"}),
 ]
+
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _check_length(steps: int | None, epochs: float | None) -> None:
@@ -71,15 +86,20 @@ class Finetune:
 class Distill:
     """Train towards a teacher's outputs, if asked while pruning.
 
-    teacher: ``original``, the name or index of an earlier stage, or a model id.
-    temperature: divides both models' logits.  alpha: share of the distillation loss; the task loss has the rest.
+    teacher: ``original``, the name or index of an earlier stage, a model id, or a folder that ``hfcompress
+    cache-teacher`` wrote; or a list of these.  teacher_weights: shares of several teachers; equal unless given.
+    losses: what the student is compared by, each a name or a name with its options; one that fits the task unless
+    given.  temperature: of that one, where none are given, 2 by default: divides both models' logits.
+    alpha: share of the distillation losses; the task loss has the rest.
     steps: optimizer steps.  epochs: passes over the training data, instead of steps.
     prune: gradual pruning of weights during the training.  prune_heads, prune_neurons: gradual closing of heads or
     neurons, which a shrink stage removes.  training: fields of transformers.TrainingArguments.
     """
 
     teacher: Teacher = "original"
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    teacher_weights: tuple[Share, ...] | None = None
+    losses: Losses = None
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     steps: AtLeastOne | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -90,6 +110,16 @@ class Distill:
 
     def __post_init__(self) -> None:
         _check_length(self.steps, self.epochs)
+        if self.losses is not None and self.temperature is not None:
+            raise ValueError("temperature is an option of the losses that have one: give it to them")
+        shares = self.teacher_weights
+        if shares is not None and (len(shares) != len(self.teachers) or sum(shares) == 0):
+            raise ValueError(f"teacher_weights must be a share for each of {len(self.teachers)} teachers, not all 0")
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Return the names of all teachers."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
 
 @dataclass(frozen=True, config=FROZEN)
@@ -210,9 +240,15 @@ def _plain(value: Any) -> Any:
         beside = options_beside_method(kind, type(value.method))
         own = {option: _plain(getattr(value, option)) for option in beside if getattr(value, option) is not None}
         return {"method": name, **_plain(value.method), **own}
+    if isinstance(value, Loss):
+        return {name_of(value): _options(value)}
     if dataclasses.is_dataclass(value):
-        pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        return {field.name: _plain(one) for field, one in pairs if not (one is None and field.default is None)}
+        return _options(value)
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _options(value: Any) -> dict[str, Any]:
+    pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return {field.name: _plain(one) for field, one in pairs if not (one is None and field.default is None)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from hfcompress.distillation.losses import LOSSES
 from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
@@ -88,6 +89,8 @@ def _stage_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
         return _method_schema(kind, schema, definitions)
     if "training" in schema["properties"]:
         schema["properties"]["training"] = {"$ref": "#/$defs/training"}
+    if "losses" in schema["properties"]:
+        schema["properties"]["losses"]["items"] = _loss_schema(definitions)
     return schema
 
 
@@ -101,6 +104,16 @@ def _method_schema(kind: str, own: dict[str, Any], definitions: dict[str, Any]) 
         required = ["method", *schema.get("required", [])]
         alternatives.append({**schema, "properties": properties, "required": required})
     return {"description": (STAGES[kind].__doc__ or "").splitlines()[0], "oneOf": alternatives}
+
+
+def _loss_schema(definitions: dict[str, Any]) -> dict[str, Any]:
+    """A loss is its name, or one key with its options."""
+    properties = {name: _schema_of(loss, definitions) for name, loss in LOSSES.items()}
+    with_options = {
+        "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+        "properties": properties,
+    }  # fmt: skip
+    return {"anyOf": [{"enum": list(LOSSES)}, with_options]}
 
 
 def _training_schema(definitions: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from hfcompress.distillation.teachers.base import Answer, Teacher
-from hfcompress.distillation.teachers.cache import INDEX, CacheReport, cache_teacher
+from hfcompress.distillation.teachers.cache import (
+    INDEX,
+    CacheReport,
+    cache_teacher,
+    is_cache,
+    refuse_k,
+    refuse_other_files,
+)
 from hfcompress.distillation.teachers.cached import CachedTeacher
 from hfcompress.distillation.teachers.live import LiveTeacher, forward_arguments
 
@@ -16,4 +23,7 @@ __all__ = [
     "Teacher",
     "cache_teacher",
     "forward_arguments",
+    "is_cache",
+    "refuse_k",
+    "refuse_other_files",
 ]

@@ -84,6 +84,7 @@ def cache_teacher(
     ModelError for a ``k`` that cannot be.
     """
     folder = Path(folder)
+    refuse_other_files(folder)
     live = LiveTeacher(teacher)
     index = _index(live, k, temperature, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +115,26 @@ def _report(folder: Path, found: int) -> CacheReport:
     return CacheReport(str(folder), sum(len(shard.keys) for shard in shards), answers, found, size)
 
 
+def is_cache(name: str | Path) -> bool:
+    """Tell whether this is a folder that ``cache_teacher`` wrote or began to write."""
+    return (Path(name).expanduser() / INDEX).is_file()
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise OutputError for a folder that holds anything but a teacher's answers."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file. Name a folder for the teacher's answers.")
+    if folder.is_dir() and not is_cache(folder) and any(one.name != ".lock" for one in folder.iterdir()):
+        raise OutputError(f"{folder} holds other files. Name an empty folder for the teacher's answers.")
+
+
+def refuse_k(k: int | None, classes: int | None) -> None:
+    """Raise ModelError for a number of classes to keep that is more than there are, or than a cache can hold."""
+    if k is not None and not 1 <= k <= min(classes or LARGEST_K, LARGEST_K):
+        there = "as many as the example says" if classes is None else f"{classes:,}"
+        raise ModelError(f"k={k} must be at least 1 and at most {LARGEST_K}, and there are {there} classes.")
+
+
 def shard_files(folder: Path) -> list[Path]:
     """Return a cache's files of answers, in order."""
     return sorted(folder.glob("answers-*.safetensors"))
@@ -133,9 +154,7 @@ def read_index(folder: Path) -> CacheIndex:
 
 def _claim(folder: Path, index: CacheIndex) -> None:
     """Write the index, or compare it with the one that is there."""
-    if not (folder / INDEX).is_file():
-        if any(one.name != ".lock" for one in folder.iterdir()):
-            raise OutputError(f"{folder} holds other files. Name an empty folder for the teacher's answers.")
+    if not is_cache(folder):
         write_text(folder / INDEX, json.dumps(asdict(index), indent=2) + "\n")
         return
     there, asked = asdict(read_index(folder)), asdict(index)
@@ -155,9 +174,7 @@ def _index(live: LiveTeacher, k: int | None, temperature: float, name: str) -> C
         raise ModelError(f"k={k} classes cannot be kept: {type(model).__name__} gives {kind.what}. Leave k out.")
     if k is None and kind.values == "odds" and classes is not None and classes > FEW_CLASSES:
         k = DEFAULT_K
-    if k is not None and not 1 <= k <= min(classes or LARGEST_K, LARGEST_K):
-        there = "as many as the example says" if classes is None else f"{classes:,}"
-        raise ModelError(f"k={k} must be at least 1 and at most {LARGEST_K}, and there are {there} classes.")
+    refuse_k(k, classes)
     return CacheIndex(
         teacher=fingerprint(model),
         name=name or type(model).__name__,

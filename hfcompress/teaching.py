@@ -1,0 +1,132 @@
+"""A recipe's teachers: what is refused before the first stage, and their answers written to disk ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hfcompress import opening
+from hfcompress.distillation.losses import FeatureLoss, named
+from hfcompress.distillation.pairs import (
+    refuse_other_labels,
+    refuse_other_size,
+    refuse_other_vocabulary,
+    shared_vocabulary,
+)
+from hfcompress.distillation.teachers import (
+    CachedTeacher,
+    CacheReport,
+    cache_teacher,
+    is_cache,
+    refuse_k,
+    refuse_other_files,
+)
+from hfcompress.errors import DataError, ModelError
+from hfcompress.job import Source
+from hfcompress.outputs import label_names
+from hfcompress.recipe import Distill, ModelSpec, Recipe
+from hfcompress.structure.lengths import longest_input
+from hfcompress.tasks.lengths import refuse_longer
+
+ORIGINAL = "original"
+
+
+def check_teachers(source: Source, options: Distill) -> None:
+    """Raise ModelError or DataError for teachers and losses of a stage that cannot go together.
+
+    Teachers that are earlier stages of the recipe are its own model, which fits.
+    """
+    stages = [stage.name for stage in source.recipe.stages]
+    for name in options.teachers:
+        if is_cache(name):
+            _check_cache(source, CachedTeacher(Path(name).expanduser()), options)
+        elif name not in (ORIGINAL, *stages):
+            _check_model(source, ModelSpec(id=name))
+    losses = named(options.losses or ())
+    inside = [name for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
+    if inside and (len(options.teachers) > 1 or is_cache(options.teachers[0])):
+        raise ModelError(f"{inside[0]} looks inside the teacher: it needs one teacher, which is a model.")
+    classes = _classes(source)
+    for name, loss in losses.items():
+        k = getattr(loss, "k", None)
+        if k is not None and classes is not None and k > classes:
+            raise ModelError(f"{name}: k={k} is more than the {classes} classes there are.")
+
+
+def _check_model(source: Source, teacher: ModelSpec) -> None:
+    """A model from outside reads the student's tokens, and its logits must mean the student's classes."""
+    config, student = opening.open_config(teacher), source.config
+    refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
+    tokenizer = opening.open_processor(teacher)
+    if source.labels is None:
+        sizes = [int(one.get_text_config().vocab_size or 0) for one in (student, config)]
+        shared_vocabulary(sizes[0], sizes[1], source.processor, tokenizer)
+        return
+    refuse_other_vocabulary(source.processor.get_vocab(), tokenizer.get_vocab())
+    if not opening.has_trained_head(config):
+        raise ModelError(f"Teacher '{teacher.id}' has no trained classification head, so it has nothing to teach.")
+    refuse_other_size(len(source.labels), len(label_names(config)))
+    refuse_other_labels(
+        label_names(student) if opening.has_trained_head(student) else source.labels, label_names(config)
+    )
+
+
+def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None:
+    """A cache must hold the answers to these rows that these losses need."""
+    index = cache.index
+    if source.labels is not None:
+        refuse_other_size(len(source.labels), len(index.labels))
+    for name, loss in named(options.losses or ()).items():
+        if index.k is not None and not getattr(loss, "takes_top_k", False) and not isinstance(loss, FeatureLoss):
+            raise ModelError(
+                f"{cache.folder} holds the {index.k} most probable classes only; {name} needs all. Use top_k_kl."
+            )
+    rows, collator = source.encoded("train"), source.task.collator(source.processor)
+    for row in sorted({0, len(rows) // 2, len(rows) - 1}):
+        cache.refuse_other_data(collator([rows[row]]))
+
+
+def _classes(source: Source) -> int | None:
+    """Return how many classes a place has, None where the recipe does not say."""
+    if source.labels is not None:
+        return len(source.labels)
+    return int(source.config.get_text_config().vocab_size or 0) if source.task.name == "causal-lm" else None
+
+
+def cache_recipe_teacher(
+    recipe: Recipe, folder: Path, *, teacher: str, k: int | None, temperature: float, batch_size: int
+) -> CacheReport:
+    """Write a teacher's answers to a recipe's training rows, for ``teacher: <folder>`` in its distill stage.
+
+    teacher: ``original`` for the recipe's model, or any model id or checkpoint folder.
+    Everything that can be known from configs and data is checked before the teacher is opened.
+    """
+    refuse_other_files(folder)
+    source = Source(recipe)
+    spec = _spec_of(source, teacher)
+    refuse_k(k, _classes(source))
+    rows: Any = source.encoded("train")
+    model = source.open_in(spec, "fast")
+    collator = source.task.collator(source.processor)
+    return cache_teacher(
+        model, rows, folder, collator=collator, k=k, temperature=temperature, batch_size=batch_size, name=spec.id
+    )
+
+
+def _spec_of(source: Source, teacher: str) -> ModelSpec:
+    stages = [stage.name for stage in source.recipe.stages]
+    if teacher == ORIGINAL:
+        if source.head_is_new:
+            raise ModelError(
+                f"Model '{source.recipe.model.id}' has no trained classification head, so it has nothing to teach. "
+                "Name a fine-tuned one as teacher."
+            )
+        return source.recipe.model
+    if teacher in stages:
+        raise DataError(
+            f"Teacher '{teacher}' is a stage of the recipe, whose model is there only while it runs. Name the folder "
+            "of a finished model."
+        )
+    spec = ModelSpec(id=teacher)
+    _check_model(source, spec)
+    return spec
