@@ -318,3 +318,51 @@ def test_a_trainers_own_ways_to_the_hub_keep_working(hub: Hub, folder: Path) -> 
     there = hub.files("tester/trainer") or []
     assert {"README.md", "measurements.json", "model.safetensors", "tokenizer.json"} <= set(there)
     assert not {"training_args.bin", "optimizer.pt"} & set(there)
+
+
+STRATEGY = """
+import hfcompress
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from tests.conftest import token_batches
+
+class CardTrainer(hfcompress.ModelCardMixin, Trainer):
+    pass
+
+rows = [{k: v[0] for k, v in b.items()} for b in token_batches(8, rows=1)]
+args = TrainingArguments(
+    output_dir=OUT, use_cpu=True, max_steps=4, disable_tqdm=True, save_steps=2, push_to_hub=True,
+    hub_model_id=REPO, hub_strategy=NAME, hub_always_push=True, report_to="none",
+)
+trainer = KIND(
+    model=AutoModelForCausalLM.from_pretrained(FOLDER), args=args, train_dataset=rows,
+    processing_class=AutoTokenizer.from_pretrained(FOLDER),
+    callbacks=[hfcompress.PruneCallback(sparsity=0.5, end=0.75)],
+)
+trainer.train()
+trainer.push_to_hub(dataset="me/rows", license="mit")
+model = AutoModelForCausalLM.from_pretrained(REPO)
+result = hfcompress.PruneCallback(sparsity=0.5).reached(model)
+"""
+CHECKPOINTS = {"end": (), "every_save": (), "checkpoint": ("last-checkpoint",),
+               "all_checkpoints": ("checkpoint-2", "checkpoint-4")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [*(("CardTrainer", name) for name in CHECKPOINTS), ("Trainer", "every_save")]
+)
+def test_every_hub_strategy_works_with_our_callbacks(kind: str, strategy: str, hub: Hub, folder: Path) -> None:
+    """What from_pretrained then gets from the Hub is pruned; the card is ours, or the Trainer's own with our tags."""
+    repo = f"tester/{kind}-{strategy}".lower()
+    code = STRATEGY.replace("KIND", kind).replace("NAME", repr(strategy)).replace("REPO", repr(repo))
+    found = hub.run(code.replace("FOLDER", repr(str(folder))).replace("OUT", repr(str(folder.parent / strategy))))
+    assert found["result"] == pytest.approx(0.5, abs=0.01), found
+    names = hub.files(repo) or []
+    folders = {name.split("/")[0] for name in names if name.endswith("/optimizer.pt")}
+    assert folders == set(CHECKPOINTS[strategy])
+    with urllib.request.urlopen(f"{hub.url}/{repo}/resolve/main/README.md") as answer:
+        card = answer.read().decode()
+    assert all(f"- {tag}\n" in card for tag in ("hfcompress", "pruned"))
+    assert "license: mit" in card
+    assert "me/rows" in card
+    assert ("measurements.json" in names) is (kind == "CardTrainer")
+    assert ("Loads without hfcompress" in card) is (kind == "CardTrainer")

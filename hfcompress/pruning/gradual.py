@@ -7,16 +7,17 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hfcompress.callbacks import handler_of, peers_of, read_options, refuse_sharding, unwrapped
+from hfcompress.callbacks import peers_of, read_options, refuse_sharding, unwrapped
 from hfcompress.pruning import checks
 from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
 from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.inputs import InputSquares
 from hfcompress.pruning.options import GradualOptions
+from hfcompress.pruning.reporting import log_shares
 from hfcompress.pruning.schedules import SCHEDULES, last_update, ramp
 
 logger = logging.get_logger(__name__)
@@ -116,6 +117,8 @@ class GradualPruneCallback(TrainerCallback, ABC):
         self._release()
         self._masks = {}
         model = unwrapped(kwargs["model"])
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags(["hfcompress", "pruned"])  # what pushes it to the Hub puts them on its card
         weights = self._find(model)
         criterion = self._criterion(args.seed)
         self._check(args, model, weights, criterion)
@@ -201,14 +204,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
         """Log the sparsity beside the metrics, overall and per layer, counted from the weights."""
         model = unwrapped(kwargs["model"])
         overall, layers = self._reached(model, self._weights(model) if self._masks else self._find(model))
-        peers = peers_of(self)
-        name = self.log_name if len(peers) == 1 else f"{self.log_name}_{1 + [p is self for p in peers].index(True)}"
-        logs = {name: overall, **{f"{name}/{layer}": share for layer, share in layers.items()}}
-        if state.log_history:
-            state.log_history[-1].update(logs)
-        handler = handler_of(self)
-        if handler is not None:
-            handler.on_log(args, state, control, logs)
+        log_shares(self, self.log_name, overall, layers, args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,39 @@
+"""Hand what a callback counted to the callbacks that report: TensorBoard, trackers, progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hfcompress.callbacks import handler_of, peers_of
+from hfcompress.publish.reporters import draw_layers_over_steps, send_picture
+
+
+def log_shares(
+    callback: TrainerCallback,
+    name: str,
+    overall: float,
+    layers: Mapping[str, float],
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+) -> None:
+    """Log ``NAME`` and ``NAME/LAYER`` beside an evaluation's metrics, and to what ``report_to`` names with a picture.
+
+    The first of several callbacks of a kind logs ``NAME_1``, the next ``NAME_2``.
+    """
+    peers = peers_of(callback)
+    if len(peers) > 1:
+        name = f"{name}_{1 + [one is callback for one in peers].index(True)}"
+    logs = {name: overall, **{f"{name}/{layer}": share for layer, share in layers.items()}}
+    if state.log_history:
+        state.log_history[-1].update(logs)
+    handler = handler_of(callback)
+    if handler is None:
+        return
+    handler.on_log(args, state, control, logs)
+    if layers and state.is_world_process_zero:
+        draw = partial(draw_layers_over_steps, state.log_history, name)
+        send_picture(handler.callbacks, f"{name}_of_each_layer", state.global_step, draw)

@@ -1,0 +1,70 @@
+"""Pictures for what ``report_to`` names: TensorBoard and trackio get what each layer lost, beside the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+
+from hfcompress.publish.plots import INK
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def send_picture(callbacks: Iterable[TrainerCallback], name: str, step: int, draw: Callable[[], Figure]) -> None:
+    """Give a picture to every callback of a Trainer that can show one; it is drawn only if there is any."""
+    ready = [(one, send) for one in callbacks for kind, (send, is_ready) in _SENDERS.items()
+             if type(one).__name__ == kind and is_ready(one)]  # fmt: skip
+    if ready:
+        pixels = pixels_of(draw())
+        for callback, send in ready:
+            send(callback, name, pixels, step)
+
+
+def pixels_of(figure: Figure) -> Array:
+    """Draw a figure: (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_layers_over_steps(history: Sequence[Mapping[str, Any]], name: str) -> Figure:
+    """Draw a log's values of layers as a heat map: a row for each layer, a column for each evaluation.
+
+    history: ``state.log_history``, with entries ``NAME/LAYER`` beside ``step``; the colours go from 0 to 1.
+    """
+    entries = [one for one in history if any(key.startswith(f"{name}/") for key in one)]
+    layers = list(dict.fromkeys(key for one in entries for key in one if key.startswith(f"{name}/")))
+    values = [[one.get(layer, float("nan")) for one in entries] for layer in layers]
+    figure = Figure(figsize=(7.2, 1.3 + 0.22 * len(layers)), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="YlGnBu", interpolation="nearest")
+    axes.set_yticks(range(len(layers)), [layer.removeprefix(f"{name}/") for layer in layers])
+    every = -(-len(entries) // 12)
+    axes.set_xticks(range(0, len(entries), every), [str(one.get("step", "")) for one in entries[::every]])
+    axes.set_xlabel("step", color=INK, fontsize=9)
+    axes.set_title(f"{name.replace('_', ' ')} of each layer", loc="left", fontsize=10, color=INK)
+    axes.tick_params(colors=INK, labelsize=7, length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, pad=0.015).outline.set_visible(False)
+    return figure
+
+
+def _to_tensorboard(callback: Any, name: str, pixels: Array, step: int) -> None:
+    callback.tb_writer.add_image(name, pixels, step, dataformats="HWC")
+    callback.tb_writer.flush()
+
+
+def _to_trackio(callback: Any, name: str, pixels: Array, step: int) -> None:
+    trackio = callback._trackio
+    trackio.log({name: trackio.Image(pixels, caption=f"step {step}"), "train/global_step": step})
+
+
+_SENDERS: dict[str, tuple[Callable[..., None], Callable[[Any], bool]]] = {
+    "TensorBoardCallback": (_to_tensorboard, lambda one: one.tb_writer is not None),
+    "TrackioCallback": (_to_trackio, lambda one: one._initialized),
+}
