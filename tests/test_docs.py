@@ -1,0 +1,107 @@
+"""The documentation's code runs, its commands and recipes are read, and the site is built without a warning."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+import hfcompress
+from hfcompress.cli import app
+from hfcompress.recipe import STAGES, parse_recipe
+from tests.documents import ROOT, blocks, readers_names, run_python
+
+pytestmark = pytest.mark.usefixtures("quick_trainers")
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.md")}
+WITH_CODE = {page: text for page, text in PAGES.items() if "```" in text}
+
+
+def of(language: str) -> list[Any]:
+    found = [pytest.param(code, id=page) for page, text in WITH_CODE.items() for kind, code in blocks(text)
+             if kind == language]  # fmt: skip
+    assert found
+    return found
+
+
+def test_every_block_is_of_a_language_that_is_tested() -> None:
+    kinds = {kind for text in PAGES.values() for kind, _ in blocks(text)}
+    assert kinds == {"python", "bash", "yaml"}
+    assert sum(text.count("\n```") for text in PAGES.values()) == 2 * sum(len(blocks(text)) for text in PAGES.values())
+
+
+@pytest.mark.parametrize("page", [page for page, text in WITH_CODE.items() if "```python" in text])
+def test_its_python_runs(
+    page: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_python(PAGES[page], page, readers_names(tmp_path, tokenizer)) > 0
+
+
+@pytest.mark.parametrize("code", of("yaml"))
+def test_its_recipes_are_valid(code: str) -> None:
+    """A block that shows stages alone is read within a recipe of the simplest kind."""
+    values = yaml.safe_load(code)
+    whole = {"name": "shown", "task": "sequence-classification", "model": {"id": "m"}, "data": {"id": "d"}}
+    assert parse_recipe({**whole, **values}).stages
+
+
+@pytest.mark.parametrize("code", of("bash"))
+def test_its_commands_are_the_commands(code: str) -> None:
+    """Arguments and options are read as the command reads them, up to the point where it would begin."""
+    root: Any = typer.main.get_command(app)
+    for line in code.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] != "hfcompress":
+            assert words[0] in ("pip", "make", "source"), line
+            continue
+        root.commands[words[1]].make_context(words[1], words[2:])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def text_of(page: Path) -> str:
+    return re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+
+
+def test_the_site_is_built_and_leaves_nothing_unreplaced(site: Path) -> None:
+    pages = {file.relative_to(site).as_posix() for file in site.rglob("*.html")}
+    assert {page.removeprefix("docs/").replace(".md", ".html") for page in PAGES} <= pages
+    for page in pages:
+        assert not re.search(r"<!-- [a-z_]+(: .+)? -->", (site / page).read_text(encoding="utf-8")), page
+
+
+def test_the_references_have_every_name(site: Path) -> None:
+    python, recipes = text_of(site / "reference/python.html"), text_of(site / "reference/recipes.html")
+    assert [name for name in hfcompress.__all__ if f"hfcompress.{name}" not in python] == []
+    for kind, options in STAGES.items():
+        assert f"Stage {kind}" in recipes
+        for field in options.__dataclass_fields__:
+            assert re.search(rf"\b{field}\b", recipes), f"{kind}.{field}"
+    commands = text_of(site / "reference/commands.html")
+    root: Any = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        assert f"hfcompress {name}" in commands
+        for option in command.params:
+            shown = option.opts if option.param_type_name == "option" else [option.metavar or option.name.upper()]
+            assert any(one in commands for one in shown), option.name
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    for file in site.rglob("*.html"):
+        found = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', file.read_text(encoding="utf-8"))
+        assert [one for one in found if "rel=" not in one] == [], file
