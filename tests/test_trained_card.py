@@ -91,6 +91,29 @@ def test_a_plain_trainer_is_saved_verified_and_described(tmp_path: Path, tokeniz
     assert not folder.exists()
 
 
+def test_a_model_trained_for_its_grid_is_pushed_once_exported(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    callback = hfcompress.QuantizeAwareCallback(bits=4, group_size=32)
+    trainer = CardTrainer(
+        model=tiny_llama(), args=TrainingArguments(**options(tmp_path / "aware")), train_dataset=ROWS,
+        eval_dataset=ROWS[:4], processing_class=tokenizer, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    trainer.create_model_card()
+    assert load_facts(tmp_path / "aware").after.metrics == {}  # they are of rounded weights, the files are not
+    with pytest.raises(HFCompressError, match=r"export\(trainer\.model\) first"), saved_for_push(trainer):
+        pass
+    callback.export(trainer.model)
+    with saved_for_push(trainer) as folder:
+        facts = load_facts(folder)
+        data = ModelCard.load(folder / "README.md").data
+    assert facts.after.metrics == {"loss": pytest.approx(trainer.state.log_history[-2]["eval_loss"])}
+    assert "quantized" in data.tags
+    assert data.base_model_relation == "quantized"
+    assert "bits=4" in facts.training["options"]["QuantizeAwareCallback"]
+
+
 def test_only_folders_and_trainers_are_pushed() -> None:
     refused = pytest.raises(HFCompressError, match="takes a checkpoint folder or a Trainer, not a int")
     with refused, saved_for_push(3):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from hfcompress.checkpoint import inspect_checkpoint, save_compressed
@@ -20,6 +21,7 @@ from hfcompress.checkpoint.atomic import write_text
 from hfcompress.checkpoint.verify import Verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
+from hfcompress.packed import packed_layers
 from hfcompress.publish.card import write_model_card
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.loading import TASK_PAGES
@@ -82,8 +84,14 @@ def facts_of_trainer(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     callbacks = [one for one in trainer.callback_handler.callbacks if hasattr(one, "reached")]
+    telling = [
+        one for one in trainer.callback_handler.callbacks if dataclasses.is_dataclass(getattr(one, "options", None))
+    ]
     teacher = getattr(trainer, "teacher_model", None)
+    techniques = {"pruned": bool(callbacks), "distilled": teacher is not None, "quantized": bool(packed_layers(model))}
     metrics, evaluated = _last_evaluation(trainer)
+    if _rounds_weights(model):
+        metrics, evaluated = {}, "of rounded weights, which these files do not hold: it was not exported"
     steps = f"{trainer.state.global_step} steps"
     shares = [f"{one.reached(model):.1%} of the targeted {one.what} pruned" for one in callbacks]
     summary = inspect_checkpoint(folder)
@@ -104,9 +112,9 @@ def facts_of_trainer(
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {
-            "techniques": ["pruned"] * bool(callbacks) + ["distilled"] * (teacher is not None),
+            "techniques": [name for name, was in techniques.items() if was],
             "evaluated": evaluated,
-            "options": _told(trainer, callbacks, teacher),
+            "options": _told(trainer, telling, teacher),
         },
         "stages": [{"name": "trained", "summary": ", ".join([steps, *shares]), "seconds": _runtime(trainer),
                     "measurement": measured.to_dict()}],
@@ -116,6 +124,11 @@ def facts_of_trainer(
         "layers": [{"name": one.name, "parameters": one.parameters, "nonzero": one.nonzero, "bytes": one.bytes}
                    for one in summary.layers],
     }  # fmt: skip
+
+
+def _rounds_weights(model: nn.Module) -> bool:
+    """Whether layers compute with weights other than those they save, as quantization-aware training has them do."""
+    return any(hasattr(module, "rounded_weight") for module in model.modules())
 
 
 def _last_evaluation(trainer: Trainer) -> tuple[dict[str, float], str]:
@@ -182,6 +195,11 @@ def saved_for_push(trainer: Any) -> Iterator[Path]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PreTrainedModel):
         raise HFCompressError(f"push needs a PreTrainedModel in the Trainer, not a {type(model).__name__}.")
+    if _rounds_weights(model):
+        raise HFCompressError(
+            "The model computes with rounded weights that its files would not hold. Call the callback's "
+            "export(trainer.model) first; then what is pushed is exactly what was trained."
+        )
     with tempfile.TemporaryDirectory(prefix="hfcompress-push-") as scratch:
         folder = Path(scratch) / Path(str(trainer.args.output_dir)).absolute().name
         saved = save_compressed(model, folder, trainer.processing_class, verify=True)
