@@ -21,6 +21,7 @@ _HOME_OF = {
     "prune": "hfcompress.pruning.oneshot",
     "DistillationConfig": "hfcompress.distillation",
     "DistillationTrainer": "hfcompress.distillation",
+    "OnPolicy": "hfcompress.distillation",
     "CachedTeacher": "hfcompress.distillation",
     "cache_teacher": "hfcompress.distillation",
     "make_student": "hfcompress.distillation",

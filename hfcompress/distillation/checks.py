@@ -18,7 +18,7 @@ from hfcompress.distillation.losses.top_k_kl import TopKKL
 from hfcompress.distillation.pairs import refuse_other_labels, refuse_other_size, shared_vocabulary
 from hfcompress.distillation.teachers import CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
-from hfcompress.outputs import Outputs, outputs_of
+from hfcompress.outputs import NextTokens, Outputs, outputs_of
 
 WeightedTeachers = list[tuple[Teacher, float]]
 
@@ -29,6 +29,8 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
         raise ModelError(f"DistillationTrainer takes a DistillationConfig as args, not a {type(args).__name__}.")
     if args.use_liger_kernel:
         raise ModelError("use_liger_kernel leaves no logits to distil from; turn it off for distillation.")
+    if args.on_policy is not None and (args.fsdp or args.deepspeed):
+        raise ModelError("on_policy lets the student write in one process or with DDP, not with FSDP or DeepSpeed.")
     if not any(isinstance(loss, FeatureLoss) for loss in args.chosen):
         return
     if args.torch_compile:
@@ -103,6 +105,8 @@ def check_pair(
         raise ModelError(f"model must be a transformers PreTrainedModel, not a {type(student).__name__}.")
     losses = logit_losses_of(args, kind, teachers)
     _check_losses(student, kind, teachers, args, losses)
+    if args.on_policy is not None:
+        _check_on_policy(student, kind, teachers)
     if kind.values == "vectors" and not losses:
         return None  # losses of features project one width on the other
     shared = [_shared_classes(student, kind, teacher, tokenizer, teacher_tokenizer) for teacher, _ in teachers]
@@ -137,6 +141,20 @@ def _check_losses(
     features = [one for one, loss in named(args.chosen).items() if isinstance(loss, FeatureLoss)]
     if features and (len(teachers) > 1 or not isinstance(teachers[0][0], LiveTeacher)):
         raise ModelError(f"{features[0]} looks inside the teacher: it needs one teacher, which is a model.")
+
+
+def _check_on_policy(student: PreTrainedModel, kind: Outputs, teachers: WeightedTeachers) -> None:
+    """Refuse a student that writes no texts, and teachers that cannot answer new ones."""
+    if not isinstance(kind, NextTokens):
+        raise ModelError(
+            f"on_policy lets a causal language model write; a {type(student).__name__} gives {kind.what}."
+        )
+    for teacher, _ in teachers:
+        if isinstance(teacher, CachedTeacher):
+            raise ModelError(
+                f"on_policy asks the teacher about texts that the student writes during the training, but "
+                f"{teacher.folder} holds answers to texts that were there before. Give the teacher as a model."
+            )
 
 
 def _check_cache(

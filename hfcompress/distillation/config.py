@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hfcompress.distillation.losses import Loss, read_losses, to_plain
+from hfcompress.distillation.on_policy import OnPolicy, read_on_policy
 from hfcompress.errors import HFCompressError
 
 DEFAULT_TEMPERATURE = 2.0
@@ -22,6 +23,8 @@ class DistillationConfig(TrainingArguments):
     The loss is ``alpha * KD + (1 - alpha) * task loss``.  KD is the sum of ``losses``, each times its weight; without
     any it is the forward KL at ``temperature``; for regression the mean squared error, for embeddings that and the
     cosine.  A loss is an object, a name, or ``{name: options}`` as recipes write it.
+    With ``on_policy`` a causal language model writes part of the texts itself; the loss of those steps is
+    ``alpha * KD`` alone.
     """
 
     temperature: float | None = field(
@@ -30,6 +33,9 @@ class DistillationConfig(TrainingArguments):
     alpha: float = field(default=0.5, metadata={"help": "Weight of the distillation term, from 0 to 1."})
     losses: Sequence[Loss | str | Mapping[str, Any]] | None = field(
         default=None, metadata={"help": "What the distillation term is the sum of."}
+    )
+    on_policy: OnPolicy | Mapping[str, Any] | None = field(
+        default=None, metadata={"help": "How much of the texts the student writes itself, and how."}
     )
 
     def __post_init__(self) -> None:
@@ -44,6 +50,8 @@ class DistillationConfig(TrainingArguments):
                     f"temperature={self.temperature} is an option of the losses that have one: give it to them."
                 )
             self.losses = read_losses(self.losses)
+        if self.on_policy is not None:
+            self.on_policy = read_on_policy(self.on_policy)
 
     @property
     def chosen(self) -> tuple[Loss, ...]:
@@ -55,4 +63,6 @@ class DistillationConfig(TrainingArguments):
         plain = super().to_dict()
         if self.losses is not None:
             plain["losses"] = to_plain(self.chosen)
+        if isinstance(self.on_policy, OnPolicy):
+            plain["on_policy"] = asdict(self.on_policy)
         return plain

@@ -14,6 +14,7 @@ from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
+from hfcompress.distillation.on_policy import OnPolicy, write_completions
 from hfcompress.distillation.projections import ProjectionTrainer
 from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_own_task_loss
@@ -64,6 +65,8 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
             teacher.place_on(self.args.device)
         self._terms: dict[str, Tensor] = {}
         self._terms_steps = 0
+        self._written_steps = 0
+        self._written = False  # the student wrote the texts of this step
 
     def _bind(self) -> None:
         """Find out how the student and its teachers compare; again for each model that ``model_init`` makes."""
@@ -110,7 +113,20 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         """Collect one optimizer step's batches and count what their losses are means of, over all processes."""
         self._terms_steps += 1
         self.zero_projections()
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        options, step = self.args.on_policy, self.state.global_step
+        self._written = False
+        if isinstance(options, OnPolicy) and batches and options.is_due(self.args.seed, step):
+            self._written = True
+            self._written_steps += 1
+            place = self.args.seed, step, self.args.process_index
+            batches = [
+                write_completions(self._student, batch, options, self.args.device, *place, index)
+                for index, batch in enumerate(batches)
+            ]
+            self.count_step(batches, device)
+            items = self.counts.get("items")
+        return batches, items
 
     def counted_in(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Return how much of a batch the losses are means of: labelled items, compared places, rows."""
@@ -124,7 +140,10 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return ``alpha * KD + (1 - alpha) * task loss`` in training, the task loss alone in evaluation."""
+        """Return ``alpha * KD + (1 - alpha) * task loss`` in training, the task loss alone in evaluation.
+
+        Tokens that the student wrote itself are no labels of the task: there it is ``alpha * KD``.
+        """
         for_student = self._for_student(inputs)
         if not model.training:
             return super().compute_loss(model, for_student, return_outputs)
@@ -141,13 +160,13 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         ]
         loss, kd, task = self._logit_loss(outputs, inputs, rows, told)
         loss, kd, task = (self.scale("places") * one for one in (loss, kd, task))
-        if task_mean is not None:
+        if task_mean is not None and not self._written:
             task = self.task_sum(task_mean, inputs) * self.scale("items")
             loss = loss + (1 - self.alpha) * task
         if self.matcher is not None:
             more = self.scale("rows") * self._feature_loss(own, told[0][0], inputs)
             loss, kd = loss + self.alpha * more, kd + more
-        self._add_terms(kd_loss=kd, task_loss=task)
+        self._add_terms(kd_loss=kd, **({} if self._written else {"task_loss": task}))
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any]:
@@ -169,7 +188,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         terms = LogitTerms(logits, rows, self.shared_classes, self._progress)
         for answer, share in told:
             terms.add_teacher(answer, self.logit_losses, share, self.alpha)
-        if self.own_task_loss:
+        if self.own_task_loss and not self._written:
             terms.add_task(self.kind.labels(inputs).reshape(-1)[rows], 1 - self.alpha)
         total, by_name = terms.sums()
         if len(self.logit_losses) + (self.matcher is not None) > 1:
@@ -222,6 +241,9 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         """Log as the Trainer does, with the mean of each loss term since the last time."""
         if "loss" in logs and self._terms_steps:
             for name, total in self._terms.items():
-                logs[name] = float(self.accelerator.gather(total.reshape(1)).mean()) / self._terms_steps
-            self._terms, self._terms_steps = {}, 0
+                steps = self._terms_steps - (self._written_steps if name == "task_loss" else 0)
+                logs[name] = float(self.accelerator.gather(total.reshape(1)).mean()) / steps
+            if self.args.on_policy is not None:
+                logs["on_policy"] = self._written_steps / self._terms_steps
+            self._terms, self._terms_steps, self._written_steps = {}, 0, 0
         super().log(logs, start_time)
