@@ -22,7 +22,8 @@ from transformers import (
 
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.pruning import PruneCallback, PruneOptions
-from hfcompress.pruning.masks import clear_moments_, prunable_weights, sparsity_by_layer
+from hfcompress.pruning.masks import prunable_weights, sparsity_by_layer
+from hfcompress.pruning.optimizers import clear_moments_, keeps_zeros
 from hfcompress.pruning.schedules import SCHEDULES, ramp
 from hfcompress.pruning.select import smallest
 from tests.conftest import tiny_bert
@@ -126,6 +127,56 @@ def test_pruned_weights_stay_zero_everywhere(
     for step in (1, 5, 12):
         saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
         assert same_tensors(zeros_of({name: saved[name] for name in watch.after[step]}), watch.after[step])
+
+
+def test_what_something_else_moved_is_zero_again_when_evaluated_and_saved(tmp_path: Path) -> None:
+    class Jog(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for weight in matrices(kwargs["model"]).values():
+                weight.add_(0.01)
+
+    watch, options = Watch(), {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+    trainer_for(tiny_bert(), tmp_path, [PruneCallback(end=0.2), Jog(), watch], **options).train()
+    saved = load_file(tmp_path / "checkpoint-10" / "model.safetensors")
+    assert count_zeros(watch.evaluated[5]) == count_zeros(watch.evaluated[10]) == half_of(tiny_bert())
+    assert same_tensors(zeros_of({name: saved[name] for name in watch.evaluated[10]}), watch.evaluated[10])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
+        (torch.optim.Adam, {"weight_decay": 0.1}),
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_optimizers_that_keep_zeros_keep_them(kind: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    weight, mask = nn.Parameter(torch.randn(16, 16)), torch.rand(16, 16) > 0.5
+    optimizer = kind([weight], lr=0.1, **options)
+    assert keeps_zeros(optimizer)
+    for step in range(8):
+        if step == 3:  # with moments from when all were alive
+            weight.data.mul_(mask)
+            clear_moments_(optimizer, {"w": weight}, {"w": mask})
+        before = weight.detach().clone()
+        weight.grad = torch.randn(16, 16) * (mask if step >= 3 else 1)
+        optimizer.step()
+        assert torch.equal(weight != 0, mask if step >= 3 else torch.ones_like(mask))
+        assert bool((weight != before)[mask].all())
+
+
+def test_optimizers_that_may_move_zeros_are_told_apart() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+
+    class Own(torch.optim.AdamW):
+        """A class of somebody's own may do anything after AdamW's step."""
+
+    assert not keeps_zeros(Own([weight]))
+    assert not keeps_zeros(MovesEverything(iter([weight])))
+    assert not keeps_zeros(torch.optim.AdamW([{"params": [weight], "eps": 0.0}]))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])

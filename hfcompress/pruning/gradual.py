@@ -16,6 +16,7 @@ from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
 from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.inputs import InputSquares
+from hfcompress.pruning.optimizers import clear_moments_, keeps_zeros
 from hfcompress.pruning.options import GradualOptions
 from hfcompress.pruning.reporting import log_shares
 from hfcompress.pruning.schedules import SCHEDULES, last_update, ramp
@@ -134,7 +135,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
         if self.options.schedule == "constant":
             self._prune(weights, self.options.sparsity)
         masking.apply_masks_(weights, self._masks)
-        masking.clear_moments_(kwargs["optimizer"], weights, self._masks)
+        clear_moments_(kwargs["optimizer"], weights, self._masks)
         wanted = self.sparsity_at(self._last_update(state.global_step, state), state)
         self._is_behind = state.global_step > 0 and self._misses(model, weights, wanted)
 
@@ -165,33 +166,46 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Zero the pruned weights again and, where the schedule says so, prune more.
+        """Prune more where the schedule says so, and zero again what the optimizer may have moved.
 
         The event comes before ``global_step`` is counted up, and before evaluation and saving.
         """
         assert self._evidence is not None
-        weights = self._weights(kwargs["model"])
         step = state.global_step + 1
         due = self._is_due(step, state)
-        if due and self._inputs is not None:
-            squares = {name: self._squares_by_row(name, one) for name, one in self._inputs.take().items()}
-            self._evidence.observe_inputs(weights, squares)
         if due:
-            # Nothing observed yet, because the gradient scaler skipped every step so far: prune at the next one.
-            self._is_behind = not self._evidence.is_ready
-            if not self._is_behind:
-                # Zeros that another callback made here count for this one, too.
-                masking.apply_masks_(weights, self._masks)
-                self._masks.update(self._masks_from_zeros(unwrapped(kwargs["model"]), weights))
-                self._prune(weights, self.sparsity_at(step, state))
-                masking.clear_moments_(kwargs["optimizer"], weights, self._masks)
+            self._prune_now(step, state, kwargs["model"], kwargs["optimizer"])
+        elif not keeps_zeros(kwargs["optimizer"]):
+            masking.apply_masks_(self._weights(kwargs["model"]), self._masks)
         self._evidence.belongs_to(step)
-        masking.apply_masks_(weights, self._masks)
         if due or step <= self._ramp(state)[1]:
             # Best so far would mean denser: neither load_best_model_at_end nor early stopping may choose by it.
             state.best_metric = None
             state.best_global_step = None
             state.best_model_checkpoint = None
+
+    def _prune_now(self, step: int, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+        assert self._evidence is not None
+        weights = self._weights(model)
+        if self._inputs is not None:
+            squares = {name: self._squares_by_row(name, one) for name, one in self._inputs.take().items()}
+            self._evidence.observe_inputs(weights, squares)
+        masking.apply_masks_(weights, self._masks)
+        # Nothing observed yet, because the gradient scaler skipped every step so far: prune at the next one.
+        self._is_behind = not self._evidence.is_ready
+        if not self._is_behind:
+            # Zeros that another callback made here count for this one, too.
+            self._masks.update(self._masks_from_zeros(unwrapped(model), weights))
+            self._prune(weights, self.sparsity_at(step, state))
+            clear_moments_(optimizer, weights, self._masks)
+            masking.apply_masks_(weights, self._masks)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Zero the pruned weights before they are evaluated or saved, whatever else moved them."""
+        if control.should_evaluate or control.should_save:
+            masking.apply_masks_(self._weights(kwargs["model"]), self._masks)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the masks from the weights, as a run resumed from this checkpoint will."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ __all__ = [
     "GradientMask",
     "Masks",
     "apply_masks_",
-    "clear_moments_",
     "masks_from_zeros",
     "prunable_weights",
     "prune_masks_",
@@ -108,18 +106,6 @@ class GradientMask:
         """Zero what the parameter's gradient has gathered for pruned weights, in place."""
         if weight.grad is not None:
             weight.grad.mul_(factors(self.masks[self.name]))
-
-
-@torch.no_grad()
-def clear_moments_(optimizer: Any, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-    """Zero the optimizer's per-weight state (Adam's moments) where weights are pruned, in place."""
-    state = getattr(optimizer, "optimizer", optimizer).state
-    for name, mask in masks.items():
-        weight = weights[name]
-        for value in state.get(weight, {}).values():
-            # 8-bit optimizers keep codes, whose 0 is not the number 0.
-            if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                value.mul_(factors(mask))
 
 
 def sparsity_of(weights: Mapping[str, Tensor]) -> float:
