@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -46,14 +46,16 @@ class PruneCallback(GradualPruneCallback):
         self._transposed = frozenset(name for name, module in modules.items() if lies_transposed(module))
         return weights
 
-    def _check(self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion) -> None:
-        super()._check(args, model, weights, criterion)
+    def _check(
+        self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion, data: Any
+    ) -> None:
+        super()._check(args, model, weights, criterion, data)
         checks.refuse_misfits(weights, self.options, self._transposed)
         for name, weight in weights.items():
             if not bool(weight.any()):
                 logger.warning(f"PruneCallback: '{name}' is all zero, so all of it counts as pruned and stays zero.")
 
-    def _criterion(self, seed: int) -> Criterion:
+    def _criterion(self, seed: int, model: nn.Module) -> Criterion:
         return criterion_of(self.options.criterion, seed)
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:

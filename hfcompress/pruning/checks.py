@@ -15,11 +15,11 @@ from hfcompress.pruning.targets import as_rows
 Weights = Mapping[str, nn.Parameter]
 
 
-def refuse_replicas(args: TrainingArguments) -> None:
+def refuse_replicas(args: TrainingArguments, criterion: str) -> None:
     """Raise HFCompressError when one process runs copies of the model, whose hooks would count in parallel."""
     if args.n_gpu > 1:
         raise HFCompressError(
-            f"criterion='activation' cannot watch the {args.n_gpu} copies of the model that one process runs. Start "
+            f"criterion='{criterion}' cannot watch the {args.n_gpu} copies of the model that one process runs. Start "
             "one process per device with torchrun, or show one device by CUDA_VISIBLE_DEVICES."
         )
 

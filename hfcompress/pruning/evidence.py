@@ -102,11 +102,11 @@ class Evidence:
         self._kept["observed"] += 1
 
     @torch.no_grad()
-    def observe_inputs(self, weights: Mapping[str, nn.Parameter], squares: Mapping[str, Tensor]) -> None:
-        """Take in the sums of squared inputs of one step; they do not count if they overflowed."""
-        if not all(bool(torch.isfinite(one).all()) for one in squares.values()):
+    def observe_sums(self, weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor]) -> None:
+        """Take in what was watched in the forwards of one step; it does not count if it overflowed."""
+        if not all(bool(torch.isfinite(one).all()) for one in sums.values()):
             return
-        for name, one in squares.items():
+        for name, one in sums.items():
             self.criterion.observe_(self._kept["states"][name], self._rows(name, weights[name].detach()), one)
         self._kept["observed"] += 1
 

@@ -15,7 +15,7 @@ from hfcompress.pruning import checks
 from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
 from hfcompress.pruning.evidence import Evidence
-from hfcompress.pruning.inputs import InputSquares
+from hfcompress.pruning.inputs import InputSums, Watch, sum_of_squares
 from hfcompress.pruning.optimizers import clear_moments_, keeps_zeros
 from hfcompress.pruning.options import GradualOptions
 from hfcompress.pruning.reporting import log_shares
@@ -42,7 +42,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
         self.options = read_options(type(self).__name__, self.options_type, {"sparsity": sparsity, **options})
         self._masks: masking.Masks = {}
         self._evidence: Evidence | None = None
-        self._inputs: InputSquares | None = None
+        self._watch: Watch | None = None
         self._hooks: list[Any] = []
         self._is_behind = False
 
@@ -56,7 +56,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
         """Return the weights to prune by name; raise for a model or options that cannot be pruned rightly."""
 
     @abstractmethod
-    def _criterion(self, seed: int) -> Criterion:
+    def _criterion(self, seed: int, model: nn.Module) -> Criterion:
         """Make the criterion that the options name."""
 
     @abstractmethod
@@ -79,9 +79,9 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def _grain(self, weights: Weights) -> float:
         """Return how far the sparsity may stay below the one asked for, since counts are rounded down."""
 
-    def _squares_by_row(self, name: str, squares: Tensor) -> Tensor:
-        """Return sums of squared inputs, (inputs + 1,), as the criterion takes them."""
-        return squares
+    def _watching(self, model: nn.Module, weights: Weights, criterion: Criterion) -> Watch:
+        """Return what sums the evidence of criteria that need activations, in the steps that prune."""
+        return InputSums(model, weights, lambda name, inputs, mask, labels: sum_of_squares(inputs, mask))
 
     # Parameters are looked up at every event: references from before a wrapper are dead after it.
     def _weights(self, model: nn.Module) -> Weights:
@@ -121,12 +121,12 @@ class GradualPruneCallback(TrainerCallback, ABC):
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(["hfcompress", "pruned"])  # what pushes it to the Hub puts them on its card
         weights = self._find(model)
-        criterion = self._criterion(args.seed)
-        self._check(args, model, weights, criterion)
+        criterion = self._criterion(args.seed, model)
+        self._check(args, model, weights, criterion, kwargs.get("train_dataloader"))
         self._evidence = Evidence(criterion, self.scored + self.options.criterion, weights, self._rows)
         self._evidence.restore(kwargs["optimizer"], state)
         if criterion.needs_activations:
-            self._inputs = InputSquares(model, weights)
+            self._watch = self._watching(model, weights, criterion)
         self._masks.update(self._masks_from_zeros(model, weights))
         # The hook runs before DDP averages gradients and before clipping, and again after every accumulation.
         for name, weight in weights.items():
@@ -139,21 +139,23 @@ class GradualPruneCallback(TrainerCallback, ABC):
         wanted = self.sparsity_at(self._last_update(state.global_step, state), state)
         self._is_behind = state.global_step > 0 and self._misses(model, weights, wanted)
 
-    def _check(self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion) -> None:
+    def _check(
+        self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion, data: Any
+    ) -> None:
         checks.refuse_nan(weights)
         others = [one for one in peers_of(self) if isinstance(one, GradualPruneCallback) and one is not self]
         checks.refuse_overlap(weights, [one._find(model) for one in others], type(self).__name__)
         if criterion.needs_gradient:
             checks.refuse_frozen(weights, self.options.criterion)
         if criterion.needs_activations:
-            checks.refuse_replicas(args)
+            checks.refuse_replicas(args, self.options.criterion)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch what the linear layers see in the steps that prune, if the criterion asks for it."""
-        if self._inputs is not None:
-            self._inputs.active = self._is_due(state.global_step + 1, state)
+        """Watch what the layers see in the steps that prune, if the criterion asks for it."""
+        if self._watch is not None:
+            self._watch.active = self._is_due(state.global_step + 1, state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -187,9 +189,8 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def _prune_now(self, step: int, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         assert self._evidence is not None
         weights = self._weights(model)
-        if self._inputs is not None:
-            squares = {name: self._squares_by_row(name, one) for name, one in self._inputs.take().items()}
-            self._evidence.observe_inputs(weights, squares)
+        if self._watch is not None:
+            self._evidence.observe_sums(weights, self._watch.take())
         masking.apply_masks_(weights, self._masks)
         # Nothing observed yet, because the gradient scaler skipped every step so far: prune at the next one.
         self._is_behind = not self._evidence.is_ready
@@ -240,6 +241,6 @@ class GradualPruneCallback(TrainerCallback, ABC):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._inputs is not None:
-            self._inputs.remove()
-            self._inputs = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None

@@ -1,9 +1,9 @@
-"""What linear layers see while a model trains: sums of squares per input feature."""
+"""What linear layers see while a model trains: sums of a statistic of their inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,47 +12,63 @@ from hfcompress.errors import ModelError
 from hfcompress.pruning.targets import modules_of
 from hfcompress.structure import LINEAR_TYPES, layer_stacks
 
+Statistic = Callable[[str, Tensor, Tensor | None, Tensor | None], Tensor]
+BATCH = ("attention_mask", "decoder_attention_mask", "labels")
 
-class InputSquares:
-    """Hooks on the modules of some weights; they count only while ``active`` and the module trains."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+class Watch(Protocol):
+    """Sums evidence for some weights, by their names, in the forwards of training steps while ``active``."""
+
+    active: bool
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sums of all processes together since the last call."""
+        ...
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        ...
+
+
+class InputSums:
+    """Hooks on the modules of some weights; they count only while ``active`` and the module trains.
+
+    statistic: from a weight's name, its module's inputs (..., features), their padding mask and the batch's labels,
+    each None where there is none, to the tensor that is summed; of no inputs, (0, features), it returns zeros.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], statistic: Statistic) -> None:
         self.active = False
-        self.masks: dict[str, Tensor | None] = {}
+        self.batch: dict[str, Tensor | None] = {}
         self.sums: dict[str, Tensor] = {}
         self.handles: list[Any] = []
+        self.statistic = statistic
         places = {name: _linears(model, name, weight) for name, weight in weights.items()}
-        decoders = _decoder_stacks(model)
+        masks = mask_names(model, weights)
         for name, modules in places.items():
-            inside_decoder = any(name.startswith(stack + ".") for stack in decoders)
-            mask = "decoder_attention_mask" if inside_decoder else "attention_mask"
             width = weights[name].shape[0 if isinstance(modules[0], LINEAR_TYPES[1]) else 1]
-            self.sums[name] = torch.zeros(width + 1, dtype=torch.float32, device=weights[name].device)
-            hook = self._hook(name, mask)
+            none = torch.zeros(0, width, device=weights[name].device)
+            self.sums[name] = statistic(name, none, None, None)
+            hook = self._hook(name, masks[name])
             self.handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-        self.handles.append(model.register_forward_pre_hook(self._note_masks, with_kwargs=True))
+        self.handles.append(model.register_forward_pre_hook(self._note_batch, with_kwargs=True))
 
-    def _note_masks(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+    def _note_batch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.batch = {name: kwargs.get(name) for name in BATCH}
 
     def _hook(self, name: str, mask_name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             if self.active and module.training:
                 with torch.no_grad():
                     inputs = args[0] if args else kwargs["input"]
-                    self.sums[name] += sum_of_squares(inputs.detach(), self.masks.get(mask_name))
+                    mask, labels = self.batch.get(mask_name), self.batch.get("labels")
+                    self.sums[name] += self.statistic(name, inputs.detach(), mask, labels)
 
         return see
 
     def take(self) -> dict[str, Tensor]:
-        """Return the sums of all processes together since the last call, (inputs + 1,): the tokens come last."""
-        taken = {name: one.clone() for name, one in self.sums.items()}
-        for one in self.sums.values():
-            one.zero_()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for one in taken.values():
-                torch.distributed.all_reduce(one)
-        return taken
+        """Return the sums of all processes together since the last call."""
+        return take_sums(self.sums)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -60,20 +76,45 @@ class InputSquares:
             handle.remove()
 
 
-def sum_of_squares(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the sum of squares of each feature and the number of tokens, (features + 1,) float32.
+def take_sums(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return these sums over all processes, and set them to zero here."""
+    taken = {name: one.clone() for name, one in sums.items()}
+    for one in sums.values():
+        one.zero_()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for one in taken.values():
+            torch.distributed.all_reduce(one)
+    return taken
+
+
+def mask_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return which of the model's arguments masks the padding that each of these modules or weights sees."""
+    stacks = layer_stacks(model)[1:] if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else []
+    inside = tuple(f"{stack.name}." for stack in stacks)
+    return {name: "decoder_attention_mask" if name.startswith(inside) else "attention_mask" for name in names}
+
+
+def counted(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return which rows of the inputs, (rows,) bool, are no padding.
 
     inputs: (..., features).  mask: (batch, tokens), nonzero for tokens that count; one of another shape than the
     inputs' is passed over, and then all tokens count.
     """
-    rows = inputs.flatten(0, -2).float()
-    if isinstance(mask, Tensor) and mask.dim() == 2 and inputs.shape[:-1] in (mask.shape, (mask.numel(),)):
-        weights = (mask.flatten() != 0).to(rows.dtype)
-    else:
-        weights = rows.new_ones(len(rows))
+    shape = inputs.shape[:-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and shape in (mask.shape, (mask.numel(),)):
+        return mask.flatten() != 0
+    return torch.ones(shape.numel(), dtype=torch.bool, device=inputs.device)
+
+
+def sum_of_squares(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sum of squares of each feature and the number of tokens, (features + 1,) float32.
+
+    inputs: (..., features).  mask: see ``counted``.
+    """
+    rows, weights = inputs.flatten(0, -2).float(), counted(inputs, mask)
     # A masked row may hold anything; what is not a number would outlive a factor of zero.
-    squares = rows.masked_fill(weights[:, None] == 0, 0).square()
-    return torch.cat([squares.sum(0), weights.sum().view(1)])
+    squares = rows.masked_fill(~weights[:, None], 0).square()
+    return torch.cat([squares.sum(0), weights.sum(dtype=rows.dtype).view(1)])
 
 
 def _linears(model: nn.Module, name: str, weight: nn.Parameter) -> list[nn.Module]:
@@ -84,10 +125,3 @@ def _linears(model: nn.Module, name: str, weight: nn.Parameter) -> list[nn.Modul
             "criterion='magnitude'."
         )
     return modules
-
-
-def _decoder_stacks(model: nn.Module) -> list[str]:
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        return []
-    return [stack.name for stack in layer_stacks(model)[1:]]

@@ -1,4 +1,4 @@
-"""How a model is while it is looked at: in evaluation mode, and in its own precision."""
+"""How a model is while it is looked at: in evaluation mode, in its own precision, by another attention function."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 @contextmanager
@@ -25,6 +26,22 @@ def training_flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Let every attention of a model use the registered function of this name; on leaving all is as it was."""
+    configs = {id(one): one for one in (getattr(m, "config", None) for m in model.modules())}
+    known = [one for one in configs.values() if isinstance(one, PreTrainedConfig)]
+    before = [config._attn_implementation for config in known]
+    try:
+        for config in known:
+            config._attn_implementation = name
+        yield
+    finally:
+        # Parents come first, and setting one sets its sub-configs: these then get their own value back.
+        for config, own in zip(known, before):
+            config._attn_implementation = own
 
 
 @contextmanager

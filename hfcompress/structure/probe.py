@@ -25,7 +25,7 @@ from hfcompress.errors import ModelError
 from hfcompress.structure.exceptions import ATTENTION_RULES
 from hfcompress.structure.influence import leaves_of
 from hfcompress.structure.inputs import dummy_inputs
-from hfcompress.structure.modes import eval_mode
+from hfcompress.structure.modes import attention_implementation, eval_mode
 from hfcompress.structure.stack import LINEAR_TYPES
 
 NAME = "hfcompress_probe"
@@ -128,7 +128,7 @@ def trace_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
         arguments["use_cache"] = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(model))
-        stack.enter_context(_attention_implementation(model))
+        stack.enter_context(attention_implementation(model, NAME))
         stack.enter_context(_recorded_configs(model, trace))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_hooks(model, trace))
@@ -148,21 +148,6 @@ def trace_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
         elif isinstance(value, Cache):
             trace.caches.append(value)
     return trace
-
-
-@contextlib.contextmanager
-def _attention_implementation(model: nn.Module) -> Iterator[None]:
-    configs = {id(one): one for one in (getattr(m, "config", None) for m in model.modules())}
-    known = [one for one in configs.values() if isinstance(one, PreTrainedConfig)]
-    before = [config._attn_implementation for config in known]
-    try:
-        for config in known:
-            config._attn_implementation = NAME
-        yield
-    finally:
-        # Parents come first, and setting one sets its sub-configs: these then get their own value back.
-        for config, name in zip(known, before):
-            config._attn_implementation = name
 
 
 class _RecordedConfig:

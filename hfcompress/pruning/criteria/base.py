@@ -19,7 +19,7 @@ class Criterion(Protocol):
     needs_gradient: ClassVar[bool]
     """``observe_`` is called before every optimizer step with the weight's gradient."""
     needs_activations: ClassVar[bool]
-    """``observe_`` is called at the steps that prune, with the squares of what the module saw."""
+    """``observe_`` is called at the steps that prune, with sums over what the module saw: of squares, for weights."""
 
     def initial(self, weight: Tensor) -> State:
         """Return the state of a weight of which nothing has been observed."""

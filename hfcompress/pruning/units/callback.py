@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from hfcompress.errors import ModelError
 from hfcompress.pruning import checks
 from hfcompress.pruning.criteria import Criterion
 from hfcompress.pruning.gradual import GradualPruneCallback, Weights
+from hfcompress.pruning.inputs import Watch
 from hfcompress.pruning.masks import Masks
 from hfcompress.pruning.units.bundles import (
     Bundle,
@@ -24,8 +25,10 @@ from hfcompress.pruning.units.bundles import (
     refuse_impossible,
     scopes,
 )
-from hfcompress.pruning.units.criteria import unit_criterion_of
+from hfcompress.pruning.units.class_moments import first_row, refuse_no_classes
+from hfcompress.pruning.units.criteria import UnitMutualInformation, unit_criterion_of
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions, UnitPruneOptions
+from hfcompress.pruning.units.watch import unit_watch
 from hfcompress.structure import AttentionSite, FfnSite, Part, closed_units, find_attention, find_ffn
 from hfcompress.structure.resize import input_dim, refuse_uncuttable
 
@@ -77,8 +80,12 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
             raise ModelError(f"exclude={list(self.options.exclude)} leaves no {self.what} to prune. Found: {names}.")
         return kept
 
-    def _check(self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion) -> None:
-        super()._check(args, model, weights, criterion)
+    def _check(
+        self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion, data: Any
+    ) -> None:
+        super()._check(args, model, weights, criterion, data)
+        if isinstance(criterion, UnitMutualInformation):
+            refuse_no_classes(model, args, first_row(data))
         refuse_uncuttable(model, {part.name for site in self._sites for part in self._parts(site)})
         frozen = [name for name, weight in weights.items() if not weight.requires_grad]
         if frozen:
@@ -88,8 +95,8 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
             )
         refuse_impossible(self._bundles, self.options.sparsity, self.options.scope, self.what)
 
-    def _criterion(self, seed: int) -> Criterion:
-        return unit_criterion_of(self.options.criterion, seed)
+    def _criterion(self, seed: int, model: nn.Module) -> Criterion:
+        return unit_criterion_of(self.options.criterion, seed, getattr(model.config, "num_labels", 0))
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         features = self._readers[name].features
@@ -98,9 +105,14 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
             return columns.unflatten(0, features.shape)
         return columns[features.to(tensor.device)]
 
-    def _squares_by_row(self, name: str, squares: Tensor) -> Tensor:
-        features = self._readers[name].features.to(squares.device)
-        return torch.cat([squares[:-1][features].sum(1), squares[-1:]])
+    def _watching(self, model: nn.Module, weights: Weights, criterion: Criterion) -> Watch:
+        assert isinstance(model, PreTrainedModel)
+        features = {name: part.features for name, part in self._readers.items()}
+        return unit_watch(criterion, model, weights, features, self._attention())
+
+    def _attention(self) -> dict[str, AttentionSite]:
+        """Return the attentions by the weight that reads their heads, where it is heads that are pruned."""
+        return {n: site for n, site in zip(self._readers, self._sites) if isinstance(site, AttentionSite)}
 
     def _closed(self, model: nn.Module) -> list[Tensor]:
         return [closed_units(model, part) for part in self._readers.values()]

@@ -15,7 +15,7 @@ from hfcompress.pruning.units.criteria import UNIT_CRITERIA
 class UnitPruneOptions(GradualOptions):
     """The options that heads and neurons share."""
 
-    criterion: Literal["taylor", "magnitude", "activation", "random"] = "taylor"
+    criterion: Literal["taylor", "magnitude", "activation", "mutual_information", "random"] = "taylor"
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1
     normalize: bool = False
     exclude: tuple[str, ...] = ()
@@ -30,7 +30,8 @@ class HeadPruneOptions(UnitPruneOptions):
 
     sparsity: share of the query heads that are closed at the end, in [0, 1).
     criterion: what goes first: ``taylor`` (heads whose gate changes the loss least), ``magnitude`` (small columns of
-    the output projection), ``activation`` (quiet heads) or ``random``.
+    the output projection), ``activation`` (quiet heads), ``entropy`` (heads that attend evenly),
+    ``mutual_information`` (heads that say little about the label of a classifier's example) or ``random``.
     scope: ``global`` compares all heads, ``layer`` prunes every attention alike.
     schedule: ``cubic`` or ``linear`` growth from start to end, ``oneshot`` at start, ``constant`` from the beginning.
     start, end: shares of ``max_steps`` between which the sparsity rises.
@@ -41,6 +42,7 @@ class HeadPruneOptions(UnitPruneOptions):
     head of every group of the attention at once.
     """
 
+    criterion: Literal["taylor", "magnitude", "activation", "entropy", "mutual_information", "random"] = "taylor"  # type: ignore[assignment]
     grouped: Literal["whole", "even"] = "whole"
 
 
@@ -50,7 +52,8 @@ class NeuronPruneOptions(UnitPruneOptions):
 
     sparsity: share of the neurons that are closed at the end, in [0, 1).
     criterion: what goes first: ``taylor`` (neurons whose gate changes the loss least), ``magnitude`` (small columns of
-    the output projection), ``activation`` (quiet neurons) or ``random``.
+    the output projection), ``activation`` (quiet neurons), ``mutual_information`` (neurons that say little about the
+    label of a classifier's example) or ``random``.
     scope: ``global`` compares all neurons, ``layer`` prunes every feed-forward block alike.
     schedule: ``cubic`` or ``linear`` growth from start to end, ``oneshot`` at start, ``constant`` from the beginning.
     start, end: shares of ``max_steps`` between which the sparsity rises.
