@@ -9,13 +9,14 @@ from hfcompress.distillation import DistillationConfig
 from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
-from hfcompress.recipe import Distill, Finetune, Prune, Quantize, Stage
+from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Stage
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
 from hfcompress.structure.lengths import longest_input
 from hfcompress.tasks.lengths import refuse_longer
 from hfcompress.teaching import check_teachers
 from hfcompress.training import training_options
+from hfcompress.vocabulary import refuse_unprunable
 
 
 def check_before_work(source: Source) -> None:
@@ -50,6 +51,8 @@ def _check_stage(source: Source, stage: Stage) -> None:
             raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
     if isinstance(options, Distill):
         check_teachers(source, options)
+    if isinstance(options, PruneVocabulary):
+        refuse_unprunable(source.processor, options.keep)
     if isinstance(options, Quantize) and importlib.util.find_spec("compressed_tensors") is None:
         raise MissingDependencyError(
             "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,9 +33,13 @@ def needs_calibration_data(options: Any) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """The recipe's model and data, opened once and encoded when first used."""
+    """The recipe's model and data, opened once and encoded when first used.
+
+    tokenizer: a folder to take it from, where it is no longer the original model's.
+    """
 
     recipe: Recipe
+    tokenizer: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -48,8 +53,13 @@ class Source:
 
     @cached_property
     def processor(self) -> Any:
-        """Return the original model's tokenizer."""
-        return opening.open_processor(self.recipe.model)
+        """Return the tokenizer: the original model's, unless a stage has changed it."""
+        model = self.recipe.model
+        return opening.open_processor(
+            model
+            if self.tokenizer is None
+            else ModelSpec(str(self.tokenizer), trust_remote_code=model.trust_remote_code)
+        )
 
     @cached_property
     def raw(self) -> DatasetDict:
@@ -84,6 +94,14 @@ class Source:
         if part not in self._encoded:
             self._encoded[part] = self.task.encode(self.raw[part], self.processor, self.recipe.data, self.labels)
         return self._encoded[part]
+
+    def texts(self) -> Iterator[str]:
+        """Yield the texts whose tokens a smaller vocabulary must have; see ``PruneVocabulary``."""
+        data = self.recipe.data
+        for part in ("train", "calibration") if self.data_labels is not None else tuple(self.raw):
+            for column in (data.text_column, data.text_pair_column):
+                if column is not None and part in self.raw:
+                    yield from self.raw[part][column]
 
     def calibration_rows(self, options: Prune | Quantize) -> Dataset:
         """Return the rows for calibration.  Raises DataError when that part of the data fills no row."""
@@ -187,4 +205,7 @@ class Job:
 
     def after(self, name: str, folder: Path, work: Path) -> Job:
         """Return the job of the next stage, which starts from the checkpoint of stage ``name``."""
-        return replace(self, folder=folder, work=work, finished={**self.finished, name: folder})
+        source, kinds = self.source, {stage.name: stage.kind for stage in self.recipe.stages}
+        if kinds.get(name) == "prune_vocabulary":
+            source = replace(source, tokenizer=folder)
+        return replace(self, source=source, folder=folder, work=work, finished={**self.finished, name: folder})

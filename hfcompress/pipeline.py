@@ -76,7 +76,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
     save_compressed(
         outcome.model,
         space.stage_folder(position, name),
-        job.processor,
+        outcome.processor or job.processor,
         verify=is_last,
         extra_files={STAGE: json.dumps(facts, indent=2) + "\n"},
     )

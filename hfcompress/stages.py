@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCall
 from hfcompress.pruning.gradual import GradualPruneCallback
 from hfcompress.pruning.oneshot import prune
 from hfcompress.quantization import quantize
-from hfcompress.recipe import Distill, Finetune, Prune, Quantize, Shrink, Stage
+from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Shrink, Stage
 from hfcompress.structure import DropLayers, drop_layers, find_stack, shrink
 from hfcompress.training import train, training_options
+from hfcompress.vocabulary import prune_vocabulary
 
 ROWS_FOR_LAYER_CHOICE = 128  # of the training data; a greedy choice by loss runs them once per layer and drop
 
@@ -32,6 +34,7 @@ class Outcome:
     model: PreTrainedModel
     summary: str
     report: dict[str, Any] | None = None
+    processor: Any = None  # where the stage changed the tokenizer
 
 
 def run_stage(stage: Stage, job: Job) -> Outcome:
@@ -45,6 +48,14 @@ def _drop_layers(job: Job, options: DropLayers, name: str) -> Outcome:
     calibration = job.training_batches(ROWS_FOR_LAYER_CHOICE) if options.needs_calibration else None
     kept = drop_layers(model, options, calibration)
     return Outcome(model, f"{len(kept)} of {before} layers kept: {', '.join(map(str, kept))}")
+
+
+def _prune_vocabulary(job: Job, options: PruneVocabulary, name: str) -> Outcome:
+    model, tokenizer = job.open_model(), copy.deepcopy(job.processor)
+    done = prune_vocabulary(model, tokenizer, job.source.texts(), keep_extra=options.keep)
+    removed = done.parameters_before - done.parameters_after
+    summary = f"{done.rows_after:,} of {done.rows_before:,} tokens kept, {removed:,} parameters removed"
+    return Outcome(model, summary, processor=tokenizer)
 
 
 def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
@@ -110,6 +121,7 @@ def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
 
 _RUNNERS: dict[str, Callable[[Job, Any, str], Outcome]] = {
     "drop_layers": _drop_layers,
+    "prune_vocabulary": _prune_vocabulary,
     "prune": _prune,
     "finetune": _finetune,
     "distill": _distill,

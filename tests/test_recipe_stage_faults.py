@@ -15,7 +15,8 @@ STAGE_FAULTS = [
     ("finetun: {steps: 1}", "stages[0]: unknown stage 'finetun' (finetune?)"),
     (
         "mystery: {}",
-        "stages[0]: unknown stage 'mystery'; known: drop_layers, prune, finetune, distill, shrink, quantize",
+        "stages[0]: unknown stage 'mystery'; known: drop_layers, prune_vocabulary, prune, finetune, distill, shrink, "
+        "quantize",
     ),
     ("finetune", "stages[0]: must be a mapping from the stage's kind to its options, not 'finetune'"),
     ("{}", "stages[0]: must have one key, the stage's kind, but has none (indent options below the kind)"),
@@ -141,6 +142,42 @@ def test_zeros_that_training_made_must_last_too(tmp_path: Path) -> None:
     assert faults(tmp_path, with_stages("finetune: {steps: 1}", pruning, "distill: {steps: 1}")) == [
         "line 8, stages[2].distill: training would undo stages[1]: prune here too, "
         "which keeps the zeros that are there"
+    ]
+
+
+@pytest.mark.parametrize("option", ["prune_heads", "prune_neurons"])
+@pytest.mark.parametrize(
+    ("later", "is_fault"),
+    [
+        (["finetune: {steps: 1}"], True),
+        (["distill: {steps: 1, prune: {targets: ['*.query']}}"], True),
+        (["distill: {steps: 1, prune: {exclude: ['*.query']}}"], True),
+        (["shrink: {}", "finetune: {steps: 1}"], False),
+        (["finetune: {steps: 1, prune: {sparsity: 0.5}}"], False),
+        (["distill: {steps: 1, OPTION: {sparsity: 0.7}}", "shrink: {}"], False),
+    ],
+)
+def test_closed_heads_and_neurons_must_last_until_they_are_removed(
+    option: str, later: list[str], is_fault: bool, tmp_path: Path
+) -> None:
+    stages = [stage.replace("OPTION", option) for stage in later]
+    found = faults(tmp_path, with_stages(f"finetune: {{steps: 1, {option}: {{sparsity: 0.5}}}}", *stages))
+    kind = stages[-1].split(":")[0]
+    wanted = (
+        f"line 7, stages[1].{kind}: training would reopen the {option.removeprefix('prune_')} that stages[0] closed: "
+        f"put a shrink stage before this one, or give {option} here too, which keeps what is closed"
+    )
+    assert found == ([wanted] if is_fault else [])
+
+
+def test_teacher_reads_the_tokens_of_the_student(tmp_path: Path) -> None:
+    stages = ["finetune: {steps: 1}", "prune_vocabulary: {}", "distill: {steps: 1}",
+              "distill: {steps: 1, teacher: finetune}", "distill: {steps: 1, teacher: prune_vocabulary}",
+              "distill: {steps: 1, teacher: a/b}"]  # fmt: skip
+    assert faults(tmp_path, with_stages(*stages)) == [
+        f"line {7 + index}, stages[{index}].distill.teacher: teacher '{name}' does not read the tokens that stages[1] "
+        "numbered anew: distil before it, or learn from that stage or a later one"
+        for index, name in ((2, "original"), (3, "finetune"), (5, "a/b"))
     ]
 
 

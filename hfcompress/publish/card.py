@@ -137,7 +137,7 @@ def technique_tags(facts: Facts) -> list[str]:
     kinds = {kind for kind, _ in stages}
     names = ("prune", "prune_heads", "prune_neurons")
     trained = any((options or {}).get(name) for _, options in stages for name in names)
-    prunes = {"prune", "drop_layers", "shrink"} & kinds or trained
+    prunes = {"prune", "prune_vocabulary", "drop_layers", "shrink"} & kinds or trained
     found = {"pruned": bool(prunes), "distilled": "distill" in kinds, "quantized": "quantize" in kinds}
     return [tag for tag, present in found.items() if present]
 

@@ -47,7 +47,9 @@ def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
         kinds = [stage_kind(stage) for stage in stages]
         yield from _order_faults(kinds)
         yield from _lost_zeros_faults(stages, kinds)
+        yield from _reopened_faults(stages, kinds)
         yield from _teacher_faults(stages, kinds)
+        yield from _vocabulary_faults(stages, kinds)
 
 
 def _benchmark_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
@@ -87,6 +89,31 @@ def _lost_zeros_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> It
             yield Fault(("stages", index, kind), text)
 
 
+def _reopened_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
+    """Heads and neurons are closed by zeros, which only last through a training if something holds them there."""
+    for option, what in (("prune_heads", "heads"), ("prune_neurons", "neurons")):
+        closed: int | None = None
+        for index, (stage, kind) in enumerate(zip(stages, kinds)):
+            if kind == "shrink":
+                closed = None
+            options = stage[kind] if kind in ("finetune", "distill") else None
+            if kind not in ("finetune", "distill") or not isinstance(options, Mapping):
+                continue
+            if options.get(option) is not None:
+                closed = index if closed is None else closed
+            elif closed is not None and not _holds_all_zeros(options.get("prune")):
+                text = (
+                    f"training would reopen the {what} that stages[{closed}] closed: put a shrink stage before this "
+                    f"one, or give {option} here too, which keeps what is closed"
+                )
+                yield Fault(("stages", index, kind), text)
+
+
+def _holds_all_zeros(prune: Any) -> bool:
+    """Say whether gradual pruning of weights covers every linear layer, whose zeros it then keeps."""
+    return isinstance(prune, Mapping) and prune.get("targets") is None and not prune.get("exclude")
+
+
 def earlier_stage(teacher: str, names: Sequence[str], index: int) -> str | None:
     """Return the name of the stage before ``index`` that a teacher means by name or index, or None."""
     if teacher.isdecimal() and int(teacher) < index:
@@ -99,12 +126,17 @@ def _teacher_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Itera
     for index, (stage, kind) in enumerate(zip(stages, kinds)):
         options = stage[kind] if kind == "distill" else None
         teacher = options.get("teacher") if isinstance(options, Mapping) else None
-        here: tuple[Any, ...] = ("stages", index, "distill", "teacher")
-        several = list(enumerate(teacher)) if isinstance(teacher, (list, tuple)) else []
-        for path, one in [((*here, place), one) for place, one in several] or [(here, teacher)]:
+        for path, one in _teachers(teacher, index):
             problem = _teacher_problem(one, names, index)
             if problem is not None:
                 yield Fault(path, problem)
+
+
+def _teachers(teacher: Any, index: int) -> list[tuple[tuple[Any, ...], Any]]:
+    """Return the teachers that the stage ``index`` names, one or several, with their places."""
+    here = ("stages", index, "distill", "teacher")
+    several = list(enumerate(teacher)) if isinstance(teacher, (list, tuple)) else []
+    return [((*here, place), one) for place, one in several] or [(here, teacher)]
 
 
 def _teacher_problem(teacher: Any, names: Sequence[str], index: int) -> str | None:
@@ -122,3 +154,21 @@ def _teacher_problem(teacher: Any, names: Sequence[str], index: int) -> str | No
     else:
         problem = f"there is no teacher '{text}'{near(text, known)}"
     return f"{problem}; known: {', '.join(known)}, or a model id with a '/'"
+
+
+def _vocabulary_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
+    """A teacher must read the student's tokens, which a pruned vocabulary numbers anew."""
+    pruned = [index for index, kind in enumerate(kinds) if kind == "prune_vocabulary"]
+    names = stage_names(kinds)
+    for index, (stage, kind) in enumerate(zip(stages, kinds)):
+        before = [one for one in pruned if one < index]
+        if kind != "distill" or not before or not isinstance(stage[kind], Mapping):
+            continue
+        for path, teacher in _teachers(stage[kind].get("teacher", "original"), index):
+            name = earlier_stage(str(teacher), names, index)
+            if name is None or names.index(name) < before[-1]:
+                text = (
+                    f"teacher '{teacher}' does not read the tokens that stages[{before[-1]}] numbered anew: distil "
+                    "before it, or learn from that stage or a later one"
+                )
+                yield Fault(path, text)

@@ -164,9 +164,21 @@ class Shrink:
     """Remove the attention heads and feed-forward neurons that earlier stages closed."""
 
 
-StageOptions = DropLayers | Prune | Finetune | Distill | Shrink | Quantize
+@dataclass(frozen=True, config=FROZEN)
+class PruneVocabulary:
+    """Drop the tokens that the training texts do not need, from the model and its tokenizer.
+
+    A causal-lm recipe counts the held-out texts in: a perplexity per token compares only texts that are split alike.
+    keep: tokens to keep besides, as the vocabulary spells them.
+    """
+
+    keep: tuple[Text, ...] = ()
+
+
+StageOptions = DropLayers | PruneVocabulary | Prune | Finetune | Distill | Shrink | Quantize
 STAGES: dict[str, type[StageOptions]] = {
     "drop_layers": DropLayers,
+    "prune_vocabulary": PruneVocabulary,
     "prune": Prune,
     "finetune": Finetune,
     "distill": Distill,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from hfcompress.vocabulary.prune import PrunedVocabulary, prune_vocabulary
+from hfcompress.vocabulary.prune import PrunedVocabulary, prune_vocabulary, refuse_unprunable
 
-__all__ = ["PrunedVocabulary", "prune_vocabulary"]
+__all__ = ["PrunedVocabulary", "prune_vocabulary", "refuse_unprunable"]

@@ -92,6 +92,13 @@ def prune_vocabulary(
     return PrunedVocabulary(old_ids, rows, size, model.num_parameters())
 
 
+def refuse_unprunable(tokenizer: PreTrainedTokenizerBase, keep_extra: Iterable[str | int] = ()) -> None:
+    """Raise ModelError for a tokenizer that ``prune_vocabulary`` cannot rewrite, and for unknown tokens to keep."""
+    backend = backend_of(tokenizer)
+    needed_tokens(json.loads(backend.to_str())["model"], set())
+    _extra_tokens(keep_extra, backend.get_vocab(with_added_tokens=True))
+
+
 def _plan(model: PreTrainedModel, new_ids: Mapping[int, int], rows: int) -> VocabularyPlan:
     config = copy.deepcopy(model.config)
     for part in list(nested(config)):
