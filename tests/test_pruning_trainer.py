@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,60 @@ def test_constant_prunes_before_the_first_step(tmp_path: Path) -> None:
     assert same_tensors(watch.evaluated[0], expected)
     for zeros in watch.after.values():
         assert same_tensors(zeros, expected)
+
+
+def test_learning_rate_that_restarts_is_left_to_the_trainer(tmp_path: Path) -> None:
+    """Whenever the rate is high again, weights move most: masks hold, and the schedule does not start anew."""
+    model, watch = tiny_bert(), Watch()
+    trainer = trainer_for(
+        model, tmp_path, [PruneCallback(schedule="linear", end=1.0), watch], max_steps=12,
+        lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 3},
+    )  # fmt: skip
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [rates.count(max(rates)), rates[4] > rates[3], rates[8] > rates[7]] == [3, True, True]
+    assert [count_zeros(watch.after[step]) for step in range(1, 13)] == [
+        int(step / 12 * half_of(model) + 1e-6) for step in range(1, 13)
+    ]
+    for before, after in pairwise(watch.after.values()):
+        assert all(bool((after[name] | ~zero).all()) for name, zero in before.items())
+
+
+# Memory
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_masks_take_a_byte_a_weight_and_thresholds_sort_a_sliver(
+    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_bert(hidden_size=256, intermediate_size=1024)
+    weights, sorted_sizes, held = matrices(model), [], []
+    sort = torch.Tensor.sort
+
+    def watched_sort(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sorted_sizes.append(self.numel())
+        return sort(self, *args, **kwargs)
+
+    class Held(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # What the callback keeps lies in its own attributes and, for evidence, in the optimizer.
+            held.append(sum(one.numel() * one.element_size() for one in _tensors_in(vars(callback))))
+
+    monkeypatch.setattr(torch.Tensor, "sort", watched_sort)
+    monkeypatch.setattr(torch, "sort", lambda one, *args, **kwargs: watched_sort(one, *args, **kwargs))
+    callback = PruneCallback(scope=scope)
+    trainer_for(model, tmp_path, [callback, Held()], max_steps=2, rows=class_rows(8)).train()
+    total = sum(weight.numel() for weight in weights.values())
+    assert held == [total, total]
+    assert sorted_sizes
+    assert max(sorted_sizes) < 0.05 * total
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return [tensor for one in inside for tensor in _tensors_in(one)]
 
 
 # Sparse models

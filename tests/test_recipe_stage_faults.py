@@ -8,7 +8,8 @@ import pytest
 
 from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.quantization import METHODS
-from tests.test_recipe import PLAIN, with_stages
+from hfcompress.recipe import load_recipe
+from tests.test_recipe import PLAIN, with_stages, write
 from tests.test_recipe_faults import faults
 
 STAGE_FAULTS = [
@@ -161,13 +162,16 @@ def test_closed_heads_and_neurons_must_last_until_they_are_removed(
     option: str, later: list[str], is_fault: bool, tmp_path: Path
 ) -> None:
     stages = [stage.replace("OPTION", option) for stage in later]
-    found = faults(tmp_path, with_stages(f"finetune: {{steps: 1, {option}: {{sparsity: 0.5}}}}", *stages))
+    text = with_stages(f"finetune: {{steps: 1, {option}: {{sparsity: 0.5}}}}", *stages)
+    if not is_fault:
+        assert len(load_recipe(write(tmp_path, text)).stages) == 1 + len(stages)
+        return
     kind = stages[-1].split(":")[0]
     wanted = (
         f"line 7, stages[1].{kind}: training would reopen the {option.removeprefix('prune_')} that stages[0] closed: "
         f"put a shrink stage before this one, or give {option} here too, which keeps what is closed"
     )
-    assert found == ([wanted] if is_fault else [])
+    assert faults(tmp_path, text) == [wanted]
 
 
 def test_teacher_reads_the_tokens_of_the_student(tmp_path: Path) -> None:
@@ -175,7 +179,7 @@ def test_teacher_reads_the_tokens_of_the_student(tmp_path: Path) -> None:
               "distill: {steps: 1, teacher: finetune}", "distill: {steps: 1, teacher: prune_vocabulary}",
               "distill: {steps: 1, teacher: a/b}"]  # fmt: skip
     assert faults(tmp_path, with_stages(*stages)) == [
-        f"line {7 + index}, stages[{index}].distill.teacher: teacher '{name}' does not read the tokens that stages[1] "
+        f"line {6 + index}, stages[{index}].distill.teacher: teacher '{name}' does not read the tokens that stages[1] "
         "numbered anew: distil before it, or learn from that stage or a later one"
         for index, name in ((2, "original"), (3, "finetune"), (5, "a/b"))
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hfcompress.structure.attention import find_attention
-from hfcompress.structure.config import differences
 from hfcompress.structure.ffn import find_ffn
 from hfcompress.structure.gates import Gate, Gates, attach_gates
 from hfcompress.structure.layers import DropLayers, drop_layers, find_stack
@@ -28,7 +27,6 @@ __all__ = [
     "closed_heads",
     "closed_neurons",
     "closed_units",
-    "differences",
     "drop_layers",
     "find_attention",
     "find_ffn",

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress.structure.resize import Edits
+from hfcompress.structure.shapes import meta_twin
 
 Shapes = dict[str, Any]
 Key = tuple[str, str]
@@ -26,16 +26,6 @@ def shapes_of(model: nn.Module) -> Shapes:
             if isinstance(value, int) and not isinstance(value, bool) and not attribute.startswith("_"):
                 shapes[f"{name}:{attribute}"] = value
     return shapes
-
-
-def differences(model: PreTrainedModel) -> tuple[str, ...] | None:
-    """Return the names of tensors and integer attributes (``module:attribute``) that the config does not describe.
-
-    Empty when a model built from the config has this model's sizes; None when its class builds no model from the
-    config alone.
-    """
-    actual, built = shapes_of(model), _built(model, {})
-    return None if built is None else tuple(sorted(name for name in actual if built.get(name) != actual[name]))
 
 
 @dataclass(frozen=True)
@@ -150,7 +140,6 @@ def _built(model: PreTrainedModel, changes: Mapping[Key, int]) -> Shapes | None:
         config = copy.deepcopy(model.config)
         for (path, key), value in changes.items():
             setattr(_at(config, path), key, value)
-        with torch.device("meta"):
-            return shapes_of(type(model)(config))
+        return shapes_of(meta_twin(model, config))
     except Exception:  # each architecture refuses in its own way what it cannot express
         return None

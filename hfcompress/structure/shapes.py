@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress.errors import ModelError
 from hfcompress.formats import METHOD, VERSION
@@ -21,9 +21,9 @@ Shapes = dict[str, dict[str, Any]]
 _SIZES = (("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
-def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the model's class from its config, without memory for weights and without any quantization."""
-    config = copy.deepcopy(model.config)
+def meta_twin(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """Build the model's class from its config, or another, without memory for weights and without any quantization."""
+    config = copy.deepcopy(model.config if config is None else config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):

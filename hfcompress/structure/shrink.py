@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import ModelError
 from hfcompress.structure.attention import attention_in
-from hfcompress.structure.config import differences
 from hfcompress.structure.cut import cut_
 from hfcompress.structure.ffn import ffn_in
 from hfcompress.structure.gates import fold_gates_
@@ -33,8 +32,9 @@ class ShrinkReport:
     """What ``shrink`` removed.
 
     heads, key_value_heads, neurons: (before, after) per attention or feed-forward block.  parameters: (before, after)
-    of the whole model.  config: the values that were changed in the model's config.  uneven: tensors and attributes
-    that the config still does not describe, see ``differences``; empty when stock Transformers loads the model.
+    of the whole model.  config: the values that were changed in the model's config.  uneven: sizes and counts
+    (``module:attribute``) that the config still does not say, and its record holds instead; empty when stock
+    Transformers loads the model.
     not_searched: why heads or neurons could not be looked for in this architecture.
     """
 
@@ -43,7 +43,7 @@ class ShrinkReport:
     neurons: dict[str, tuple[int, int]]
     parameters: tuple[int, int]
     config: dict[str, int] = field(default_factory=dict)
-    uneven: tuple[str, ...] | None = ()
+    uneven: tuple[str, ...] = ()
     not_searched: tuple[str, ...] = ()
 
     @property
@@ -81,7 +81,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> S
     except Exception:
         edits.undo()
         raise
-    record_shapes(model)
+    shapes = record_shapes(model)
     after = sum(parameter.numel() for parameter in model.parameters())
     return ShrinkReport(
         heads={site.name: (site.heads, len(plan.heads[site.name].units)) for site in attention},
@@ -91,7 +91,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> S
         neurons={site.name: (site.width, len(plan.neurons[site.name].units)) for site in ffn},
         parameters=(before, after),
         config=config,
-        uneven=differences(model),
+        uneven=tuple(f"{module}:{name}" for module, values in shapes.items() for name in values),
         not_searched=tuple(reasons),
     )
 

@@ -70,7 +70,7 @@ def refuse_no_classes(model: nn.Module, args: TrainingArguments, row: Any) -> No
 
 def first_row(data: Any) -> Any:
     """Return the first row behind a data loader, or None where only reading on would show it."""
-    rows = getattr(data, "dataset", None)
+    rows: Any = getattr(data, "dataset", None)
     return rows[0] if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and len(rows) else None
 
 
