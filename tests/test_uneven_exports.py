@@ -13,7 +13,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 import hfcompress
 from hfcompress.errors import ModelError
+from hfcompress.structure import shrink
 from hfcompress.structure.shapes import meta_twin, record_shapes, uneven_shapes
+from tests.families import FAMILIES as STRUCTURE_FAMILIES
+from tests.test_structure_shrink import _gated, _logits, _uneven
 from tests.uneven import FAMILIES, bert, inputs_of, output_of
 
 WITH_LOGITS = [name for name in FAMILIES if name != "bert-base"]
@@ -29,6 +32,23 @@ def test_filled_up_with_zeros_gives_the_same_logits(name: str) -> None:
     torch.testing.assert_close(output_of(dense), output_of(model), rtol=1e-4, atol=1e-4)
     assert uneven_shapes(dense) == {}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", STRUCTURE_FAMILIES)
+def test_shrunk_models_of_every_family_are_filled_up(name: str, tmp_path: Path) -> None:
+    """Fused projections too: Phi-3's qkv and gate_up, ModernBERT's Wqkv and Wi, GPT-NeoX's heads in turns."""
+    model = STRUCTURE_FAMILIES[name].model()
+    _gated(model, _uneven)
+    report = shrink(model)
+    assert report.uneven
+    dense = hfcompress.to_dense(model)
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    stock = type(model).from_pretrained(tmp_path).eval()
+    assert uneven_shapes(stock) == {}
+    assert sum(one.numel() for one in stock.parameters()) > report.parameters[1]
+    with torch.no_grad():
+        torch.testing.assert_close(_logits(stock, name), _logits(model, name), rtol=1e-4, atol=1e-4)
 
 
 def test_no_order_that_fits_is_an_error() -> None:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.checkpoint.verify import Probe
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.packed import packed_layers
+from hfcompress.structure.inputs import dummy_inputs
+from hfcompress.structure.running import float_outputs
 from hfcompress.structure.shapes import uneven_shapes
 
 # One after another: gate and up, or queries, keys and values.  Grouped: query heads that share a key/value head.
 ORDERS = {"plain": 1, "two parts": 2, "three parts": 3, "grouped": 1}
 MOST_UNUSUAL = 2  # kinds of layers with an order other than plain, in one architecture
-TOLERANCE = 1e-5  # of the largest logit, in float32
+TOLERANCE = 1e-5  # of the largest value of an output, in float32
 Kind = tuple[str, str, str]
 
 
@@ -49,6 +50,8 @@ class _Axis(NamedTuple):
 
     def fill_up(self, tensor: Tensor, order: str) -> Tensor:
         """Return the tensor with zeros in the places of what was removed."""
+        if self.old == 0:  # an earlier shrink took them all, of every part
+            return self._pad(tensor, self.new)
         parts = ORDERS[order]
         chunks = tensor.split(max(1, self.old // parts), dim=self.axis)
         if order == "grouped":
@@ -65,8 +68,8 @@ class _Axis(NamedTuple):
 def to_dense(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> PreTrainedModel:
     """Return a copy of an unevenly pruned model in the dense shapes of its config, which computes the same logits.
 
-    inputs: what the two are compared on, random tokens unless given.  Raises ModelError for packed models and where
-    no order of filling up gives the same logits.  The model itself is left as it is.
+    inputs: what the two are compared on, a random row unless given.  Raises ModelError for packed models and where
+    no order of filling up gives the same outputs.  The model itself is left as it is.
     """
     if packed_layers(model):
         raise ModelError("Codes cannot be filled up with zeros; make the model dense first, then quantize it.")
@@ -75,15 +78,16 @@ def to_dense(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) ->
         dense.load_state_dict(model.state_dict())
         return dense
     axes = _growing_axes(model, dense)
-    expected = Probe.of(_in_float32(model), inputs).logits
+    twin = _in_float32(model)
+    inputs = inputs if inputs is not None else dummy_inputs(twin)
+    expected = _answers(twin, inputs)
     for orders in _candidates(axes):
         dense.load_state_dict(_filled_up(model, axes, orders))
-        found = Probe.of(_in_float32(dense), inputs).logits
-        if (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        if all(_same(*pair) for pair in zip(_answers(_in_float32(dense), inputs), expected, strict=True)):
             return dense
     kinds = ", ".join(sorted({".".join(one.kind) for one in axes}))
     raise ModelError(
-        f"{type(model).__name__} cannot be filled up with zeros: no order of {kinds} gives the same logits. "
+        f"{type(model).__name__} cannot be filled up with zeros: no order of {kinds} gives the same outputs. "
         "Save it as it is; it loads after `import hfcompress`."
     )
 
@@ -97,6 +101,15 @@ def _fresh(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in fresh.named_parameters():  # not .to(): rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     return fresh.train(model.training)
+
+
+def _answers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return float_outputs(model, inputs)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:

@@ -33,3 +33,11 @@ def run_batch(model: nn.Module, batch: Batch) -> Any:
     """Run a model on one batch, moved to the model's device, and return its output."""
     device = next(model.parameters()).device
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+
+
+def float_outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Run a model in eval mode and return its floating-point outputs."""
+    with eval_mode(model):
+        outputs = run_batch(model, batch)
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -16,10 +16,10 @@ from hfcompress.structure.cut import cut_
 from hfcompress.structure.ffn import ffn_in
 from hfcompress.structure.gates import fold_gates_
 from hfcompress.structure.inputs import dummy_inputs
-from hfcompress.structure.modes import eval_mode
 from hfcompress.structure.plan import Plan, plan_shrink
 from hfcompress.structure.probe import trace_model
 from hfcompress.structure.resize import Edits
+from hfcompress.structure.running import float_outputs
 from hfcompress.structure.shapes import record_shapes
 from hfcompress.structure.sites import AttentionSite, FfnSite
 
@@ -76,7 +76,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> S
     edits = Edits()
     try:
         fold_gates_(model, edits)
-        expected = _outputs(model, inputs)
+        expected = float_outputs(model, inputs)
         plan, config = _shrink_to_fit(model, attention, ffn, inputs, expected)
     except Exception:
         edits.undo()
@@ -141,17 +141,9 @@ def _shrink_to_fit(
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Run the model in eval mode and return its floating-point outputs."""
-    with eval_mode(model):
-        outputs = model(**inputs)
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-
-
 def _prove_equal(model: PreTrainedModel, inputs: Mapping[str, Any], expected: list[Tensor]) -> None:
     try:
-        outputs = _outputs(model, inputs)
+        outputs = float_outputs(model, inputs)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot run without its closed heads or neurons ({type(error).__name__}: {error});"
