@@ -17,6 +17,7 @@ from typing import Any
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import hfcompress
 from hfcompress.publish import load_facts
@@ -31,9 +32,11 @@ CARDS = ROOT / "model_cards"
 _MARK = re.compile(r"^<!-- ([a-z_]+)(?:: (.+?))? -->$", re.MULTILINE)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace a page's marks; mkdocs calls this for each page."""
-    return _MARK.sub(lambda found: PARTS[found[1]](*([found[2]] if found[2] else [])), markdown)
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Replace a page's marks; mkdocs calls this for each page.  Links to cards begin where the page lies."""
+    up = "../" * page.file.src_uri.count("/")
+    text = _MARK.sub(lambda found: PARTS[found[1]](*([found[2]] if found[2] else [])), markdown)
+    return text.replace("](cards/", f"]({up}cards/")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -50,8 +53,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 # ---- text out of docstrings ----
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of text, set to the left."""
-    return markdown_table(headers, rows, right_from=len(headers))
+    """Return a Markdown table of text, set to the left; this Markdown takes bars inside of code as they are."""
+    text = markdown_table(headers, rows, right_from=len(headers))
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace(r"\|", "|"), text)
 
 
 def _code(text: str) -> str:
@@ -132,7 +136,7 @@ def recipe_reference() -> str:
     for name in ("ModelSpec", "DataSpec", "EvaluateSpec"):
         parts += [f"## {_SECTIONS[name]}", *_section(definitions[name])]
     for kind, stage in stages.items():
-        parts += [f"## Stage {kind}", _code(stage["description"]) + "."]
+        parts += [f"## Stage {kind}", _code(stage["description"]).rstrip(".") + "."]
         for one in stage.get("oneOf", [stage]):
             method = one["properties"].get("method", {}).get("const")
             parts += [f"### {kind}, method {method}"] if method else []
@@ -222,11 +226,16 @@ def names_in(place: str) -> str:
 
 
 # ---- what was measured ----
-def gallery() -> str:
-    """Return a line for each card in ``model_cards/``: what was done, what it saved and what it cost."""
+def gallery(technique: str | None = None) -> str:
+    """Return a line for each card in ``model_cards/``: what was done, what it saved and what it cost.
+
+    technique: a kind of stage, or an option such as ``prune`` of any stage, that the card's recipe has.
+    """
     rows = []
     for folder in _cards():
         facts = load_facts(folder)
+        if technique and technique not in _techniques(facts.recipe):
+            continue
         first, before, after, name = facts.stages[0].measurement, facts.before, facts.after, facts.metric_names[0]
         quality = f"{name}: {metric(name, before.metrics.get(name))}, then {metric(name, after.metrics.get(name))}"
         stages = ", ".join(f"`{stage.name}`" for stage in facts.stages[1:])
@@ -235,7 +244,15 @@ def gallery() -> str:
             f"{megabytes(first.bytes_on_disk)}, then {megabytes(after.bytes_on_disk)}", quality,
             percent(1 - after.nonzero / first.nonzero),
         ])  # fmt: skip
+    if not rows:
+        return "No model card of this repository shows it yet."
     return table(["model", "stages", "size on disk", "quality", "fewer non-zeros"], rows)
+
+
+def _techniques(recipe: dict[str, Any]) -> set[str]:
+    """Return the kinds of a recipe's stages and the names of their options."""
+    return {name for stage in recipe.get("stages", []) for kind, options in stage.items()
+            for name in (kind, *(options or {}))}  # fmt: skip
 
 
 def _cards() -> list[Path]:
