@@ -109,3 +109,33 @@ def test_nothing_is_drawn_when_nobody_looks(tmp_path: Path, monkeypatch: pytest.
                       eval_dataset=ROWS[:4], callbacks=[hfcompress.PruneCallback])  # fmt: skip
     trainer.train()
     assert trainer.model.model_tags == ["hfcompress", "pruned"]
+
+
+@pytest.mark.parametrize("by", ["steps", "epoch"])
+def test_a_notebooks_table_has_the_sparsity(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ipython, display = ModuleType("IPython"), MagicMock()
+    ipython.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    class Kept(NotebookProgressCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.table = self.training_tracker.inner_table
+            super().on_train_end(*args, **kwargs)
+
+    given = {**options(tmp_path, "none"), "eval_strategy": by, **({"num_train_epochs": 4} if by == "epoch" else {})}
+    callbacks = [hfcompress.PruneCallback(sparsity=0.5, end=0.75), Kept()]
+    trainer = Trainer(model=tiny_llama(), args=TrainingArguments(**given), train_dataset=ROWS,
+                      eval_dataset=ROWS[:4], callbacks=callbacks)  # fmt: skip
+    trainer.train()
+    columns, *lines = callbacks[1].table
+    assert {"Training Loss", "Validation Loss", "Sparsity"} <= set(columns)
+    evaluated = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
+    assert len(lines) == len(evaluated) > 1
+    for line, logs in zip(lines, evaluated):
+        shown = dict(zip(columns, line))
+        assert shown["Sparsity"] == f"{logs['sparsity']:.4f}"
+        assert shown["Validation Loss"] == pytest.approx(logs["eval_loss"])
+        assert shown[columns[0]] == (logs["epoch"] if by == "epoch" else logs["step"])

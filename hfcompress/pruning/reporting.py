@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfcompress.callbacks import handler_of, peers_of
-from hfcompress.publish.reporters import draw_layers_over_steps, send_picture
+from hfcompress.publish.reporters import draw_layers_over_steps, send_picture, show_in_notebook
 
 
 def log_shares(
@@ -34,6 +34,8 @@ def log_shares(
     if handler is None:
         return
     handler.on_log(args, state, control, logs)
+    by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
+    show_in_notebook(handler.callbacks, {name: overall}, int(state.epoch or 0) if by_epoch else state.global_step)
     if layers and state.is_world_process_zero:
         draw = partial(draw_layers_over_steps, state.log_history, name)
         send_picture(handler.callbacks, f"{name}_of_each_layer", state.global_step, draw)

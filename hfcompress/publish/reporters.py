@@ -1,4 +1,4 @@
-"""Pictures for what ``report_to`` names: TensorBoard and trackio get what each layer lost, beside the numbers."""
+"""What reporting callbacks do not take from logs: pictures for trackers, and columns of a notebook's table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[np.uint8]]
 def send_picture(callbacks: Iterable[TrainerCallback], name: str, step: int, draw: Callable[[], Figure]) -> None:
     """Give a picture to every callback of a Trainer that can show one; it is drawn only if there is any."""
     ready = [(one, send) for one in callbacks for kind, (send, is_ready) in _SENDERS.items()
-             if type(one).__name__ == kind and is_ready(one)]  # fmt: skip
+             if any(base.__name__ == kind for base in type(one).__mro__) and is_ready(one)]  # fmt: skip
     if ready:
         pixels = pixels_of(draw())
         for callback, send in ready:
@@ -52,6 +52,21 @@ def draw_layers_over_steps(history: Sequence[Mapping[str, Any]], name: str) -> F
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, pad=0.015).outline.set_visible(False)
     return figure
+
+
+def show_in_notebook(callbacks: Iterable[TrainerCallback], values: Mapping[str, float], epoch_or_step: int) -> None:
+    """Put numbers beside the losses into the table that a notebook shows while a Trainer runs.
+
+    epoch_or_step: what the table's first column counts.  The Trainer's own callback completes the line afterwards.
+    """
+    for callback in callbacks:
+        tracker: Any = getattr(callback, "training_tracker", None)
+        if getattr(tracker, "inner_table", None):
+            columns = tracker.inner_table[0]
+            unknown = dict.fromkeys(columns[1:], "No log") if len(tracker.inner_table) == 1 else {}
+            shown = {name.replace("_", " ").capitalize(): f"{value:.4f}" for name, value in values.items()}
+            columns += [name for name in shown if name not in columns]
+            tracker.write_line({columns[0]: epoch_or_step, **unknown, **shown})
 
 
 def _to_tensorboard(callback: Any, name: str, pixels: Array, step: int) -> None:
