@@ -18,6 +18,8 @@ from hfcompress.teaching import check_teachers
 from hfcompress.training import training_options
 from hfcompress.vocabulary import refuse_unprunable
 
+_EXTRAS = {"compressed_tensors": "ct", "bitsandbytes": "bnb"}
+
 
 def check_before_work(source: Source) -> None:
     """Open everything a recipe names, so that a fault shows before the first stage and not hours into it."""
@@ -53,9 +55,10 @@ def _check_stage(source: Source, stage: Stage) -> None:
         check_teachers(source, options)
     if isinstance(options, PruneVocabulary):
         refuse_unprunable(source.processor, options.keep)
-    if isinstance(options, Quantize) and importlib.util.find_spec("compressed_tensors") is None:
+    if isinstance(options, Quantize) and importlib.util.find_spec(options.method.package) is None:
         raise MissingDependencyError(
-            "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
+            "Verifying a quantized checkpoint means loading it: "
+            f"pip install 'hfcompress[{_EXTRAS[options.method.package]}]' for that."
         )
     if isinstance(options, (Prune, Quantize)) and options.method.needs_calibration:
         source.calibration_rows(options)

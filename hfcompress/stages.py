@@ -112,8 +112,7 @@ def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
     method = options.method
     calibration = job.calibration_batches(options) if method.needs_calibration else None
     report = quantize(model, method, calibration, prune=options.prune)
-    per = "row" if method.group_size is None else f"{method.group_size} columns"
-    summary = f"{type(method).__name__}, {method.bits} bits, a scale per {per}"
+    summary = method.summary
     if options.prune is not None:
         summary += f", {options.prune.pattern or format(options.prune.sparsity, '.1%')} pruned in the same pass"
     return Outcome(model, summary, report.to_dict())

@@ -322,7 +322,12 @@ def test_training_mode_and_gradients_survive() -> None:
 
 
 def test_methods_are_named_and_the_door_is_open() -> None:
-    assert METHODS == {"rtn": RTN, "gptq": GPTQ}
+    assert {
+        "rtn": RTN,
+        "gptq": GPTQ,
+        "bitsandbytes": hfcompress.BitsAndBytes,
+        "smoothquant": hfcompress.SmoothQuant,
+    } == METHODS
     report = hfcompress.quantize(tiny_llama(), hfcompress.RTN())
     assert isinstance(report, QuantizationReport)
     assert report.method == "rtn"

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.packed import packed_layers
-from hfcompress.quantization import GPTQ, RTN, QuantizationReport, quantize
+from hfcompress.packed.bytes import byte_layers
+from hfcompress.quantization import GPTQ, RTN, QuantizationReport, SmoothQuant, quantize
 from tests.families import FAMILIES, inputs_of
 
 METHODS = {
@@ -26,8 +27,12 @@ METHODS = {
     "affine": RTN(bits=4, symmetric=False),
     "gptq": GPTQ(bits=3, group_size=16),
 }
+# Weights and inputs in 8 bits; the rest is refused, with the reason.
+BYTES = {"w8a8": RTN(activations=8), "smoothquant": SmoothQuant()}
+FAMILIES_OF_BYTES = ("bert", "llama", "gemma3", "gpt_neox", "vit", "modernbert", "clip")
 ROOT = Path(__file__).parents[1]
 CASES = [(family, method) for family in FAMILIES for method in METHODS]
+CASES += [(family, method) for family in FAMILIES_OF_BYTES for method in BYTES]
 # Run as text in an empty folder: a fresh process with nothing of ours on its path.
 RELOAD = """
 import json, sys, warnings
@@ -94,7 +99,7 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor], output: str, gene
 def quantized_case(family: str, method: str, folder: Path) -> Case:
     spec = FAMILIES[family]
     model, inputs = spec.model(), inputs_of(spec)
-    report = quantize(model, METHODS[method], calibration=[inputs])
+    report = quantize(model, {**METHODS, **BYTES}[method], calibration=[inputs])
     folder.mkdir(parents=True)
     model.save_pretrained(folder / "model")
     output = "logits_per_image" if family == "clip" else "logits"
@@ -111,6 +116,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*calibration tokens are fewer")
         warnings.filterwarnings("ignore", message="Group sizes that do not divide")
+        warnings.filterwarnings("ignore", message="No norm of .* feeds linear layers alone")
         made = {case: quantized_case(*case, root / "all" / "-".join(case)) for case in CASES}
     for plugin in ([], ["hfcompress"]):
         command = [sys.executable, "-c", RELOAD, str(root / "all"), *plugin]
@@ -128,7 +134,7 @@ def test_stock_reload_gives_the_same_logits(family: str, method: str, cases: Cas
     case = cases[family, method]
     found = case.found(plugins=0)
     assert found["loading"] == {}
-    assert {row.name for row in case.report.rows} == set(packed_layers(case.model))
+    assert {row.name for row in case.report.rows} == {*packed_layers(case.model), *byte_layers(case.model)}
     same_logits(found["logits"], case.expected["logits"])
     if found["generates"]:
         assert torch.equal(found["tokens"], case.expected["tokens"])

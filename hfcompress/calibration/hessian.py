@@ -47,6 +47,15 @@ def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:
     squares.add_(inputs.float().square().sum(0))
 
 
+def keep_largest_squares_(squares: Tensor, inputs: Tensor) -> None:
+    """Keep the largest square of each column, of those so far and of one batch.
+
+    squares: (in,) float32, changed in place.  inputs: (tokens, in), padding already dropped.
+    """
+    if len(inputs):
+        torch.maximum(squares, inputs.float().square().amax(0), out=squares)
+
+
 def relative_error(weight: Tensor, changed: Tensor, hessian: Tensor | None = None) -> float:
     """Return sqrt(tr(D H D^T) / tr(W H W^T)) for D = the difference; without a Hessian the Frobenius norms' ratio.
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.hessian import accumulate_hessian_, accumulate_squares_
+from hfcompress.calibration.hessian import accumulate_hessian_, accumulate_squares_, keep_largest_squares_
 from hfcompress.calibration.record import RecordedBatch
 from hfcompress.calibration.running import watching
 from hfcompress.errors import ModelError
@@ -58,6 +58,7 @@ class Statistic(Generic[Observed]):
 
 GRAM: Statistic[InputHessian] = Statistic(InputHessian, 2, accumulate_hessian_)
 SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, accumulate_squares_)
+LARGEST_SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, keep_largest_squares_)
 
 
 @dataclass(frozen=True)

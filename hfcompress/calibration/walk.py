@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hfcompress.calibration.observe import (
     GRAM,
+    LARGEST_SQUARES,
     SQUARES,
     InputHessian,
     InputSquares,
@@ -53,6 +54,10 @@ class LayerVisit:
     def input_squares(self, names: Sequence[str] | None = None) -> list[InputSquares]:
         """Return the diagonals of ``input_hessians`` for a fraction of their cost."""
         return self._observe(names, SQUARES)
+
+    def largest_squares(self, names: Sequence[str] | None = None) -> list[InputSquares]:
+        """Return the largest square of each input of the layer's linear layers, instead of their sum."""
+        return self._observe(names, LARGEST_SQUARES)
 
     def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
         linears = linear_weights_of(self.layer)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.packed import packed_layers
+from hfcompress.packed.bytes import byte_layers
 from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.running import float_outputs
 from hfcompress.structure.shapes import uneven_shapes
@@ -71,7 +72,7 @@ def to_dense(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) ->
     inputs: what the two are compared on, a random row unless given.  Raises ModelError for packed models and where
     no order of filling up gives the same outputs.  The model itself is left as it is.
     """
-    if packed_layers(model):
+    if packed_layers(model) or byte_layers(model):
         raise ModelError("Codes cannot be filled up with zeros; make the model dense first, then quantize it.")
     dense = _fresh(model)
     if not uneven_shapes(model):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hfcompress.checkpoint.bitsandbytes import bitsandbytes_group, count_packed, is_companion, packed_kind
 from hfcompress.checkpoint.files import read_header, read_json, weight_files
 from hfcompress.checkpoint.summary import CheckpointSummary, Part, QuantizationGroup
 from hfcompress.errors import CheckpointError
@@ -59,11 +60,13 @@ def _quantization(config: dict[str, Any], folder: Path) -> tuple[str, tuple[Quan
     method = options.get("quant_method")
     if method == METHOD:
         inner, inner_groups = _quantization({"quantization_config": options.get("quantization")}, folder)
-        return f"{METHOD} {inner.partition(' ')[2]}".strip(), inner_groups
+        return f"{METHOD} {inner.removeprefix('compressed-tensors ')}".strip(), inner_groups
+    if method == "bitsandbytes":
+        return "bitsandbytes", (bitsandbytes_group(options),)
     if method != "compressed-tensors":
         raise CheckpointError(
             f"{folder} is stored by the quantization method '{method}'. "
-            "Only plain, hfcompress and compressed-tensors checkpoints can be counted."
+            "Only plain, hfcompress, compressed-tensors and bitsandbytes checkpoints can be counted."
         )
     groups = []
     for group in options.get("config_groups", {}).values():
@@ -156,8 +159,12 @@ def _count(store: _Store, name: str, groups: tuple[QuantizationGroup, ...], quan
     leaf = name.rpartition(".")[2]
     if leaf == "weight_packed" and quantized:
         return _count_packed(store, name, groups, size)
+    packed_by = packed_kind(name, store.headers) if quantized else None
+    if packed_by is not None:
+        parameters, nonzero = count_packed(store.read, name, packed_by)
+        return _Tensor(name, parameters, nonzero, size, packed_by)
     causal_mask = name.endswith("attn.bias") and len(header["shape"]) == 4  # old GPT-2 files hold it
-    if leaf in _BUFFERS or causal_mask or (quantized and leaf in _COMPANIONS):
+    if leaf in _BUFFERS or causal_mask or (quantized and (leaf in _COMPANIONS or is_companion(name, store.headers))):
         return _Tensor(name, 0, 0, size, dtype)
     tensor = store.read(name)
     comparable = tensor.float() if dtype.startswith("float8") else tensor

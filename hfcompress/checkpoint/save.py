@@ -21,6 +21,8 @@ from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.loading.record import is_ours, record_uneven
 from hfcompress.packed import packed_layers
+from hfcompress.packed.bitsandbytes import bitsandbytes_layers, dense_shape
+from hfcompress.packed.bytes import byte_layers
 from hfcompress.packed.weight import PARTS
 from hfcompress.progress import busy, quiet_bars
 from hfcompress.structure.shapes import Shapes, meta_twin, resize_
@@ -121,7 +123,12 @@ def format_of(model: PreTrainedModel) -> str:
     recorded = getattr(model.config, "quantization_config", None) or {}
     values = recorded if isinstance(recorded, dict) else recorded.to_dict()
     inner = (values.get("quantization") or {}) if is_ours(model.config) else values
-    return f"{values['quant_method']} {inner.get('format', '')}".strip() if values else "plain"
+    if not values:
+        return "plain"
+    method = getattr(values["quant_method"], "value", values["quant_method"])  # a member of an enum, or text
+    library = getattr(inner.get("quant_method"), "value", inner.get("quant_method"))
+    parts = (method, inner.get("format") or (library if library != method else ""))
+    return " ".join(part for part in parts if part)
 
 
 def _refuse_inexpressible(model: PreTrainedModel, shapes: Shapes) -> None:
@@ -143,7 +150,7 @@ def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         f"{n}.weight": (one.rows, one.columns) for n, one in packed_layers(model).items()
     }
-    packed = set(packed_layers(model))
+    packed = {*packed_layers(model), *byte_layers(model)}
     for name, module in model.named_modules():
         if hasattr(module, "quantization_scheme"):  # what compressed-tensors has loaded and may not have unpacked yet
             packed.add(name)
@@ -151,6 +158,10 @@ def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.weight"] = tuple(int(size) for size in module.weight_shape)
     hidden = {f"{name}.{part}" for name in packed for part in PARTS}
     shapes.update({name: tuple(value.shape) for name, value in model.state_dict().items() if name not in hidden})
+    for name, layer in bitsandbytes_layers(model).items():
+        own = {key for key in shapes if key.startswith(f"{name}.") and key != f"{name}.bias"}
+        shapes = {key: shape for key, shape in shapes.items() if key not in own}
+        shapes[f"{name}.weight"] = dense_shape(layer)
     return shapes
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from hfcompress.packed import packed_layers
+from hfcompress.packed.bitsandbytes import bitsandbytes_layers
+from hfcompress.packed.bitsandbytes import nonzero as count_nonzero
+from hfcompress.packed.bytes import byte_layers
 
 
 @dataclass(frozen=True)
@@ -31,4 +34,10 @@ def model_size(model: nn.Module) -> StoredSize:
     for module in {module.weight_packed.data_ptr(): module for module in packed_layers(model).values()}.values():
         total += module.rows * module.columns
         nonzero += module.nonzero()
+    for one in byte_layers(model).values():
+        total += one.weight.numel()
+        nonzero += one.nonzero()
+    for layer in bitsandbytes_layers(model).values():
+        total += layer.out_features * layer.in_features
+        nonzero += count_nonzero(layer)
     return StoredSize(total, nonzero)

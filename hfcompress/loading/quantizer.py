@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.formats import METHOD, VERSION
-from hfcompress.loading import repack
+from hfcompress.loading import bitsandbytes, repack
 
 TRIPWIRE = "weight"
 
@@ -163,6 +163,7 @@ def _on_top(config: HFCompressConfig, inner: dict[str, Any]) -> HfQuantizer:
 def register() -> None:
     """Add the loader to Transformers' tables, once."""
     repack.register()
+    bitsandbytes.register()
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(HFCompressConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:

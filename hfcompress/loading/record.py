@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hfcompress.formats import METHOD, VERSION
 from hfcompress.loading.quantizer import HFCompressConfig, HFCompressQuantizer
 from hfcompress.packed import packed_layers
+from hfcompress.packed.bitsandbytes import bitsandbytes_layers
 from hfcompress.packed.format import schemes_of, stock_reads_at_first_call
 from hfcompress.structure.shapes import Shapes, meta_twin, record_shapes, resize_
 
@@ -23,8 +24,10 @@ def record_uneven(model: PreTrainedModel) -> Shapes:
     if not shapes and needs_our_loader(model):
         inner = model.config.quantization_config
         model.config.quantization_config = {"quant_method": METHOD, "version": VERSION, "quantization": inner}
-    if packed_layers(model) and is_ours(model.config):
-        quantizer: Any = HFCompressQuantizer(HFCompressConfig(**model.config.quantization_config))
+    if (packed_layers(model) or bitsandbytes_layers(model)) and is_ours(model.config):
+        config = HFCompressConfig(**model.config.quantization_config)
+        model.config.quantization_config["quantization"] = config.quantization
+        quantizer: Any = HFCompressQuantizer(config)
         model.hf_quantizer = quantizer
     elif isinstance(getattr(model, "hf_quantizer", None), HFCompressQuantizer):
         del model.hf_quantizer

@@ -19,14 +19,19 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 COMPRESSED_TENSORS = "compressed-tensors"
-FORMAT = "pack-quantized"
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
 
 
 class Stored(NamedTuple):
-    """How a weight was stored: the bits of its codes, and what stands beside them (scale, shape, zero points)."""
+    """How a weight was stored.
+
+    bits: of its codes.  parts: what stands beside them (scale, shape, zero points).  dtype: of codes that are stored
+    one by one, as the weight itself; None where they are packed into words.
+    """
 
     bits: int
     parts: dict[str, Tensor]
+    dtype: torch.dtype | None = None
 
 
 class _Notes(dict[str, Stored]):
@@ -47,12 +52,13 @@ class _DequantizeAndNote(CompressedTensorsDequantize):
         full_layer_name: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        if "weight_packed" in input_dict:
+        if "weight_packed" in input_dict or "weight_scale" in input_dict:
             parts = {name: one[0] if isinstance(one, list) else one for name, one in input_dict.items()}
-            parts.pop("weight_packed")
+            codes = parts.pop("weight_packed" if "weight_packed" in parts else "weight")
             scheme = get_dense_scheme(self.hf_quantizer.compressor.quantization_config)
             name = str(full_layer_name).removesuffix(".weight")
-            self.hf_quantizer.stored[name] = Stored(scheme.weights.num_bits, parts)
+            dtype = None if codes.dtype == torch.int32 else codes.dtype
+            self.hf_quantizer.stored[name] = Stored(scheme.weights.num_bits, parts, dtype)
         return super().convert(input_dict, source_patterns, target_patterns, full_layer_name, **kwargs)
 
 
@@ -84,7 +90,7 @@ class RepackingQuantizer(CompressedTensorsHfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Return the state dict to save: packed as it was loaded, or dense where training has changed weights."""
-        if self.recorded.get("format") != FORMAT:
+        if self.recorded.get("format") not in FORMATS:
             return None, {}
         stored = self.stored or _unpacked_at_first_call(model)
         state = repacked_state(model, stored) if stored else None
@@ -118,13 +124,17 @@ def _unpacked_at_first_call(model: nn.Module) -> dict[str, Stored]:
     found = {}
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
-        if scheme is None or "weight_packed" in module._parameters or "weight_scale" not in module._parameters:
+        weight = module._parameters.get("weight")
+        unpacked = weight is not None and weight.dtype not in (torch.int8, torch.float8_e4m3fn)
+        if scheme is None or not unpacked or "weight_scale" not in module._parameters:
             continue
         parts = {part: getattr(module, part) for part in ("weight_scale", "weight_shape") if hasattr(module, part)}
         points = getattr(module, "weight_zero_point", None)
         if points is not None and not scheme.weights.symmetric:
             parts["weight_zero_point"] = pack_codes(points.T, scheme.weights.num_bits).T.contiguous()
-        found[name] = Stored(scheme.weights.num_bits, parts)
+        packed = scheme.format == "pack-quantized"
+        one_by_one = torch.int8 if scheme.weights.type == "int" else torch.float8_e4m3fn
+        found[name] = Stored(scheme.weights.num_bits, parts, None if packed else one_by_one)
     return found
 
 
@@ -136,16 +146,17 @@ def repacked_state(model: nn.Module, stored: dict[str, Stored]) -> dict[str, Ten
     state: dict[str, Tensor] = dict(model.state_dict())
     packed: dict[str, Tensor] = {}
     unpacked: set[int] = set()
-    for name, (bits, parts) in stored.items():
+    for name, (bits, parts, dtype) in stored.items():
         weight = state.get(f"{name}.weight")
         if weight is None:
             continue
-        words = _words(weight, parts, bits)
+        words = _words(weight, parts, bits) if dtype is None else _codes(weight, parts["weight_scale"], dtype)
         if words is None:
             text = f"{name}.weight was changed since it was loaded, so the model is saved dense; quantize it again."
             warnings.warn(text, stacklevel=4)
             return None
-        packed |= {f"{name}.weight_packed": words, **{f"{name}.{part}": one.data for part, one in parts.items()}}
+        leaf = "weight_packed" if dtype is None else "weight"
+        packed |= {f"{name}.{leaf}": words, **{f"{name}.{part}": one.data for part, one in parts.items()}}
         unpacked.add(weight.data_ptr())
     return {**{name: one for name, one in state.items() if one.data_ptr() not in unpacked}, **packed}
 
@@ -167,6 +178,15 @@ def _words(weight: Tensor, parts: dict[str, Tensor], bits: int) -> Tensor | None
     codes = torch.round(steps + zero).clamp_(*code_range(bits))
     values = ((codes - zero).to(scale.dtype) * scale).to(weight.dtype).view_as(weight)
     return pack_codes(codes.view_as(weight).to(torch.int8), bits) if torch.equal(values, weight) else None
+
+
+def _codes(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the 8-bit codes of a weight that lies on its grid, None for any other.  weight: (out, in)."""
+    scale = scale.to(weight.device)
+    steps = weight.float() / scale.float()
+    codes = (steps.round().clamp_(-128, 127) if dtype == torch.int8 else steps).to(dtype)
+    values = (codes.to(scale.dtype) * scale).to(weight.dtype)
+    return codes if torch.equal(values, weight) else None
 
 
 def register() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-COMPRESSED_TENSORS = "compressed-tensors"
+COMPRESSED_TENSORS, BITSANDBYTES = "compressed-tensors", "bitsandbytes"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ def loading_lines(task: str, name: str, loads_without_hfcompress: bool) -> str:
 
 def packages_to_install(config: dict[str, Any], loads_without_hfcompress: bool) -> list[str]:
     """Return the packages, beside Transformers, that the checkpoint's format needs."""
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    options = config.get("quantization_config") or {}
+    method, inner = options.get("quant_method"), (options.get("quantization") or {}).get("quant_method")
     needed = [] if loads_without_hfcompress else ["hfcompress"]
+    if BITSANDBYTES in (method, inner):
+        return [*needed, BITSANDBYTES]
     return [*needed, COMPRESSED_TENSORS] if method == COMPRESSED_TENSORS else needed

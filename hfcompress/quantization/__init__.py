@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from hfcompress.quantization.apply import quantize
+from hfcompress.quantization.apply import Method, quantize
 from hfcompress.quantization.aware import QuantizeAwareCallback, QuantizeAwareOptions
+from hfcompress.quantization.bitsandbytes import BitsAndBytes
 from hfcompress.quantization.gptq import GPTQResult, gptq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import round_to_nearest
+from hfcompress.quantization.smoothquant import SmoothQuant
 
-METHODS: dict[str, type[RTN] | type[GPTQ]] = {"rtn": RTN, "gptq": GPTQ}
+METHODS: dict[str, type[Method]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "bitsandbytes": BitsAndBytes,
+    "smoothquant": SmoothQuant,
+}
 
 __all__ = [
     "GPTQ",
     "METHODS",
     "RTN",
+    "BitsAndBytes",
     "GPTQResult",
+    "Method",
     "QuantizationReport",
     "QuantizeAwareCallback",
     "QuantizeAwareOptions",
     "QuantizedLinear",
+    "SmoothQuant",
     "gptq",
     "quantize",
     "round_to_nearest",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
 from hfcompress.calibration.checks import observe_layers, warn_about_damping
@@ -17,23 +19,29 @@ from hfcompress.calibration.texts import Calibration, batches_for
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import PackedWeight, compressed_tensors_config, packed_twin
+from hfcompress.packed.bytes import byte_config, byte_layers
 from hfcompress.progress import meter
+from hfcompress.quantization.bitsandbytes import BitsAndBytes, finish_, plan_bitsandbytes, replaced
 from hfcompress.quantization.conv1d import gptq_conv1d
+from hfcompress.quantization.folding import Changes, undo_
 from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.grids import Rounded
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.plan import PlannedLinear, check_joint_pruning, plan_linears, warn_about_other_grid
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import Scale, round_to_nearest
+from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
+from hfcompress.quantization.w8a8 import byte_layer, check_bytes
 from hfcompress.structure.stack import layer_stacks, stack_linears
 
 Rows = list[QuantizedLinear]
+Method = RTN | GPTQ | BitsAndBytes | SmoothQuant
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 
 
 def quantize(
     model: PreTrainedModel,
-    method: RTN | GPTQ,
+    method: Method,
     calibration: Calibration | None = None,
     on_layer: OnLayer | None = None,
     prune: ColumnPruning | None = None,
@@ -42,31 +50,82 @@ def quantize(
 ) -> QuantizationReport:
     """Replace the linear layers of a model's stacks by packed ones; embeddings and heads stay as they are.
 
-    Afterwards plain ``model.save_pretrained`` writes a compressed-tensors checkpoint. calibration: for methods that
-    need data, batches as ``model(**batch)`` takes them, where padding does not count, or what ``calibration_batches``
-    makes them of: texts, a ``Dataset``, a file, a dataset's id.  processor: the tokenizer for texts; None is the one
-    in the model's folder.  on_layer: called after each layer with its name and rows.
+    Afterwards plain ``model.save_pretrained`` writes a checkpoint of compressed-tensors or bitsandbytes.
+    calibration: for methods that need data, batches as ``model(**batch)`` takes them, where padding does not count, or
+    what ``calibration_batches`` makes them of: texts, a ``Dataset``, a file, a dataset's id.  processor: the tokenizer
+    for texts; None is the one in the model's folder.  on_layer: called after each layer with its name and rows.
     prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds them, so that later columns
     absorb both errors.  Raises ModelError or DataError; the model is then as it was before, for which the dense
     weights are kept until the end.
     """
     started = time.perf_counter()
     batches = batches_for(model, type(method).__name__, calibration, processor) if method.needs_calibration else []
-    planned = plan_linears(model, method)
+    changes: Changes = {}
+    quantizer = None
+    if isinstance(method, BitsAndBytes):
+        planned, quantizer = plan_bitsandbytes(model, method)
+    else:
+        planned = plan_linears(model, method)
     if prune is not None:
         check_joint_pruning(method, prune, planned)
     warn_about_other_grid(model, planned, method)
-    inside = stack_linears(model)
-    if isinstance(method, GPTQ):
-        steps = _calibrated(model, planned, method, batches, prune)
+    steps = _steps(model, planned, method, batches, prune, quantizer, changes)
+    rows = _run(model, planned, steps, type(method).__name__, on_layer, changes)
+    if quantizer is not None:
+        finish_(model, quantizer)
     else:
-        steps = _data_free(model, planned, method.scale)
+        model.config.quantization_config = (
+            byte_config(model) if byte_layers(model) else compressed_tensors_config(model)
+        )
+    record_uneven(model)
+    return QuantizationReport(type(method).__name__.lower(), rows, time.perf_counter() - started)
+
+
+def _steps(
+    model: PreTrainedModel,
+    planned: Sequence[PlannedLinear],
+    method: Method,
+    batches: Sequence[Mapping[str, Any]],
+    prune: ColumnPruning | None,
+    quantizer: HfQuantizer | None,
+    changes: Changes,
+) -> Iterable[tuple[str, Rows]]:
+    """Return the method's work, layer by layer.  changes: takes what it changes beside the planned layers."""
+    put = partial(_put_, model)
+    inside = stack_linears(model)
     outside = [one for one in planned if one.name not in inside]
-    steps = chain(steps, _outside(model, outside, "mse" if isinstance(method, GPTQ) else method.scale))
-    layers = sum(len(stack) for stack in layer_stacks(model))
+    if isinstance(method, BitsAndBytes):
+        assert quantizer is not None
+        return _replaced(model, planned, quantizer.quantization_config)
+    if isinstance(method, GPTQ):
+        return chain(_calibrated(model, planned, method, batches, prune), _outside(model, outside, "mse"))
+    if isinstance(method, SmoothQuant):
+        check_bytes(model, planned, activations=True)
+        return smoothed(model, planned, method, batches, changes, put)
+    if method.activations:
+        check_bytes(model, planned, activations=True)
+        return _by_layers(model, planned, lambda one: _round_bytes_(one, method.scale, put))
+    return chain(_data_free(model, planned, method.scale), _outside(model, outside, method.scale))
+
+
+def _round_bytes_(one: PlannedLinear, scale: Scale, put: Callable[[str, nn.Module], None]) -> QuantizedLinear:
+    layer, row = byte_layer(one, "int", True, scale)
+    put(one.name, layer)
+    return row
+
+
+def _run(
+    model: PreTrainedModel,
+    planned: Sequence[PlannedLinear],
+    steps: Iterable[tuple[str, Rows]],
+    method: str,
+    on_layer: OnLayer | None,
+    changes: Changes,
+) -> tuple[QuantizedLinear, ...]:
+    """Do all steps or none, and return their rows in the order of the plan."""
     rows: Rows = []
     try:
-        with meter(f"Quantizing with {type(method).__name__}", layers) as bar:
+        with meter(f"Quantizing with {method}", sum(len(stack) for stack in layer_stacks(model))) as bar:
             for name, done in steps:
                 rows.extend(done)
                 bar.advance(note=name)
@@ -74,12 +133,10 @@ def quantize(
                     on_layer(name, done)
     except BaseException:
         _restore_(model, planned)
+        undo_(changes)
         raise
-    model.config.quantization_config = compressed_tensors_config(model)
-    record_uneven(model)
     by_name = {row.name: row for row in rows}
-    ordered = tuple(by_name[one.name] for one in planned)
-    return QuantizationReport(type(method).__name__.lower(), ordered, time.perf_counter() - started)
+    return tuple(by_name[one.name] for one in planned)
 
 
 def _restore_(model: nn.Module, planned: Iterable[PlannedLinear]) -> None:
@@ -95,14 +152,30 @@ def _put_(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _data_free(model: nn.Module, planned: Sequence[PlannedLinear], scale: Scale) -> Iterator[tuple[str, Rows]]:
-    """Round every layer to nearest."""
-    by_name = {one.name: one for one in planned}
+def _by_layers(
+    model: nn.Module, planned: Sequence[PlannedLinear], rounded: Callable[[PlannedLinear], QuantizedLinear]
+) -> Iterator[tuple[str, Rows]]:
+    """Quantize the linear layers of each layer of the stacks, one after another."""
     for stack in layer_stacks(model):
         for index in range(len(stack)):
             layer = f"{stack.name}.{index}"
-            inside = [one for name, one in by_name.items() if name.startswith(f"{layer}.")]
-            yield layer, [_round_one_(model, one, scale) for one in inside]
+            yield layer, [rounded(one) for one in planned if one.name.startswith(f"{layer}.")]
+
+
+def _data_free(model: nn.Module, planned: Sequence[PlannedLinear], scale: Scale) -> Iterator[tuple[str, Rows]]:
+    """Round every layer to nearest."""
+    return _by_layers(model, planned, lambda one: _round_one_(model, one, scale))
+
+
+def _replaced(model: nn.Module, planned: Sequence[PlannedLinear], config: Any) -> Iterator[tuple[str, Rows]]:
+    """Put a layer of bitsandbytes in the place of every layer."""
+
+    def replace(one: PlannedLinear) -> QuantizedLinear:
+        layer, error, seconds = replaced(one, config)
+        _put_(model, one.name, layer)
+        return _row(one, error, None, 0, seconds)
+
+    return _by_layers(model, planned, replace)
 
 
 def _outside(model: nn.Module, planned: Sequence[PlannedLinear], scale: Scale) -> Iterator[tuple[str, Rows]]:

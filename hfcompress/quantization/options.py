@@ -32,6 +32,11 @@ class WhileLoading:
         return QuantizeConfig(self, dataset, processor, rows, length)
 
 
+def scales(group_size: int | None) -> str:
+    """Say what shares a scale, for people."""
+    return f"a scale per {'row' if group_size is None else f'{group_size} columns'}"
+
+
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class RTN(WhileLoading):
     """Round every weight to the nearest point of its group's grid; needs no data.
@@ -41,9 +46,11 @@ class RTN(WhileLoading):
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     scale: ``absmax`` takes it from the group's largest values, ``mse`` the one with the smallest squared error.
     embeddings, head: quantize the input embeddings or the output head too; tied ones go together.
+    activations: round the inputs of linear layers to 8 bits too, each token by a scale of its own (W8A8).
     """
 
     needs_calibration: ClassVar[bool] = False
+    package: ClassVar[str] = "compressed_tensors"  # that stock Transformers reads the checkpoint with
 
     bits: Bits = 8
     group_size: Annotated[int, Field(ge=8)] | None = None
@@ -52,6 +59,21 @@ class RTN(WhileLoading):
     scale: Literal["absmax", "mse"] = "absmax"
     embeddings: bool = False
     head: bool = False
+    activations: Literal[8] | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations and (
+            self.bits != 8 or self.group_size or not self.symmetric or self.embeddings or self.head
+        ):
+            raise ValueError(
+                "activations=8 goes with bits=8, group_size=None and symmetric=True, and without embeddings and head: "
+                "no engine multiplies other codes by rounded inputs"
+            )
+
+    @property
+    def summary(self) -> str:
+        """What the method does, for people."""
+        return f"RTN, {self.bits} bits, {scales(self.group_size)}" + ", inputs in 8 bits" * bool(self.activations)
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
@@ -66,6 +88,7 @@ class GPTQ(WhileLoading):
     """
 
     needs_calibration: ClassVar[bool] = True
+    package: ClassVar[str] = "compressed_tensors"
 
     bits: Bits = 4
     group_size: Annotated[int, Field(ge=8)] | None = 128
@@ -74,3 +97,8 @@ class GPTQ(WhileLoading):
     symmetric: bool = True
     embeddings: bool = False
     head: bool = False
+
+    @property
+    def summary(self) -> str:
+        """What the method does, for people."""
+        return f"GPTQ, {self.bits} bits, {scales(self.group_size)}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,29 @@ from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.rtn import Grid, Scale
 from hfcompress.structure.stack import stack_linears
+
+
+class LinearMethod(Protocol):
+    """What the plan reads of a method's options; see ``RTN``."""
+
+    @property
+    def bits(self) -> int: ...  # noqa: D102
+
+    @property
+    def group_size(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def symmetric(self) -> bool: ...  # noqa: D102
+
+    @property
+    def embeddings(self) -> bool: ...  # noqa: D102
+
+    @property
+    def head(self) -> bool: ...  # noqa: D102
+
+    @property
+    def exclude(self) -> tuple[str, ...]: ...  # noqa: D102
+
 
 GROUP_MULTIPLE = 8
 SMALLEST_HALF = 32
@@ -74,24 +98,14 @@ def fitting_group_size(in_features: int, requested: int | None) -> int | None:
     return next((size for size in sizes if size % GROUP_MULTIPLE == 0 and in_features % size == 0), None)
 
 
-def plan_linears(model: PreTrainedModel, method: RTN | GPTQ, *, loaded: bool = True) -> list[PlannedLinear]:
+def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool = True) -> list[PlannedLinear]:
     """Return the linear layers of the model's stacks that the method quantizes.
 
     loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Raises ModelError
     when the model is quantized already, has layers that cannot be packed, shares or damages a targeted weight, or when
     nothing is left to quantize. Warns once about group sizes that do not divide.
     """
-    recorded = getattr(model.config, "quantization_config", None)
-    if packed_layers(model) or not (recorded is None or says_shapes_alone(model.config)):
-        raise ModelError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead.")
-    candidates = {**stack_linears(model), **outside_layers(model, method.embeddings, method.head)}
-    _check_exclude(model, candidates, method.exclude)
-    chosen = {name: module for name, module in candidates.items() if not _matches(name, method.exclude)}
-    if not chosen:
-        raise ModelError(
-            f"exclude={list(method.exclude)} leaves no linear layer of {type(model).__name__} to quantize. "
-            f"Its {len(candidates)} linear layers have names like {_examples(candidates)}."
-        )
+    chosen = chosen_layers(model, method.exclude, outside_layers(model, method.embeddings, method.head))
     also = _check_weights(model, chosen, loaded)
     chosen = {name: model.get_submodule(name) for name in also}
     asked = method.group_size
@@ -114,6 +128,27 @@ def plan_linears(model: PreTrainedModel, method: RTN | GPTQ, *, loaded: bool = T
     if loaded:
         _warn_about_group_sizes(planned)
     return planned
+
+
+def chosen_layers(
+    model: PreTrainedModel, exclude: Iterable[str], more: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """Return the linear layers of the model's stacks by name, and ``more``, without those that are excluded.
+
+    Raises ModelError when the model is quantized already, or when nothing is left.
+    """
+    recorded = getattr(model.config, "quantization_config", None)
+    if packed_layers(model) or not (recorded is None or says_shapes_alone(model.config)):
+        raise ModelError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead.")
+    candidates = {**stack_linears(model), **(more or {})}
+    _check_exclude(model, candidates, exclude)
+    chosen = {name: module for name, module in candidates.items() if not _matches(name, exclude)}
+    if not chosen:
+        raise ModelError(
+            f"exclude={list(exclude)} leaves no linear layer of {type(model).__name__} to quantize. "
+            f"Its {len(candidates)} linear layers have names like {_examples(candidates)}."
+        )
+    return chosen
 
 
 def _columns(module: nn.Module) -> int:
@@ -142,7 +177,7 @@ def outside_layers(model: PreTrainedModel, embeddings: bool, head: bool) -> dict
     return found
 
 
-def check_joint_pruning(method: RTN | GPTQ, prune: ColumnPruning, planned: Iterable[PlannedLinear]) -> None:
+def check_joint_pruning(method: object, prune: ColumnPruning, planned: Iterable[PlannedLinear]) -> None:
     """Raise ModelError for a pruning method that cannot share the quantizer's pass over the columns."""
     if not isinstance(prune, ColumnPruning):
         raise ModelError(
@@ -198,7 +233,7 @@ def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module], loaded: bo
     found: dict[str, tuple[str, ...]] = {}
     for name, module in chosen.items():
         if loaded:
-            _check_values(name, module)
+            check_values(name, module)
         first, *others = homes[id(module.weight)]
         modules = [model.get_submodule(one) for one in (first, *others)]
         refused = next((one for one in modules if not has_packed_form(one)), None)
@@ -212,7 +247,8 @@ def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module], loaded: bo
     return found
 
 
-def _check_values(name: str, module: nn.Module) -> None:
+def check_values(name: str, module: nn.Module) -> None:
+    """Raise ModelError for a weight that holds NaN or infinite values, or no loaded floating numbers."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or weight.device.type == "meta":
@@ -234,7 +270,7 @@ def _warn_about_group_sizes(planned: Iterable[PlannedLinear]) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-def warn_about_other_grid(model: nn.Module, planned: Iterable[PlannedLinear], method: RTN | GPTQ) -> None:
+def warn_about_other_grid(model: nn.Module, planned: Iterable[PlannedLinear], method: object) -> None:
     """Warn about layers that were trained for another grid than they get, or for one and get none."""
     trained = {
         name: grid for name, module in model.named_modules() if isinstance(grid := vars(module).get("grid"), Grid)

@@ -15,7 +15,7 @@ from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.pruning.oneshot import Magnitude, SparseGPT, Wanda
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
-from hfcompress.quantization import GPTQ, RTN
+from hfcompress.quantization import GPTQ, Method
 from hfcompress.quantization import METHODS as QUANTIZERS
 from hfcompress.recipe.faults import not_a
 from hfcompress.recipe.losses import Losses
@@ -146,7 +146,7 @@ class Quantize:
     prune: prune by SparseGPT in the same pass.
     """
 
-    method: RTN | GPTQ
+    method: Method
     calibration_rows: AtLeastOne = 128
     calibration_length: Annotated[int, Field(ge=2)] = 512
     prune: SparseGPT | None = None
