@@ -20,12 +20,15 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import hfcompress
+from hfcompress.cli import app
+from hfcompress.commands import one_shot_command
 from hfcompress.publish import load_facts
 from hfcompress.publish.markdown import fenced
 from hfcompress.publish.markdown import table as markdown_table
 from hfcompress.publish.numbers import megabytes, metric, percent
+from hfcompress.publish.report import render_report
 from hfcompress.publish.sections import stages_markdown
-from hfcompress.recipe import recipe_schema
+from hfcompress.recipe import METHODS, recipe_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -40,7 +43,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the model cards, with their pictures, as pages ``cards/NAME/index.md``."""
+    """Add the model cards, with their pictures, as pages ``cards/NAME/index.md``, and a report of them."""
+    facts = [load_facts(folder) for folder in _cards()]
+    page = render_report({one.name: one for one in facts})
+    files.append(File.generated(config, "report.html", content=page))
     for folder in _cards():
         for file in folder.iterdir():
             if file.name == "README.md":
@@ -196,13 +202,18 @@ def _meaning(one: dict[str, Any]) -> str:
 
 
 # ---- the command ----
+def all_commands() -> dict[str, Any]:
+    """Return the commands by name; those that hand their words on, as what they hand them to."""
+    root: Any = typer.main.get_command(app)
+    handed = {name: one_shot_command(name, next(iter(METHODS[name])), root.commands[name].help)
+              for name in METHODS}  # fmt: skip
+    return {**root.commands, **{name: typer.main.get_command(one) for name, one in handed.items()}}
+
+
 def commands() -> str:
     """Return every command with its arguments and options, as the command itself has them."""
-    from hfcompress.cli import app
-
-    root: Any = typer.main.get_command(app)
     parts = []
-    for name, command in root.commands.items():
+    for name, command in all_commands().items():
         context = command.make_context(name, [], resilient_parsing=True)
         usage = " ".join([f"hfcompress {name}", *command.collect_usage_pieces(context)])
         rows = [_option(one) for one in command.params if not getattr(one, "hidden", False)]

@@ -239,11 +239,16 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
 def card(
     folder: Folder,
     repo: Annotated[str | None, typer.Option(help="Repository that the loading example names.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's model card and its pictures from its measurements."""
     from hfcompress.publish import write_model_card
 
-    print(write_model_card(folder, repo))
+    written = write_model_card(folder, repo)
+    if as_json:
+        _print_json({"card": str(written)})
+    else:
+        print(written)
 
 
 @app.command()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from docs.generate import all_commands
 from hfcompress.checkpoint import inspect_checkpoint
+from hfcompress.publish import load_facts
 from hfcompress.recipe import load_recipe, recipe_schema
 from hfcompress.structure import DropLayers
 from tests.forks import Forks
@@ -73,3 +76,23 @@ def test_run_takes_changes_and_shows_the_result(sources: Path, tmp_path: Path, f
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "changed" / "config.json").read_text())["num_hidden_layers"] == 1
     assert load_recipe(tmp_path / "changed" / "recipe.yaml").stages[0].options == DropLayers(keep=1)
+
+
+def test_card_and_report_say_where_they_are(finished: Path, tmp_path: Path, forks: Forks) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "README.md").unlink()
+    assert json.loads(printed(forks, "card", folder, "--repo", "me/x", "--json")) == {
+        "card": str(folder / "README.md")
+    }
+    assert 'from_pretrained("me/x")' in (folder / "README.md").read_text()
+    page = tmp_path / "report.html"
+    assert printed(forks, "report", folder, "-o", page) == f"1 run compared in {page}; open it in a browser.\n"
+    assert json.loads(printed(forks, "report", folder, "-o", page, "--json")) == {"report": str(page), "runs": 1}
+    assert load_facts(folder).name in page.read_text()
+
+
+def test_every_command_speaks_json() -> None:
+    assert [
+        name for name, command in all_commands().items() if not any("--json" in p.opts for p in command.params)
+    ] == []

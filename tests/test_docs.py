@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 from transformers import PreTrainedTokenizerFast
 
 import hfcompress
-from hfcompress.cli import app
+from docs.generate import all_commands
 from hfcompress.recipe import STAGES, parse_recipe
 from tests.documents import ROOT, blocks, readers_names, run_python
 
@@ -56,13 +55,12 @@ def test_its_recipes_are_valid(code: str) -> None:
 @pytest.mark.parametrize("code", of("bash"))
 def test_its_commands_are_the_commands(code: str) -> None:
     """Arguments and options are read as the command reads them, up to the point where it would begin."""
-    root: Any = typer.main.get_command(app)
     for line in code.splitlines():
         words = shlex.split(line, comments=True)
         if words[0] != "hfcompress":
             assert words[0] in ("pip", "make", "source"), line
             continue
-        root.commands[words[1]].make_context(words[1], words[2:])
+        all_commands()[words[1]].make_context(words[1], words[2:])
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +91,7 @@ def test_the_references_have_every_name(site: Path) -> None:
         for field in options.__dataclass_fields__:
             assert re.search(rf"\b{field}\b", recipes), f"{kind}.{field}"
     commands = text_of(site / "reference/commands.html")
-    root: Any = typer.main.get_command(app)
-    for name, command in root.commands.items():
+    for name, command in all_commands().items():
         assert f"hfcompress {name}" in commands
         for option in command.params:
             shown = option.opts if option.param_type_name == "option" else [option.metavar or option.name.upper()]
