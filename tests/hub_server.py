@@ -96,7 +96,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return self.answer({"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}})
         if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
+            wrong = "license: no-such-licence" in json.loads(body)["content"]
+            errors = [{"message": '"license" must be one of [apache-2.0, mit]'}] if wrong else []
+            return self.answer({"errors": errors, "warnings": []}, 400 if wrong else 200)
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'tester'}/{asked['name']}"

@@ -173,10 +173,12 @@ def test_a_branch_and_a_pull_request(hub: Hub, folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[list[list[Any]], str]] = {
+    "400": ([["/commit/", 400, 1]], "The Hub refuses what was sent to tester/faults-400; nothing was published"),
     "401": ([["/commit/", 401, 1]], "The Hub does not know you, .* `hf auth login`"),
     "403": ([["/commit/", 403, 1]], "You may not write to tester/faults-403"),
     "409": ([["/commit/", 409, 1]], "Somebody else changed tester/faults-409 at the same time"),
     "412": ([["/commit/", 412, 1]], "Somebody else changed tester/faults-412 at the same time"),
+    "500-card": ([["/validate-yaml", 500, 99]], r"The Hub failed \(status 500\)"),
     "500": ([["PUT /_lfs/", 500, 99]], r"The Hub failed \(status 500\)"),
     "500-commit": ([["/commit/", 500, 99]], r"The Hub failed \(status 500\)"),
     "dropped": ([["PUT /_lfs/", "drop", 99]], "The connection to the Hub broke"),
@@ -197,7 +199,7 @@ def test_what_fails_says_what_to_do_and_publishes_nothing(name: str, hub: Hub, f
     assert re.search(message, failed["error"]), failed
     assert TOKEN not in failed["error"]
     assert hub.files(repo) in (None, [])
-    if name in ("500", "500-commit", "dropped"):
+    if name in ("500", "500-card", "500-commit", "dropped"):
         assert "Run the same command again" in failed["error"]
     assert hub.push(folder, repo)["result"]["changed"]
     assert hub.files(repo) == EXPECTED
@@ -263,7 +265,15 @@ def test_tokens_in_files_are_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "has no README.md"), ("---\ntags: [a\n---\n# x", "cannot be read"), ("# no head", "lacks library_name")],
+    [
+        (None, "has no README.md"),
+        ("---\ntags: [a\n---\n# x", "cannot be read"),
+        ("# no head", "lacks library_name"),
+        (
+            "---\nlibrary_name: transformers\ntags: [x]\nlicense: no-such-licence\n---\n# x",
+            'does not take the metadata at the top of README.md: "license" must be one of [apache-2.0, mit]',
+        ),
+    ],
 )
 def test_a_card_that_the_hub_would_not_take_is_refused(hub: Hub, folder: Path, text: Any, message: str) -> None:
     (folder / "README.md").unlink()

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from hfcompress.checkpoint.files import INDEX
 from hfcompress.errors import CheckpointError, HFCompressError
@@ -98,6 +98,7 @@ def check_card(folder: Path) -> None:
 
 def _commit(api: HfApi, upload: Upload, repo_id: str, private: bool | None, revision: str, create_pr: bool) -> Pushed:
     say(f"pushing {len(upload.files)} files to {repo_id}")
+    _let_hub_check(api, upload.files[CARD])
     url = _repository(api, repo_id, private, create_pr)
     repo_id = url or repo_id
     if revision != "main" and not revision.startswith("refs/"):
@@ -115,6 +116,18 @@ def _commit(api: HfApi, upload: Upload, repo_id: str, private: bool | None, revi
         )  # fmt: skip
     shown = made.pr_url or f"{api.endpoint}/{repo_id}" + ("" if revision == "main" else f"/tree/{revision}")
     return Pushed(shown, made.oid, made.oid != before.sha, tuple(upload.files), upload.left_out)
+
+
+def _let_hub_check(api: HfApi, card: Path | bytes) -> None:
+    """Raise CheckpointError for metadata that the Hub does not take, before there is anything of it there."""
+    text = (card if isinstance(card, bytes) else card.read_bytes()).decode()
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json={"content": text, "repoType": "model"})
+    if answer.status_code == 400:
+        faults = "; ".join(str(one.get("message")) for one in answer.json().get("errors", []))
+        raise CheckpointError(
+            f"The Hub does not take the metadata at the top of {CARD}: {faults}. Nothing was uploaded."
+        )
+    hf_raise_for_status(answer)
 
 
 def _repository(api: HfApi, repo_id: str, private: bool | None, create_pr: bool) -> str:
@@ -168,6 +181,7 @@ def _explanation(error: BaseException, repo_id: str) -> str | None:
 
 
 _MEANING = {
+    400: "The Hub refuses what was sent to {repo}; nothing was published.",
     401: f"The Hub does not know you, or not as one who may write to {{repo}}. {_LOG_IN}",
     403: f"You may not write to {{repo}}. {_LOG_IN} Or propose it: --create-pr.",
     404: "The Hub has no {repo} that you may see, or not that revision. Check the name and the token.",
