@@ -98,15 +98,17 @@ def folder(tmp_path: Path, tokenizer: Any) -> Path:
     (folder / "measurements.json").write_text(json.dumps(values))
     (folder / "recipe.yaml").write_text(f"name: x\noutput: {folder}\n")
     write_model_card(folder)
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "hfcompress.yaml").write_text("- dataset: {id: nyu-mll/glue, task_id: sst2}\n")
     for name in ("optimizer.pt", "training_args.bin", ".env", "checkpoint-4/model.safetensors", ".cache/x.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not for others")
     return folder
 
 
-EXPECTED = ["README.md", "config.json", "generation_config.json", "hfcompress.json", "layers.png", "measurements.json",
-            "model.safetensors", "recipe.yaml", "size_against_quality.png", "tokenizer.json",
-            "tokenizer_config.json"]  # fmt: skip
+EXPECTED = [".eval_results/hfcompress.yaml", "README.md", "config.json", "generation_config.json", "hfcompress.json",
+            "layers.png", "measurements.json", "model.safetensors", "recipe.yaml", "size_against_quality.png",
+            "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
 
 
 def test_push_pull_and_push_again(hub: Hub, folder: Path) -> None:
