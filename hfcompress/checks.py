@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+from hfcompress.checkpoint.verify import require_loader
 from hfcompress.distillation import DistillationConfig
-from hfcompress.errors import DataError, MissingDependencyError, ModelError, RecipeError
+from hfcompress.errors import DataError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric
 from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Stage
@@ -17,8 +17,6 @@ from hfcompress.tasks.lengths import refuse_longer
 from hfcompress.teaching import check_teachers
 from hfcompress.training import training_options
 from hfcompress.vocabulary import refuse_unprunable
-
-_EXTRAS = {"compressed_tensors": "ct", "bitsandbytes": "bnb"}
 
 
 def check_before_work(source: Source) -> None:
@@ -55,11 +53,8 @@ def _check_stage(source: Source, stage: Stage) -> None:
         check_teachers(source, options)
     if isinstance(options, PruneVocabulary):
         refuse_unprunable(source.processor, options.keep)
-    if isinstance(options, Quantize) and importlib.util.find_spec(options.method.package) is None:
-        raise MissingDependencyError(
-            "Verifying a quantized checkpoint means loading it: "
-            f"pip install 'hfcompress[{_EXTRAS[options.method.package]}]' for that."
-        )
+    if isinstance(options, Quantize):
+        require_loader(options.method.package)
     if isinstance(options, (Prune, Quantize)) and options.method.needs_calibration:
         source.calibration_rows(options)
 

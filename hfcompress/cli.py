@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -292,9 +293,14 @@ def push(
         print(f"Not uploaded, as they are not part of the checkpoint: {', '.join(pushed.left_out)}")
 
 
+def _print_warning(message: Warning | str, *where: Any) -> None:
+    print(f"hfcompress: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command; a user's error is one clear message and exit status 1, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _print_warning  # type: ignore[assignment]  # it takes more than it needs
     try:
         app(standalone_mode=True)
     except HFCompressError as error:

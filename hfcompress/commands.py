@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from hfcompress.checkpoint import inspect_checkpoint
+from hfcompress.errors import HFCompressError
 from hfcompress.oneshot import OneShot
 from hfcompress.publish import inspection_tables
 from hfcompress.recipe import METHODS, STAGES, field_notes, options_beside_method
@@ -34,11 +35,13 @@ class _Choice(NamedTuple):
     note: str
 
 
-def takes_options_of(kind: str, method: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_options_of(
+    kind: str, method: str, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for every field of a kind of stage and of its methods.
 
     kind: a key of ``METHODS``.  method: the one that is meant when none is named.  The command's ``**options`` are
-    those that were given, as a recipe has them, with ``method``.
+    those that were given, as a recipe has them, with ``method``.  without: parameters of the command to leave out.
     """
     choices = _choices(kind)
     option = typer.Option("--method", help=f"One of {', '.join(METHODS[kind])}.", metavar="NAME")
@@ -55,7 +58,8 @@ def takes_options_of(kind: str, method: str) -> Callable[[Callable[..., None]], 
                     options[name] = _value(value, found)
             command(**given, options=options)
 
-        own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "options"]
+        every = inspect.signature(command, eval_str=True).parameters.values()
+        own = [one for one in every if one.name != "options" and one.name not in without]
         parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
         cut = next((index for index, one in enumerate(parameters) if one.default is not one.empty), len(parameters))
         parameters[cut:cut] = named
@@ -155,7 +159,7 @@ def one_shot_command(kind: str, method: str, about: str | None) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @app.command(help=about)
-    @takes_options_of(kind, method)
+    @takes_options_of(kind, method, without=() if kind == "quantize" else ("resume",))
     def command(
         model: Annotated[str, typer.Argument(help="A model id, a checkpoint folder, or package:<name>.")],
         output: Annotated[
@@ -167,10 +171,18 @@ def one_shot_command(kind: str, method: str, about: str | None) -> typer.Typer:
         ] = None,
         text_column: Annotated[str, typer.Option(help="Column of the text in the data.")] = "text",
         task: Annotated[str, typer.Option(help="What the model is for.")] = "causal-lm",
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Replace a finished result, discard an unfinished one.")
+        ] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on after the layers of an unfinished run.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     ) -> None:
-        report = OneShot(kind, model, options, output, task, data, text_column, overwrite).run()
+        asked = OneShot(kind, model, options, output, task, data, text_column, overwrite, resume)
+        try:
+            report = asked.run()
+        except KeyboardInterrupt:
+            again = " Finished layers are kept; the same command with --resume goes on." * (kind == "quantize")
+            raise HFCompressError(f"Interrupted.{again}") from None
         if as_json:
             print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
             return

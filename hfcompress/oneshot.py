@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hfcompress import opening
 from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.atomic import MARKER, refuse_foreign
-from hfcompress.checkpoint.verify import require_loader_of_packed
+from hfcompress.checkpoint.locks import locked
+from hfcompress.checkpoint.verify import require_loader
 from hfcompress.data import load_train_rows, require_columns
 from hfcompress.errors import DataError, ModelError, OutputError, look_up
 from hfcompress.pruning.oneshot import PruningReport, prune
@@ -30,6 +34,7 @@ from hfcompress.tasks import TASKS, Task, batches
 from hfcompress.tasks.lengths import refuse_longer
 
 BATCH_SIZE = 8
+LAYERS, LOCK = "layers", "lock"  # in the folder beside the output: finished layers, and who is working
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class OneShot:
     """What is asked for: a model, the options of one ``prune`` or ``quantize`` stage, and where the result goes.
 
     kind: of the stage.  options: as a recipe has them.  data: a file or a dataset's id, for methods that need it.
-    overwrite: replace a finished result in the output folder, which is refused otherwise.
+    overwrite: replace a finished result in the output folder, and discard an unfinished run, which are refused
+    otherwise.  resume: go on after the finished layers of an unfinished run.
     """
 
     kind: str
@@ -48,22 +54,51 @@ class OneShot:
     data: str | None = None
     text_column: str = "text"
     overwrite: bool = False
+    resume: bool = False
 
     def run(self) -> PruningReport | QuantizationReport:
-        """Open the model, change it, and write it where it is verified by reloading.
+        """Open the model, change it, and write it, with its report, where it is verified by reloading.
 
-        Everything is checked before a weight is loaded; nothing is written when something fails.
+        Everything is checked before a weight is loaded.  When something fails nothing is written but the layers that
+        were quantized by then, beside the output folder.
         """
         stage = self.stage
         _refuse_output(self.output, self.model, self.overwrite)
-        _refuse_untrained_head(self._spec, self._config, self._task)
-        processor = opening.open_processor(self._spec)
-        self._check_plan(stage)
-        calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
-        model = opening.open_model(self._spec, self._task)
-        report = _apply_(model, stage, calibration)
-        save_compressed(model, self.output, processor, verify=True)
+        with self._finished_layers() as shards:
+            _refuse_untrained_head(self._spec, self._config, self._task)
+            processor = opening.open_processor(self._spec)
+            self._check_plan(stage)
+            calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
+            model = opening.open_model(self._spec, self._task)
+            report = _apply_(model, stage, calibration, shards)
+            files = {report.file_name: json.dumps(report.to_dict(), indent=2) + "\n"}
+            save_compressed(model, self.output, processor, verify=True, extra_files=files)
+            shutil.rmtree(shards, ignore_errors=True)
         return report
+
+    @contextmanager
+    def _finished_layers(self) -> Iterator[Path]:
+        """Give the folder of finished layers, for this process alone; it is gone unless it holds some.
+
+        Raises OutputError when there are some, of a run that is neither to be resumed nor to be discarded.
+        """
+        folder = self.output.with_name(self.output.name + ".partial")
+        foreign = sorted({path.name for path in folder.glob("*")} - {LAYERS, LOCK})
+        if foreign:
+            raise OutputError(f"{folder} holds {', '.join(foreign[:9])}, which this command did not write. Move it.")
+        try:
+            with locked(folder / LOCK, str(folder)):
+                if self.overwrite and not self.resume:
+                    shutil.rmtree(folder / LAYERS, ignore_errors=True)
+                elif (folder / LAYERS).is_dir() and not self.resume:
+                    raise OutputError(
+                        f"{folder} holds finished layers of an unfinished run. Use --resume to go on after them, or "
+                        "--overwrite to discard them."
+                    )
+                yield folder / LAYERS
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # only if it is empty
 
     @cached_property
     def stage(self) -> Prune | Quantize:
@@ -93,7 +128,7 @@ class OneShot:
         if isinstance(stage, Prune):
             plan_weights(model, stage.method, stage.targets, stage.exclude, loaded=False)
             return
-        require_loader_of_packed()
+        require_loader(stage.method.package)
         planned = plan_linears(model, stage.method, loaded=False)
         if stage.prune is not None:
             check_joint_pruning(stage.method, stage.prune, planned)
@@ -115,11 +150,11 @@ class OneShot:
 
 
 def _apply_(
-    model: PreTrainedModel, stage: Prune | Quantize, calibration: list[dict[str, Any]] | None
+    model: PreTrainedModel, stage: Prune | Quantize, calibration: list[dict[str, Any]] | None, shards: Path
 ) -> PruningReport | QuantizationReport:
     if isinstance(stage, Prune):
         return prune(model, stage.method, calibration, targets=stage.targets, exclude=stage.exclude)
-    return quantize(model, stage.method, calibration, prune=stage.prune)
+    return quantize(model, stage.method, calibration, prune=stage.prune, shards=shards)
 
 
 def _refuse_output(output: Path, model: str, overwrite: bool) -> None:

@@ -73,12 +73,15 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
         "seconds": round(time.monotonic() - started, 1),
         "report": outcome.report,
     }
+    files = {STAGE: json.dumps(facts, indent=2) + "\n"}
+    if outcome.report_file is not None:
+        files[outcome.report_file] = json.dumps(outcome.report, indent=2) + "\n"
     save_compressed(
         outcome.model,
         space.stage_folder(position, name),
         outcome.processor or job.processor,
         verify=is_last,
-        extra_files={STAGE: json.dumps(facts, indent=2) + "\n"},
+        extra_files=files,
     )
     shutil.rmtree(space.work_folder(name), ignore_errors=True)
 

@@ -1,7 +1,8 @@
-"""Progress on standard error: a moving display in a terminal, a plain line every few seconds elsewhere."""
+"""Progress: a moving display in a terminal or notebook, else a plain line on standard error every few seconds."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 import time
@@ -24,6 +25,13 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def _moving_display() -> Console | None:
+    """Return where a display can move: a terminal, or a notebook that has widgets; None is for lines of text."""
+    console = Console(file=sys.stderr)
+    with_widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return console if console.is_terminal or with_widgets else None
+
+
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
@@ -39,8 +47,8 @@ class Meter:
         self.note = ""
         self._started = time.monotonic()
         self._bar: Progress | None = None
-        console = Console(file=sys.stderr)
-        if console.is_terminal:
+        console = _moving_display()
+        if console is not None:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -76,6 +84,7 @@ class Meter:
         if self._bar is not None:
             with self._bar:
                 yield
+                self._bar.refresh()  # of itself a notebook's display stays where it was some moments ago
             return
         say(self.description)
         with _repeating(self._print_line):
@@ -120,8 +129,8 @@ def say(what: str) -> None:
 @contextmanager
 def busy(what: str) -> Iterator[None]:
     """Show that something is going on that cannot be counted, for the length of a ``with`` block."""
-    console = Console(file=sys.stderr)
-    if console.is_terminal:
+    console = _moving_display()
+    if console is not None:
         columns = (TextColumn("{task.description}"), SpinnerColumn("line"), TimeElapsedColumn())
         with Progress(*columns, console=console, refresh_per_second=4) as shown:
             shown.add_task(what, total=None)

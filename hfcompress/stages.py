@@ -29,11 +29,15 @@ ROWS_FOR_LAYER_CHOICE = 128  # of the training data; a greedy choice by loss run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage leaves: the model to save, one line about it, and its report if there is one."""
+    """What a stage leaves: the model to save, one line about it, and its report if there is one.
+
+    report_file: what the report is called beside the checkpoint; None keeps it with the run's own facts.
+    """
 
     model: PreTrainedModel
     summary: str
     report: dict[str, Any] | None = None
+    report_file: str | None = None
     processor: Any = None  # where the stage changed the tokenizer
 
 
@@ -94,7 +98,8 @@ def _prune(job: Job, options: Prune, name: str) -> Outcome:
     calibration = job.calibration_batches(options) if method.needs_calibration else None
     report = prune(model, method, calibration, targets=options.targets, exclude=options.exclude)
     summary = f"{type(method).__name__}, {report.sparsity:.1%} of the targeted weights pruned"
-    return Outcome(model, summary + (f" in the pattern {method.pattern}" if method.pattern else ""), report.to_dict())
+    summary += f" in the pattern {method.pattern}" if method.pattern else ""
+    return Outcome(model, summary, report.to_dict(), report.file_name)
 
 
 def _shrink(job: Job, options: Shrink, name: str) -> Outcome:
@@ -111,11 +116,11 @@ def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
     model = job.open_model()
     method = options.method
     calibration = job.calibration_batches(options) if method.needs_calibration else None
-    report = quantize(model, method, calibration, prune=options.prune)
+    report = quantize(model, method, calibration, prune=options.prune, shards=job.work / "layers")
     summary = method.summary
     if options.prune is not None:
         summary += f", {options.prune.pattern or format(options.prune.sparsity, '.1%')} pruned in the same pass"
-    return Outcome(model, summary, report.to_dict())
+    return Outcome(model, summary, report.to_dict(), report.file_name)
 
 
 _RUNNERS: dict[str, Callable[[Job, Any, str], Outcome]] = {

@@ -36,7 +36,7 @@ def test_result_loads_with_three_lines_and_generates(finished: Path) -> None:
 def test_result_holds_everything_and_no_scratch(finished: Path, sources: Path) -> None:
     names = {file.name for file in finished.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "measurements.json"} <= names
-    assert {"recipe.yaml", "hfcompress.json"} <= names
+    assert {"recipe.yaml", "hfcompress.json", "quantization_report.json"} <= names
     assert "stage.json" not in names
     assert sorted(path.name for path in sources.iterdir()) == ["llama", "out", "text.jsonl"]
     assert load_recipe(finished / "recipe.yaml").output == str(finished)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -76,3 +79,30 @@ def test_a_terminal_shows_something_that_moves(step: str) -> None:
     os.close(controller)
     assert process.returncode == 0
     assert seen.count(b"0:00:0") >= 3
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_shows_the_same_display_and_without_widgets_the_lines(
+    widgets: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    output = type("Output", (), {"__enter__": lambda self: self, "__exit__": lambda *args: None})
+    output.clear_output = lambda self, wait=False: None  # type: ignore[attr-defined]
+    modules = {"IPython": {}, "IPython.display": {"display": lambda *found: shown.extend(map(_text_of, found))}}
+    modules |= {"ipywidgets": {"Output": output}} if widgets else {}
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with progress.meter("Quantizing", 8) as bar:
+        bar.advance(8, "layer 7")
+    lines = capsys.readouterr().err
+    assert (lines == "Quantizing ...\n") is not widgets
+    assert any("Quantizing" in one and "8/8" in one and "layer 7" in one for one in shown) is widgets
+
+
+def _text_of(found: Any) -> str:
+    """Return what a notebook would show of one displayed thing."""
+    return str(found._repr_mimebundle_([], [])["text/plain"]) if hasattr(found, "_repr_mimebundle_") else ""

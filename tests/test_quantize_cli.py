@@ -16,6 +16,7 @@ from hfcompress import opening
 from hfcompress.errors import HFCompressError
 from hfcompress.packed import packed_layers
 from hfcompress.recipe import METHODS, options_beside_method
+from tests.forks import Forks
 from tests.runs import run_command, write_text
 
 SHAPE = ["--rows", "8", "--length", "32"]
@@ -66,9 +67,15 @@ def test_the_command_does_what_the_function_does(llama_dir: Path, tmp_path: Path
     assert all(torch.equal(written.get_submodule(name).weight, one) for name, one in expected.items())
 
 
-def test_a_method_without_data_and_a_model_that_is_quantized_already(llama_dir: Path, tmp_path: Path) -> None:
-    words = ["--method", "rtn", "--group-size", "none", "-o", tmp_path / "small"]
-    assert "8.5" in quantize(llama_dir, *words)  # bits per weight: 8, and 32 of a scale for 64 columns
+def test_a_method_without_data_warns_in_one_line_and_is_not_repeated(
+    llama_dir: Path, tmp_path: Path, forks: Forks
+) -> None:
+    run = forks.hfcompress("quantize", llama_dir, "--method", "rtn", "--group-size", 128, "-o", tmp_path / "small")
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stderr.splitlines() if "Group sizes" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("hfcompress: Group sizes that do not divide the input columns were changed: 128 -> 64")
+    assert "8.5" in run.stdout  # bits per weight: 8, and 32 of a scale for 64 columns
     with pytest.raises(HFCompressError, match="LlamaForCausalLM is quantized already; load the dense checkpoint"):
         quantize(tmp_path / "small", "--method", "rtn", "-o", tmp_path / "smaller")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -112,6 +113,23 @@ def test_killed_and_resumed_ends_with_the_same_files(moment: Moment, runs: Runs,
     assert runs.steps() == []
     assert model_files(output) == model_files(finished)
     assert sorted(path.name for path in runs.folder.iterdir()) == ["out", "recipe.yaml"]
+
+
+def test_quantization_goes_on_after_its_finished_layers(runs: Runs, finished: Path) -> None:
+    layer = "rename out.partial/training/quantize/layers/model.layers.{}.safetensors"
+    runs.killed(layer.format(1))
+    assert layer.format(0) in runs.notes.read_text()
+    runs.ended("--resume")
+    assert [note for note in runs.notes.read_text().splitlines() if "/layers/" in note and "rename" in note] == [
+        layer.format(1)
+    ]
+    assert model_files(runs.folder / "out") == model_files(finished)
+    report = json.loads((runs.folder / "out" / "quantization_report.json").read_text(encoding="utf-8"))
+    card = (runs.folder / "out" / "README.md").read_text(encoding="utf-8")
+    for row in report["rows"]:
+        shown = rf"\| {re.escape(row['name'])} \| {row['bits']} \|.*\| {row['relative_error']:.4f} \|"
+        assert re.search(shown, card), row
+    assert len(report["rows"]) == 2 * 7
 
 
 def test_killed_while_tidying_up_leaves_nothing_behind(runs: Runs, finished: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hfcompress.checkpoint.locks import locked
 from hfcompress.errors import CheckpointError, OutputError
@@ -185,6 +187,17 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; raises what the disk or safetensors raise."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch, metadata)
+        _flush(scratch)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

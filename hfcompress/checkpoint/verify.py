@@ -42,11 +42,15 @@ AUTO_CLASSES = (
 )
 
 
-def require_loader_of_packed() -> None:
-    """Raise MissingDependencyError when what loads packed checkpoints, and so verifies them, is not installed."""
-    if importlib.util.find_spec("compressed_tensors") is None:
+_EXTRAS = {"compressed_tensors": "ct", "bitsandbytes": "bnb"}
+
+
+def require_loader(package: str) -> None:
+    """Raise MissingDependencyError when the package that loads a checkpoint, and so verifies it, is not installed."""
+    if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(
-            "Verifying a quantized checkpoint means loading it: pip install 'hfcompress[ct]' for that."
+            "Verifying a quantized checkpoint means loading it: "
+            f"pip install 'hfcompress[{_EXTRAS[package]}]' for that."
         )
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.plan import PlannedLinear, check_joint_pruning, plan_linears, warn_about_other_grid
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import Scale, round_to_nearest
+from hfcompress.quantization.shards import kept_layers
 from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
 from hfcompress.quantization.w8a8 import byte_layer, check_bytes
 from hfcompress.structure.stack import layer_stacks, stack_linears
@@ -47,6 +49,7 @@ def quantize(
     prune: ColumnPruning | None = None,
     *,
     processor: Any = None,
+    shards: str | Path | None = None,
 ) -> QuantizationReport:
     """Replace the linear layers of a model's stacks by packed ones; embeddings and heads stay as they are.
 
@@ -55,8 +58,10 @@ def quantize(
     what ``calibration_batches`` makes them of: texts, a ``Dataset``, a file, a dataset's id.  processor: the tokenizer
     for texts; None is the one in the model's folder.  on_layer: called after each layer with its name and rows.
     prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds them, so that later columns
-    absorb both errors.  Raises ModelError or DataError; the model is then as it was before, for which the dense
-    weights are kept until the end.
+    absorb both errors.  shards: a folder that keeps each layer as soon as GPTQ is done with it, until you remove it; a
+    run that was killed goes on after those it finds there, to the same bits.
+    Raises ModelError, DataError, or OutputError for shards of another run; the model is then as it was before, for
+    which the dense weights are kept until the end.
     """
     started = time.perf_counter()
     batches = batches_for(model, type(method).__name__, calibration, processor) if method.needs_calibration else []
@@ -69,7 +74,7 @@ def quantize(
     if prune is not None:
         check_joint_pruning(method, prune, planned)
     warn_about_other_grid(model, planned, method)
-    steps = _steps(model, planned, method, batches, prune, quantizer, changes)
+    steps = _steps(model, planned, method, batches, prune, quantizer, changes, shards)
     rows = _run(model, planned, steps, type(method).__name__, on_layer, changes)
     if quantizer is not None:
         finish_(model, quantizer)
@@ -89,6 +94,7 @@ def _steps(
     prune: ColumnPruning | None,
     quantizer: HfQuantizer | None,
     changes: Changes,
+    shards: str | Path | None,
 ) -> Iterable[tuple[str, Rows]]:
     """Return the method's work, layer by layer.  changes: takes what it changes beside the planned layers."""
     put = partial(_put_, model)
@@ -98,7 +104,11 @@ def _steps(
         assert quantizer is not None
         return _replaced(model, planned, quantizer.quantization_config)
     if isinstance(method, GPTQ):
-        return chain(_calibrated(model, planned, method, batches, prune), _outside(model, outside, "mse"))
+        steps = kept_layers(
+            shards, model, planned, (method, prune), batches,
+            lambda rest: _calibrated(model, rest, method, batches, prune),
+        )  # fmt: skip
+        return chain(steps, _outside(model, outside, "mse"))
     if isinstance(method, SmoothQuant):
         check_bytes(model, planned, activations=True)
         return smoothed(model, planned, method, batches, changes, put)

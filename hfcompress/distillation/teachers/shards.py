@@ -7,16 +7,15 @@ takes no more than 4 (k + 1) bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfcompress.checkpoint.atomic import write_tensors
 from hfcompress.distillation.losses.targets import TopK
 from hfcompress.distillation.teachers.keys import KEY_BYTES
 from hfcompress.errors import CheckpointError
@@ -42,14 +41,7 @@ def write_shard(file: Path, keys: Sequence[bytes], answers: Sequence[Stored], cl
         tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     else:
         tensors["logits"] = joined([one for one in answers if isinstance(one, Tensor)])
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file(tensors, scratch)
-        with scratch.open("rb") as handle:
-            os.fsync(handle.fileno())
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_tensors(file, tensors)
 
 
 def joined(logits: Sequence[Tensor], classes: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,12 @@ class PrunedLayer:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """method: its name in ``METHODS``.  rows: in the order of the model.  seconds: of the whole run."""
+    """method: its name in ``METHODS``.  rows: in the order of the model.  seconds: of the whole run.
+
+    file_name: what it is called beside the checkpoint.
+    """
+
+    file_name: ClassVar[str] = "pruning_report.json"
 
     method: str
     rows: tuple[PrunedLayer, ...]

@@ -1,0 +1,172 @@
+"""Finished layers on disk while a model is quantized, so that a killed run goes on after them.
+
+A shard is a safetensors file with the tensors of one layer of a stack as quantization left them, and that layer's rows
+of the report. It appears whole or not at all. Digests of what decides the result stand beside the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hfcompress.calibration.running import Batch, tensors_in
+from hfcompress.checkpoint.atomic import write_tensors, write_text
+from hfcompress.errors import CheckpointError, OutputError
+from hfcompress.packed import packed_twin
+from hfcompress.quantization.plan import PlannedLinear
+from hfcompress.quantization.report import QuantizedLinear
+
+Rows = list[QuantizedLinear]
+BEGAN, SUFFIX = "began.json", ".safetensors"
+
+
+@dataclass(frozen=True)
+class LayerShards:
+    """A folder of finished layers.  began: what decides the result, each as a digest."""
+
+    folder: Path
+    began: Mapping[str, str]
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, model: nn.Module, options: Sequence[Any], batches: Sequence[Batch]
+    ) -> LayerShards:
+        """Return the shards of a run, of which there may be some already.
+
+        options: of everything that is done to the layers.  Raises OutputError when the folder's layers come from
+        another model, other options, other calibration data or another version of hfcompress.
+        """
+        began = {
+            "the version of hfcompress": version("hfcompress"),
+            "the options": _digest([repr(one).encode() for one in options]),
+            "the model": _digest(_bytes_of(model.state_dict())),
+            "the calibration data": _digest(part for batch in batches for part in _bytes_of(batch)),
+        }
+        shards = cls(Path(folder).expanduser(), began)
+        for left in shards.folder.glob(f".*{SUFFIX}.*"):  # what a kill left half written
+            left.unlink()
+        file = shards.folder / BEGAN
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else began
+        changed = [name for name in began if before.get(name) != began[name]]
+        if changed:
+            raise OutputError(
+                f"{folder} holds finished layers of a run that began otherwise: {', '.join(changed)} changed. Undo "
+                "that to go on, or remove the folder to begin anew."
+            )
+        return shards
+
+    def finished(self) -> dict[str, Rows]:
+        """Return the rows of each finished layer by its name."""
+        found = {}
+        for file in sorted(self.folder.glob(f"*{SUFFIX}")):
+            with self._reading(file), safe_open(file, framework="pt") as shard:
+                rows = json.loads(shard.metadata()["rows"])
+                found[file.name.removesuffix(SUFFIX)] = [QuantizedLinear(**row) for row in rows]
+        return found
+
+    def load_(self, name: str, layer: nn.Module) -> None:
+        """Give a layer, with empty packed layers in their places, the tensors that it was finished with."""
+        file = self._file(name)
+        with self._reading(file), safe_open(file, framework="pt") as shard:
+            layer.load_state_dict({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118 (no mapping)
+
+    def write(self, name: str, layer: nn.Module, rows: Sequence[QuantizedLinear]) -> None:
+        """Write a finished layer.  Raises CheckpointError when the disk is full; earlier layers stay as they are."""
+        tensors = {key: one.detach().cpu().clone().contiguous() for key, one in layer.state_dict().items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / BEGAN).is_file():
+                write_text(self.folder / BEGAN, json.dumps(dict(self.began), indent=2) + "\n")
+            write_tensors(self._file(name), tensors, {"rows": json.dumps([asdict(row) for row in rows])})
+        except (OSError, SafetensorError) as error:
+            kept = len(list(self.folder.glob(f"*{SUFFIX}")))
+            raise CheckpointError(
+                f"The finished layer {name} could not be written to {self.folder}: {error}. The {kept} layers before "
+                "it are kept there: free some space and resume."
+            ) from error
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}{SUFFIX}"
+
+    @contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} is damaged: {error}. Remove it to have its layer quantized again."
+            ) from error
+
+
+def kept_layers(
+    folder: str | Path | None,
+    model: nn.Module,
+    planned: Sequence[PlannedLinear],
+    options: Sequence[Any],
+    batches: Sequence[Batch],
+    quantize_: Callable[[Sequence[PlannedLinear]], Iterator[tuple[str, Rows]]],
+) -> Iterator[tuple[str, Rows]]:
+    """Return the steps of ``quantize_``, whose layers are kept in a folder; those that it has already are not redone.
+
+    folder: None keeps nothing.  quantize_: given the linear layers that are left, does a layer of the stack at each
+    step and yields its name and rows, none for a layer that has nothing left.  See ``LayerShards.open`` for the rest.
+    """
+    if folder is None:
+        return quantize_(planned)
+    store = LayerShards.open(folder, model, options, batches)
+    done = store.finished()
+    finished = {row.name for rows in done.values() for row in rows}
+    rest = quantize_([one for one in planned if one.name not in finished])
+    return _through(store, model, {one.name: one for one in planned}, done, rest)
+
+
+def _through(
+    store: LayerShards,
+    model: nn.Module,
+    planned: Mapping[str, PlannedLinear],
+    done: Mapping[str, Rows],
+    steps: Iterator[tuple[str, Rows]],
+) -> Iterator[tuple[str, Rows]]:
+    """Pass steps on; write what each finishes, or put in its place what an earlier run has finished.
+
+    Calibration sends its inputs through a layer when the next step is asked for: the layer is in its place by then.
+    """
+    for name, rows in steps:
+        layer = model.get_submodule(name)
+        if name in done:
+            for row in done[name]:
+                one = planned[row.name]
+                model.set_submodule(row.name, packed_twin(one.module, row.bits, row.group_size, one.symmetric))
+            store.load_(name, layer)
+        elif rows:
+            store.write(name, layer, rows)
+        yield name, done.get(name, rows)
+
+
+def _bytes_of(values: Mapping[str, Any]) -> Iterator[bytes]:
+    for name, value in values.items():
+        yield name.encode()
+        for tensor in tensors_in(value):
+            yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+            yield _as_bytes(tensor)
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
