@@ -20,16 +20,20 @@ from hfcompress.pruning.units.criteria.mutual_information import mixture_informa
 from hfcompress.structure import closed_heads, find_attention, find_ffn
 from hfcompress.structure.inputs import dummy_inputs
 from tests.conftest import tiny_bert, tiny_llama
+from tests.distributed import WORLD_SIZE, run_in_two_processes
 from tests.families import FAMILIES
 from tests.pruning_runs import (
     Rows,
     class_rows,
+    count_zeros,
+    matrices,
     same_tensors,
     small_gpt2,
     small_llama,
     state_of,
     text_rows,
     trainer_for,
+    zeros_of,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
@@ -278,6 +282,34 @@ def test_autocast_and_compiled_models_are_watched(criterion: str, options: dict[
     trainer_for(model, tmp_path, [callback], max_steps=4, rows=class_rows(8), **options).train()
     torch.compiler.reset()
     assert callback.reached(model) == 0.5
+
+
+def _close_in_one_process(folder: str, batch_size: int = 4, **options: Any) -> None:
+    """Close half of the heads by entropy and half of the neurons by information, in three steps that learn nothing."""
+    model, shared = tiny_bert(), {"schedule": "linear", "end": 1.0}
+    callbacks = [
+        HeadPruneCallback(0.5, criterion="entropy", **shared),
+        NeuronPruneCallback(0.5, criterion="mutual_information", **shared),
+    ]
+    options |= {"max_steps": 3, "learning_rate": 0.0, "per_device_train_batch_size": batch_size}
+    trainer = trainer_for(model, Path(folder), callbacks, rows=padded(class_rows(24)), **options)
+    trainer.train()
+    torch.save((trainer.args.world_size, matrices(model)), Path(folder) / f"{trainer.args.process_index}.pt")
+
+
+def _close_in_two(folder: str) -> None:
+    _close_in_one_process(folder, ddp_backend="gloo")
+
+
+@pytest.mark.distributed
+def test_two_processes_watch_the_same(tmp_path: Path) -> None:
+    run_in_two_processes(_close_in_two, str(tmp_path))
+    (size, weights), (_, other) = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    assert size == WORLD_SIZE
+    assert same_tensors(weights, other)
+    _close_in_one_process(str(tmp_path), batch_size=8)
+    assert same_tensors(zeros_of(weights), zeros_of(torch.load(tmp_path / "0.pt")[1]))
+    assert count_zeros(zeros_of(weights)) > 0
 
 
 # Refusals
