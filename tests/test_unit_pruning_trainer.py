@@ -282,7 +282,7 @@ def _refused(model: PreTrainedModel, callbacks: list[Any], folder: Path, match: 
     [
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": -0.1}, "greater than or equal to 0"),
-        ({"criterion": "movement"}, "'taylor', 'magnitude', 'activation' or 'random'"),
+        ({"criterion": "movement"}, "'taylor', 'magnitude', 'activation', .*'mutual_information' or 'random'"),
         ({"start": 0.7, "end": 0.7}, r"start=0\.7 must lie before end=0\.7"),
         ({"schedule": "constant"}, "criterion='taylor' has seen nothing"),
         ({"scedule": "linear"}, r"PruneCallback has no option 'scedule'\. Did you mean 'schedule'"),
