@@ -78,6 +78,7 @@ def text_of(page: Path) -> str:
 
 def test_the_site_is_built_and_leaves_nothing_unreplaced(site: Path) -> None:
     pages = {file.relative_to(site).as_posix() for file in site.rglob("*.html")}
+    assert "report.html" in pages  # which a guide shows
     assert {page.removeprefix("docs/").replace(".md", ".html") for page in PAGES} <= pages
     for page in pages:
         assert not re.search(r"<!-- [a-z_]+(: .+)? -->", (site / page).read_text(encoding="utf-8")), page
