@@ -62,7 +62,10 @@ def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer:
     trainer.state.log_history.append({"eval_loss": 1.0, "step": 2})
     trainer.create_model_card()
     assert load_facts(tmp_path / "late").after.metrics == {}
-    assert "which did not evaluate these weights" in (tmp_path / "late" / "README.md").read_text()
+    assert (
+        "No metrics are given: the Trainer did not evaluate these weights."
+        in (tmp_path / "late" / "README.md").read_text()
+    )
 
 
 def test_a_student_is_called_distilled(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

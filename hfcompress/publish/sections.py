@@ -64,6 +64,8 @@ def description(facts: Facts) -> str:
 
 def _measured_on(facts: Facts) -> str:
     after = facts.after
+    if facts.training and not after.metrics:
+        return f"No metrics are given: {facts.training.get('evaluated', 'none were measured')}."
     tokens = f" ({after.tokens:,} tokens)" if after.tokens else ""
     data = data_name(facts)
     source = f"held-out rows of {code(data)}" if data else "held-out rows"

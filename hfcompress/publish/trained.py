@@ -91,7 +91,7 @@ def facts_of_trainer(
     techniques = {"pruned": bool(callbacks), "distilled": teacher is not None, "quantized": bool(packed_layers(model))}
     metrics, evaluated = _last_evaluation(trainer)
     if _rounds_weights(model):
-        metrics, evaluated = {}, "of rounded weights, which these files do not hold: it was not exported"
+        metrics, evaluated = {}, "the Trainer evaluated rounded weights, and these files hold them unrounded"
     steps = f"{trainer.state.global_step} steps"
     shares = [f"{one.reached(model):.1%} of the targeted {one.what} pruned" for one in callbacks]
     summary = inspect_checkpoint(folder)
@@ -143,7 +143,7 @@ def _last_evaluation(trainer: Trainer) -> tuple[dict[str, float], str]:
                      if name.startswith("eval_") and isinstance(value, (int, float))
                      and not any(part in name for part in _NOT_QUALITY)}  # fmt: skip
             return found, f"at step {now} of {state.max_steps}"
-    return {}, "which did not evaluate these weights"
+    return {}, "the Trainer did not evaluate these weights"
 
 
 def _runtime(trainer: Trainer) -> float | None:
