@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hfcompress.calibration.observe import InputHessian, InputSquares, Observed
 from hfcompress.calibration.running import Batch
+from hfcompress.calibration.turns import KnownSites, Turn, Turns
 from hfcompress.calibration.walk import LayerVisit, walk_layers
 from hfcompress.errors import DataError, ModelError
 
@@ -51,14 +52,76 @@ def observe_layers(
     wanted = list(names)
     warned = False
     for visit in walk_layers(model, batches):
-        prefix = f"{visit.name}."
-        inside = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+        inside = _inside(visit, wanted)
         found = observe(visit, inside) if inside else []
         _check_all_seen(visit, inside, found)
         warned = warned or _warn_about_few_tokens(visit, found)
         yield visit, found
         # A large layer's Hessians go before the next layer's come.
         found.clear()
+
+
+def compress_layers(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    compress: Callable[[LayerVisit, InputHessian], None],
+) -> Iterator[LayerVisit]:
+    """Walk through a model and have its linear layers ``names`` compressed; yield every layer after that.
+
+    compress: gets what some linear layers of a layer see in common, and replaces them; see ``LayerVisit.compress_``.
+    Raises ModelError as ``observe_layers`` does.
+    """
+    wanted = list(names)
+    warned = False
+    for visit in walk_layers(model, batches):
+        inside = _inside(visit, wanted)
+        done: list[InputHessian] = []
+
+        def one(found: InputHessian, visit: LayerVisit = visit, done: list[InputHessian] = done) -> None:
+            compress(visit, found)
+            done.append(found)
+
+        if inside:
+            visit.compress_(inside, one)
+        _check_all_seen(visit, inside, done)
+        warned = warned or _warn_about_few_tokens(visit, done)
+        yield visit
+
+
+def _inside(visit: LayerVisit, names: Iterable[str]) -> list[str]:
+    """Return the names of a layer's own linear layers, relative to it."""
+    prefix = f"{visit.name}."
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def compress_in_turn(
+    model: nn.Module, names: Iterable[str], batches: Sequence[Batch], compress: Callable[[LayerVisit, Turn], None]
+) -> Iterator[LayerVisit]:
+    """Walk through a model and have its linear layers ``names`` compressed in the order in which they run.
+
+    compress: gets every turn, whose linear layers it replaces.  Yields every layer after that. The dense model, whose
+    hidden states are kept beside, has a decoder see its encoder as it is by then. Raises ModelError as
+    ``observe_layers`` does.
+    """
+    wanted = list(names)
+    warned = False
+    hidden: list[Tensor] = []
+    known: KnownSites = {}
+    for visit in walk_layers(model, batches):
+        inside = _inside(visit, wanted)
+        if visit.index == 0:
+            hidden = visit.hidden_states
+        done: list[InputHessian] = []
+        if hidden:
+            turns = Turns(visit, inside, hidden, known)
+            for turn in turns:
+                warned = warned or _warn_about_few_tokens(visit, [turn.found])
+                compress(visit, turn)
+                done.append(turn.found)
+            hidden = turns.outputs
+        _check_all_seen(visit, inside, done)
+        yield visit
 
 
 def _check_all_seen(visit: LayerVisit, names: Iterable[str], found: Iterable[InputHessian | InputSquares]) -> None:

@@ -62,16 +62,18 @@ def compress_columns(
     width: int | None = None,
     rounding: Rounding | None = None,
     selection: Selection | None = None,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """Return the weight pruned by a selection, rounded, or both in one pass.  Zero weights stay zero.
 
     weight: (out, in) float32, not changed.  width: columns of a block, a multiple of the selection's period; None is
-    about ``CHANNEL_BLOCK``.  Returns (out, in) float32, laid out columns first.
+    about ``CHANNEL_BLOCK``.  zeros: (out, in) bool, what has to be 0; None is where the weight is.  Returns (out, in)
+    float32, laid out columns first.
     """
     period = 1 if selection is None or selection.period is None else selection.period
     width = width or _multiple(period, CHANNEL_BLOCK)
     assert width % period == 0, f"blocks of {width} columns cut groups of {period}"
-    columns = _Columns(weight, factor, rounding, selection)
+    columns = _Columns(weight, factor, rounding, selection, zeros)
     for start in range(0, weight.shape[1], width):
         columns.compress_block_(start, min(start + width, weight.shape[1]), _multiple(period, INNER_BLOCK))
     return columns.values.T
@@ -86,11 +88,16 @@ class _Columns:
     """A weight on its way through the loop.  values, error, pruned: (in, out); error is what was minus what is."""
 
     def __init__(
-        self, weight: Tensor, factor: HessianFactor, rounding: Rounding | None, selection: Selection | None
+        self,
+        weight: Tensor,
+        factor: HessianFactor,
+        rounding: Rounding | None,
+        selection: Selection | None,
+        zeros: Tensor | None,
     ) -> None:
         self.values = weight.T.clone(memory_format=torch.contiguous_format)
         self.error = torch.zeros_like(self.values)
-        zeros = self.values == 0
+        zeros = self.values == 0 if zeros is None else zeros.T.clone()
         self.pruned = zeros if selection is not None or bool(zeros.any()) else None
         self.unit, self.rounding, self.selection = factor.unit, rounding, selection
 

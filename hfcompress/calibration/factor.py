@@ -25,6 +25,12 @@ class HessianFactor:
     damping: float
     dead: Tensor
 
+    def solve(self, right: Tensor) -> Tensor:
+        """Return the solution X of X H = right for the damped H.  right: (out, in) float32."""
+        halfway = torch.linalg.solve_triangular(self.unit.T, right, upper=False, left=False, unitriangular=True)
+        halfway /= self.strength
+        return torch.linalg.solve_triangular(self.unit, halfway, upper=True, left=False, unitriangular=True)
+
 
 def factor_hessian(hessian: Tensor, damping: float) -> HessianFactor:
     """Factor a Hessian; one that cannot be factored is damped ten times more, up to ``LARGEST_DAMPING``.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from hfcompress.devices import fast_bfloat16
+
+# Rows of a triangle's strip: products of fewer rows run slower than what they leave out.
+STRIP = 512
 
 
 @contextmanager
@@ -26,17 +29,52 @@ def bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def products_of(states: Tensor) -> AbstractContextManager[None]:
+    """Return ``bfloat16_products`` where the CPU is made for it and products of these states lose nothing."""
+    exact = states.dtype == torch.bfloat16 and states.device.type == "cpu" and fast_bfloat16("cpu")
+    return bfloat16_products() if exact else nullcontext()
+
+
 def accumulate_hessian_(hessian: Tensor, inputs: Tensor) -> None:
     """Add the Gram matrix of one batch (GPTQ, arXiv 2210.17323, section 3), not divided by the count of tokens.
 
     hessian: (in, in) float32, changed in place.  inputs: (tokens, in), padding already dropped.
     """
     rows = inputs.float()
-    if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and fast_bfloat16("cpu"):
-        with bfloat16_products():
-            hessian.addmm_(rows.T, rows)
-    else:
+    with products_of(inputs):
         hessian.addmm_(rows.T, rows)
+
+
+def accumulate_triangle_(hessian: Tensor, inputs: Tensor) -> None:
+    """Add the lower triangle of the Gram matrix of one batch; ``mirror_triangle_`` makes the sum whole at last.
+
+    Done in strips of ``STRIP`` rows, each up to its last diagonal element, so a little above the diagonal is added
+    too: two thirds of all products at 1536 columns.  Arguments as in ``accumulate_hessian_``.
+    """
+    rows = inputs.float()
+    with products_of(inputs):
+        for first in range(0, len(hessian), STRIP):
+            last = first + STRIP
+            hessian[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+
+
+def mirror_triangle_(hessian: Tensor) -> Tensor:
+    """Copy the lower triangle of a matrix (in, in) over the upper one, in place, and return the matrix."""
+    for first in range(0, len(hessian), STRIP):
+        last = min(first + STRIP, len(hessian))
+        hessian[first:last, last:] = hessian[last:, first:last].T
+        block = hessian[first:last, first:last]
+        block.copy_(block.tril() + block.tril(-1).T)
+    return hessian
+
+
+def accumulate_cross_(total: Tensor, differences: Tensor, inputs: Tensor) -> None:
+    """Add the product of what outputs lack and inputs, of one batch.
+
+    total: (out, in) float32, changed in place.  differences: (tokens, out).  inputs: (tokens, in).
+    """
+    with products_of(inputs):
+        total.addmm_(differences.float().T, inputs.float())
 
 
 def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:

@@ -10,7 +10,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.hessian import accumulate_hessian_, accumulate_squares_, keep_largest_squares_
+from hfcompress.calibration.hessian import (
+    accumulate_squares_,
+    accumulate_triangle_,
+    keep_largest_squares_,
+    mirror_triangle_,
+)
 from hfcompress.calibration.record import RecordedBatch
 from hfcompress.calibration.running import watching
 from hfcompress.errors import ModelError
@@ -48,15 +53,16 @@ class Statistic(Generic[Observed]):
     """What is added up over a linear layer's inputs.
 
     result: makes what is reported of names, total and tokens.  dimensions: of the total, each as long as the input.
-    add_: adds (tokens, in) rows to it.
+    add_: adds (tokens, in) rows to it.  finish_: makes the total whole at the end.
     """
 
     result: Callable[[tuple[str, ...], Tensor, int], Observed]
     dimensions: int
     add_: Callable[[Tensor, Tensor], None]
+    finish_: Callable[[Tensor], Tensor] = lambda total: total
 
 
-GRAM: Statistic[InputHessian] = Statistic(InputHessian, 2, accumulate_hessian_)
+GRAM: Statistic[InputHessian] = Statistic(InputHessian, 2, accumulate_triangle_, mirror_triangle_)
 SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, accumulate_squares_)
 LARGEST_SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, keep_largest_squares_)
 
@@ -71,6 +77,11 @@ class TokenMasks:
 
 class _DivergedError(Exception):
     """Linear layers that shared an input in one batch did not in another; never leaves this module."""
+
+
+def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tells a tensor from all others that live at the same time, and from itself after a change."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
 
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,7 +132,7 @@ class _Observer(Generic[Observed]):
 
     def see(self, name: str, inputs: Tensor) -> None:
         """Count one call of a linear layer; inputs: (..., in)."""
-        key = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs._version)
+        key = tensor_key(inputs)
         # The tensor is kept until the batch ends, or its address could be given to another one.
         first, _ = self.seen.setdefault(key, (name, inputs))
         if name not in self.owner:
@@ -147,9 +158,8 @@ class _Observer(Generic[Observed]):
         for name in self.linears:
             if self.tokens[name]:
                 groups.setdefault(self.owner[name], []).append(name)
-        return [
-            self.statistic.result(tuple(names), self.totals[key], self.tokens[key]) for key, names in groups.items()
-        ]
+        finish_, result = self.statistic.finish_, self.statistic.result
+        return [result(tuple(names), finish_(self.totals[key]), self.tokens[key]) for key, names in groups.items()]
 
 
 def observe_layer(

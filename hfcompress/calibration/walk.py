@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hfcompress.calibration.observe import (
@@ -17,10 +18,14 @@ from hfcompress.calibration.observe import (
     Statistic,
     TokenMasks,
     observe_layer,
+    real_tokens,
     refuse_non_finite,
 )
-from hfcompress.calibration.record import RecordedBatch, record_stack, stacks_in_order
+from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
+from hfcompress.calibration.sites import call_order
+from hfcompress.calibration.together import JoinedPass, fits_joined, join_calls, join_masks
+from hfcompress.packed import unpacked
 from hfcompress.structure.stack import LayerStack, layer_stacks, linear_weights_of
 
 
@@ -41,7 +46,28 @@ class LayerVisit:
     @property
     def hidden_states(self) -> list[Tensor]:
         """The layer's input for each batch that reaches it, (batch, tokens, hidden)."""
-        return [one.hidden for one in self.batches if self.index in one.calls and one.hidden is not None]
+        return [hidden for hidden, _, _ in self._reached()]
+
+    def rows(self, index: int, states: Tensor) -> Tensor:
+        """Return states inside the layer as (tokens, size) rows of one of the batches that reach it, padding dropped.
+
+        states: (batch, tokens, ..., size).  Encoder states that a decoder's layer gets count by the encoder's mask.
+        """
+        _, call, masks = self._reached()[index]
+        context = states.data_ptr() in call.context_pointers()
+        return real_tokens(states, masks.context if context else masks.own)
+
+    def output(self, index: int, hidden: Tensor | None = None) -> Tensor:
+        """Run the layer as it is on one of the batches that reach it, for other hidden states if they are given."""
+        own, call, _ = self._reached()[index]
+        return call.run(self.layer, own if hidden is None else hidden)
+
+    def _reached(self) -> list[tuple[Tensor, LayerCall, TokenMasks]]:
+        return [
+            (one.hidden, one.calls[self.index], mask)
+            for one, mask in zip(self.batches, self.masks)
+            if self.index in one.calls and one.hidden is not None
+        ]
 
     def input_hessians(self, names: Sequence[str] | None = None) -> list[InputHessian]:
         """Run the layer over all batches and return what its linear layers saw, padding left out.
@@ -59,6 +85,46 @@ class LayerVisit:
         """Return the largest square of each input of the layer's linear layers, instead of their sum."""
         return self._observe(names, LARGEST_SQUARES)
 
+    def compress_(self, names: Sequence[str], compress: Callable[[InputHessian], None]) -> None:
+        """Hand what linear layers see to ``compress``, which replaces them in the model.
+
+        Where all batches can be joined into one call whose activations fit, this takes one forward pass, see
+        ``together``: the hidden states are advanced then, and linear layers are calibrated on what the compressed ones
+        before them give. Otherwise all see the layer as it was. Raises ModelError as ``input_hessians`` does.
+        """
+
+        def checked(found: InputHessian) -> None:
+            refuse_non_finite(self.name, [found])
+            compress(found)
+
+        if not self._compress_joined_(names, checked):
+            hessians = self.input_hessians(names)
+            while hessians:
+                compress(hessians.pop(0))
+
+    def _compress_joined_(self, names: Sequence[str], compress: Callable[[InputHessian], None]) -> bool:
+        """Return False, with nothing done, where one joined pass is not possible."""
+        linears = {name: module for name, module in linear_weights_of(self.layer).items() if name in names}
+        reached, hidden = self._reached(), self.hidden_states
+        if len({states.shape[1:] for states in hidden}) != 1:
+            return False
+        sizes = [len(states) for states in hidden]
+        call = join_calls([call for _, call, _ in reached], sizes)
+        masks = join_masks([mask for _, _, mask in reached], sizes)
+        tokens = sum(states.shape[:-1].numel() for states in hidden)
+        if call is None or masks is None or not fits_joined(linears.values(), tokens):
+            return False
+        with watching(self.layer):
+            groups, others = call_order(self.layer, lambda: self.output(0), linears)
+            if others:
+                return False
+            output = JoinedPass(self.layer, linears, groups, masks, compress).run(call, torch.cat(hidden))
+        batches = [one for one in self.batches if self.index in one.calls and one.hidden is not None]
+        for one, states in zip(batches, output.split(sizes)):
+            one.calls.pop(self.index)
+            one.hidden = states
+        return True
+
     def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
         linears = linear_weights_of(self.layer)
         chosen = {name: module for name, module in linears.items() if names is None or name in names}
@@ -68,7 +134,7 @@ class LayerVisit:
 
     def advance_(self) -> None:
         """Send the hidden states of all batches through the layer."""
-        with watching(self.layer):
+        with watching(self.layer), unpacked(self.layer):
             for recorded in self.batches:
                 call = recorded.calls.pop(self.index, None)
                 if call is not None and recorded.hidden is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +35,7 @@ class PackedWeight(nn.Module):
     weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor
+    _unpacked: Tensor | None = None
 
     def __init__(
         self,
@@ -107,6 +111,8 @@ class PackedWeight(nn.Module):
 
         The product is taken in that dtype, as compressed-tensors does, so a stock reload has the same bits.
         """
+        if self._unpacked is not None:
+            return self._unpacked
         return values_of(self.codes(), self.weight_scale, self.zero_point())
 
     @property
@@ -126,6 +132,19 @@ class PackedWeight(nn.Module):
         own = ", ".join(f"{name}={getattr(self, name)}" for name in self.sizes)
         kind = "" if self.symmetric else ", symmetric=False"
         return f"{own}, bias={getattr(self, 'bias', None) is not None}, bits={self.bits}, group_size={group}{kind}"
+
+
+@contextmanager
+def unpacked(parent: nn.Module) -> Iterator[None]:
+    """Unpack the packed layers inside a module once, instead of at every call."""
+    inside = [module for module in parent.modules() if isinstance(module, PackedWeight)]
+    try:
+        for module in inside:
+            module._unpacked = module.dequantize()
+        yield
+    finally:
+        for module in inside:
+            module._unpacked = None
 
 
 def rows_of_words(words: Tensor, bits: int, rows: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
-from hfcompress.calibration.checks import observe_layers, warn_about_damping
+from hfcompress.calibration.checks import compress_in_turn, compress_layers, warn_about_damping
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.calibration.texts import Calibration, batches_for
+from hfcompress.calibration.turns import Turn
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import PackedWeight, compressed_tensors_config, packed_twin
@@ -24,6 +25,7 @@ from hfcompress.packed.bytes import byte_config, byte_layers
 from hfcompress.progress import meter
 from hfcompress.quantization.bitsandbytes import BitsAndBytes, finish_, plan_bitsandbytes, replaced
 from hfcompress.quantization.conv1d import gptq_conv1d
+from hfcompress.quantization.drift import correct_drift
 from hfcompress.quantization.folding import Changes, undo_
 from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.grids import Rounded
@@ -145,6 +147,8 @@ def _run(
         _restore_(model, planned)
         undo_(changes)
         raise
+    for one in planned:  # some came while their layer was only watched
+        model.get_submodule(one.name).train(one.module.training)
     by_name = {row.name: row for row in rows}
     return tuple(by_name[one.name] for one in planned)
 
@@ -227,18 +231,54 @@ def _calibrated(
     prune: ColumnPruning | None,
 ) -> Iterator[tuple[str, Rows]]:
     """Round layer by layer on what each sees once the layers before it are quantized."""
+    if method.quality == "best":
+        yield from _corrected(model, planned, method, batches, prune)
+        return
     by_name = {one.name: one for one in planned}
-    for visit, hessians in observe_layers(model, by_name, batches, LayerVisit.input_hessians):
-        groups = [([by_name[f"{visit.name}.{name}"] for name in found.names], found) for found in hessians]
-        rows = [row for alike, found in groups for row in _round_siblings_(model, alike, found, method, prune)]
-        groups.clear()
-        yield visit.name, rows
+    rows: Rows = []
+
+    def compress(visit: LayerVisit, found: InputHessian) -> None:
+        alike = [by_name[f"{visit.name}.{name}"] for name in found.names]
+        rows.extend(_round_siblings_(model, alike, found, method, prune))
+
+    for visit in compress_layers(model, by_name, batches, compress):
+        yield visit.name, rows.copy()
+        rows.clear()
+
+
+def _corrected(
+    model: nn.Module,
+    planned: Sequence[PlannedLinear],
+    method: GPTQ,
+    batches: Sequence[Mapping[str, Any]],
+    prune: ColumnPruning | None,
+) -> Iterator[tuple[str, Rows]]:
+    """Round linear layers in the order in which they run, each to make up for what the model lacks by then."""
+    by_name = {one.name: one for one in planned}
+    rows: Rows = []
+
+    def compress(visit: LayerVisit, turn: Turn) -> None:
+        alike = [by_name[f"{visit.name}.{name}"] for name in turn.found.names]
+        missing = {one.name: turn.missing(one.name.removeprefix(f"{visit.name}."), one.weight) for one in alike}
+        rows.extend(_round_siblings_(model, alike, turn.found, method, prune, missing))
+
+    for visit in compress_in_turn(model, by_name, batches, compress):
+        yield visit.name, rows.copy()
+        rows.clear()
 
 
 def _round_siblings_(
-    model: nn.Module, siblings: Sequence[PlannedLinear], found: InputHessian, method: GPTQ, prune: ColumnPruning | None
+    model: nn.Module,
+    siblings: Sequence[PlannedLinear],
+    found: InputHessian,
+    method: GPTQ,
+    prune: ColumnPruning | None,
+    missing: Mapping[str, Tensor | None] | None = None,
 ) -> Iterator[QuantizedLinear]:
-    """Quantize linear layers that share an input, those of one dtype in one call."""
+    """Quantize linear layers that share an input, those of one dtype in one call.
+
+    missing: what each has to make up for, see ``Turn.missing``.
+    """
     by_grid: dict[Any, list[PlannedLinear]] = {}
     for one in siblings:
         by_grid.setdefault((one.matrix.dtype, one.bits, one.group_size, type(one.module)), []).append(one)
@@ -248,7 +288,8 @@ def _round_siblings_(
         round_all = gptq_siblings if isinstance(alike[0].module, nn.Linear) else gptq_conv1d
         grid = (alike[0].bits, alike[0].group_size)
         try:
-            results = round_all(weights, found.hessian, *grid, method.damping, prune, method.symmetric)
+            goals = [correct_drift(one.weight, found.hessian, (missing or {}).get(one.name)) for one in alike]
+            results = round_all(weights, found.hessian, *grid, method.damping, prune, method.symmetric, goals)
         except HFCompressError as error:
             raise ModelError(f"{', '.join(one.name for one in alike)}: {error}") from error
         warn_about_damping([one.name for one in alike], method.damping, results[0].damping_used)

@@ -26,6 +26,7 @@ def gptq_conv1d(
     damping: float = 0.01,
     prune: ColumnPruning | None = None,
     symmetric: bool = True,
+    goals: Sequence[Tensor] | None = None,
 ) -> list[GPTQResult]:
     """Quantize weights that see the same input; see ``gptq_siblings``.
 
@@ -34,11 +35,11 @@ def gptq_conv1d(
     """
     factor = factor_hessian(hessian, damping)
     results = []
-    for weight in weights:
+    for weight, goal in zip(weights, goals or weights):
         dense = weight.detach().float()
         rounding = _OutputGroups(weight.dtype, bits, group_size, symmetric)
         selection = None if prune is None else prune.selection([dense], factor)
-        values = compress_columns(dense, factor, rounding=rounding, selection=selection)
+        values = compress_columns(goal.detach().float(), factor, None, rounding, selection, dense == 0)
         error = relative_error(dense, values, hessian)
         points = torch.cat(rounding.points) if rounding.points else None
         codes, scale = torch.cat(rounding.codes), torch.cat(rounding.scales)

@@ -55,25 +55,28 @@ def gptq_siblings(
     damping: float = 0.01,
     prune: ColumnPruning | None = None,
     symmetric: bool = True,
+    goals: Sequence[Tensor] | None = None,
 ) -> list[GPTQResult]:
     """Quantize weights that see the same input, stacked into one: rows do not depend on each other.
 
     weights: (out_i, in) each, of one dtype.  hessian: (in, in) float32, not changed.  group_size: input columns that
     share a scale, a divisor of ``in``; None is all.  prune: prunes each weight in the same pass, or before it where
-    the error is smaller so.  symmetric: code 0 stands for 0; otherwise each group has a zero point.  Zero weights
+    the error is smaller so.  symmetric: code 0 stands for 0; otherwise each group has a zero point.  goals: what to
+    come near to instead of the weights, (out_i, in) float32 each.  Zero weights
     stay zero and their rounding error is compensated.  Raises ModelError when the Hessian cannot be factored.
     """
     dtype = weights[0].dtype
     dense = [weight.detach().float() for weight in weights]
     factor = factor_hessian(hessian, damping)
-    grid, stacked = _Grid(bits, group_size, dtype, symmetric), torch.cat(dense)
+    grid, stacked = _Grid(bits, group_size, dtype, symmetric), torch.cat(list(goals or dense))
+    zeros = torch.cat(dense) == 0
     if prune is None:
-        passes = [_rounded(stacked, factor, grid)]
+        passes = [_rounded(stacked, factor, grid, zeros)]
     else:
-        passes = [_rounded(stacked, factor, grid, prune.selection(dense, factor))]
+        passes = [_rounded(stacked, factor, grid, zeros, prune.selection(dense, factor))]
         # A choice that knows the rounding errors is the better one mostly, not always.
-        sparse = compress_columns(stacked, factor, selection=prune.selection(dense, factor))
-        passes.append(_rounded(sparse, factor, grid))
+        sparse = compress_columns(stacked, factor, selection=prune.selection(dense, factor), zeros=zeros)
+        passes.append(_rounded(sparse, factor, grid, sparse == 0))
     sizes = [len(weight) for weight in weights]
     results = [_results(dense, sizes, one, dtype, hessian, factor.damping) for one in passes]
     return [min(choices, key=lambda result: result.relative_error) for choices in zip(*results)]
@@ -112,7 +115,7 @@ def round_columns(
     on the weights as they are.  weight: (out, in) float32.  dtype: of the stored scales.  scale: (out, groups) float32
     to use instead.  Returns codes (out, in) int8 and scale (out, groups) float32.
     """
-    return _rounded(weight, factor, _Grid(bits, group_size, dtype), scale=scale)[0][:2]
+    return _rounded(weight, factor, _Grid(bits, group_size, dtype), weight == 0, scale=scale)[0][:2]
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,15 @@ def _rounded(
     weight: Tensor,
     factor: HessianFactor,
     grid: _Grid,
+    zeros: Tensor,
     selection: Selection | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Rounded, Tensor]:
     """Return codes, float32 scales and zero points, and the values (out, in) float32."""
-    rounding = _GroupRounding(weight, factor, grid, selection, scale)
-    values = compress_columns(weight, factor, grid.group_size, rounding, selection)
-    zeros = [zero.to(torch.int8) for zero in rounding.zeros if zero is not None]
-    points = torch.stack(zeros, dim=1) if zeros else None
+    rounding = _GroupRounding(weight, factor, grid, zeros, selection, scale)
+    values = compress_columns(weight, factor, grid.group_size, rounding, selection, zeros)
+    found = [zero.to(torch.int8) for zero in rounding.zeros if zero is not None]
+    points = torch.stack(found, dim=1) if found else None
     return Rounded(rounding.codes.T.contiguous(), torch.stack(rounding.scales, dim=1), points), values
 
 
@@ -153,7 +157,13 @@ class _GroupRounding:
     """
 
     def __init__(
-        self, weight: Tensor, factor: HessianFactor, grid: _Grid, selection: Selection | None, scale: Tensor | None
+        self,
+        weight: Tensor,
+        factor: HessianFactor,
+        grid: _Grid,
+        zeros: Tensor,
+        selection: Selection | None,
+        scale: Tensor | None,
     ) -> None:
         rows, columns = weight.shape
         self.grid, self.strength = grid, factor.strength
@@ -165,7 +175,8 @@ class _GroupRounding:
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor | None] = []
         if grid.group_size is None and scale is None:
-            kept = weight.T if selection is None else weight.T.masked_fill(selection.choose(0, weight.T), 0)
+            gone = zeros.T if selection is None else zeros.T | selection.choose(0, weight.T)
+            kept = weight.T.masked_fill(gone, 0)
             found, self.given_zero = grid.search(kept.contiguous(), self.strength)
             self.given = found.unsqueeze(1)
 

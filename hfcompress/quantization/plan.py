@@ -76,7 +76,11 @@ class PlannedLinear:
     @property
     def weight(self) -> Tensor:
         """Return the weight of a linear layer as rows of outputs, (out, in)."""
-        return self.matrix.T if isinstance(self.module, Conv1D) else self.matrix
+        return self.as_weight(self.matrix)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix as it is stored as rows of outputs."""
+        return matrix.T if isinstance(self.module, Conv1D) else matrix
 
     def grid(self, scale: Scale, dtype: torch.dtype | None = None) -> Grid:
         """Return how the stored matrix is rounded to nearest."""

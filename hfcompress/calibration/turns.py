@@ -1,0 +1,156 @@
+"""The linear layers of one layer in the order in which they run, each calibrated when those before it are compressed.
+
+Beside what they see, it is added up how far this model is from the dense one where their outputs go: how much the sum
+that a linear layer's output is part of (see ``sites``), or that output itself, differs. That is what the linear layer
+can make up for when it is compressed; GPTAQ (arXiv 2504.02692) does so for the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
+from hfcompress.calibration.observe import InputHessian, refuse_non_finite, tensor_key
+from hfcompress.calibration.running import watching
+from hfcompress.calibration.sites import OUTPUT, call_order, noting_inputs, summing_sites
+from hfcompress.calibration.walk import LayerVisit
+from hfcompress.packed import unpacked
+from hfcompress.structure.stack import linear_weights_of
+
+Rows = dict[str, Tensor]
+KnownSites = dict[tuple[object, ...], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Linear layers that see the same input, as the layers before them are by now.
+
+    lacking: (in, in) float32, the sum over tokens of (the dense model's - this model's input) times input; None where
+    nothing is known of the dense model.  drift: for linear layers that add to hidden states, (out, in) float32, the
+    sum of (the dense model's - this model's sum) times input.  The turn's own linear layers are dense in both.
+    """
+
+    found: InputHessian
+    lacking: Tensor | None
+    drift: Mapping[str, Tensor]
+
+    def missing(self, name: str, weight: Tensor) -> Tensor | None:
+        """Return what a linear layer has to make up for, the sum over tokens of outputs times inputs, (out, in).
+
+        weight: (out, in), the dense one.
+        """
+        if name in self.drift or self.lacking is None:
+            return self.drift.get(name)
+        return weight.to(self.lacking) @ self.lacking
+
+
+class _ReachedError(Exception):
+    """Ends a layer's forward pass when what is looked for has been seen; never leaves this module."""
+
+
+class _DivergedError(Exception):
+    """Linear layers that shared an input in the first batch did not in another; never leaves this module."""
+
+
+class Turns:
+    """The turns of one layer whose linear layers ``names`` are still dense.
+
+    dense_hidden: the layer's input in the dense model, for each batch that reaches it.  known: the sites of layers
+    met before, by what they are made of; this layer's are added.  outputs: its output in the dense model.
+    """
+
+    def __init__(
+        self, visit: LayerVisit, names: Sequence[str], dense_hidden: Sequence[Tensor], known: KnownSites | None = None
+    ) -> None:
+        self.visit, self.layer = visit, visit.layer
+        self.linears = [name for name in linear_weights_of(visit.layer) if name in names]
+        with watching(self.layer), unpacked(self.layer):
+            self.groups, self.late = call_order(self.layer, lambda: visit.output(0), self.linears)
+            named = [name for group in self.groups for name in group]
+            known = {} if known is None else known
+            kind = (type(self.layer), *named, *(name for name, _ in self.layer.named_modules()))
+            if kind not in known:
+                known[kind] = summing_sites(self.layer, lambda: visit.output(0), named, dense_hidden[0])
+            self.sites = known[kind]
+            watched = {*self.sites.values(), *(group[0] for group in self.groups)}
+            self.dense = [self._rows(index, watched, hidden) for index, hidden in enumerate(dense_hidden)]
+            self.outputs = [rows.pop(HIDDEN) for rows in self.dense]
+
+    def __iter__(self) -> Iterator[Turn]:
+        """Yield turn by turn; the caller compresses a turn's linear layers before it asks for the next."""
+        for group in self.groups:
+            try:
+                yield self._turn(group)
+            except _DivergedError:
+                yield from (self._turn([name]) for name in group)
+        if self.late:
+            yield from (Turn(found, None, {}) for found in self.visit.input_hessians(self.late))
+
+    def _turn(self, group: list[str]) -> Turn:
+        """Run all batches as far as the linear layers of a group need it."""
+        head, sites = group[0], {name: self.sites[name] for name in group if name in self.sites}
+        sums: dict[str, Tensor] = {}
+        tokens = 0
+        with watching(self.layer), unpacked(self.layer):
+            for index, dense in enumerate(self.dense):
+                rows = self._seen(index, group, set(sites.values()))
+                if head not in rows or head not in dense:
+                    continue
+                inputs = rows[head]
+                tokens += len(inputs)
+                accumulate_triangle_(_total(sums, "hessian", inputs, inputs), inputs)
+                if len(sites) < len(group):
+                    lacking = dense[head].float() - inputs.float()
+                    accumulate_cross_(_total(sums, "lacking", inputs, inputs), lacking, inputs)
+                for name, site in sites.items():
+                    drift = dense[site].float() - rows[site].float()
+                    accumulate_cross_(_total(sums, f"drift {name}", drift, inputs), drift, inputs)
+        found = InputHessian(tuple(group), mirror_triangle_(sums.get("hessian", torch.empty(0, 0))), tokens)
+        refuse_non_finite(self.visit.name, [found])
+        return Turn(found, sums.get("lacking"), {name: sums[f"drift {name}"] for name in sites if tokens})
+
+    def _seen(self, index: int, group: list[str], sites: set[str]) -> Rows:
+        """Return what one batch has at the head of a group and at the sites; runs the layer no further."""
+        keys = set()
+        rows: Rows = {}
+        wanted = {group[-1], *sites}
+
+        def note(name: str, given: Tensor) -> None:
+            if name in group:
+                keys.add(tensor_key(given))
+            rows.setdefault(name, self.visit.rows(index, given))
+            wanted.discard(name)
+            if not wanted:
+                raise _ReachedError
+
+        with suppress(_ReachedError), noting_inputs(self.layer, note, {*group, *sites} - {OUTPUT}):
+            rows[OUTPUT] = self.visit.rows(index, self.visit.output(index))
+        if len(keys) > 1:
+            raise _DivergedError
+        return rows
+
+    def _rows(self, index: int, sites: set[str], hidden: Tensor) -> Rows:
+        """Return what the dense model has at some sites in one batch, and as ``HIDDEN`` the output as it is."""
+        rows: Rows = {}
+
+        def note(name: str, given: Tensor) -> None:
+            rows.setdefault(name, self.visit.rows(index, given))
+
+        with noting_inputs(self.layer, note, sites - {OUTPUT}):
+            output = self.visit.output(index, hidden)
+        return {**rows, OUTPUT: self.visit.rows(index, output), HIDDEN: output}
+
+
+HIDDEN = "."  # no module's name
+
+
+def _total(sums: dict[str, Tensor], key: str, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Return the sum by its name, made where it is not there yet: (size of outputs, size of inputs) float32."""
+    if key not in sums:
+        sums[key] = torch.zeros(outputs.shape[-1], inputs.shape[-1], device=inputs.device)
+    return sums[key]

@@ -1,0 +1,120 @@
+"""One pass over all batches at once gives what passes of their own give, and needs no second one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfcompress.calibration import InputHessian, LayerVisit, together, walk_layers
+from hfcompress.calibration.observe import TokenMasks
+from hfcompress.calibration.record import LayerCall
+from hfcompress.calibration.turns import Turns
+from hfcompress.quantization import GPTQ, quantize
+from hfcompress.structure.stack import linear_weights_of
+from tests.families import FAMILIES
+
+Batches = list[dict[str, Tensor]]
+
+
+def batches(model: PreTrainedModel, padding: int = 0) -> Batches:
+    """Return three batches of rows of 12 tokens; the last is smaller, and rows may have padding."""
+    rows = torch.randint(6, model.config.vocab_size, (10, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(rows)
+    mask[::2, 12 - padding :] = 0
+    return [{"input_ids": ids, "attention_mask": keep} for ids, keep in zip(rows.split(4), mask.split(4))]
+
+
+def halving(visit: LayerVisit, seen: dict[tuple[str, ...], Tensor]) -> Callable[[InputHessian], None]:
+    """Return what stands for compression: every weight is made coarse in place."""
+
+    def compress(found: InputHessian) -> None:
+        seen[found.names] = found.hessian
+        for name in found.names:
+            weight = visit.layer.get_submodule(name).weight
+            with torch.no_grad():
+                weight.copy_((weight * 4).round() / 4)
+
+    return compress
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_one_pass_equals_turn_after_turn(family: str, padding: int) -> None:
+    """Same Hessians, each with the linear layers before it compressed, and the hidden states of the changed layer."""
+    model = FAMILIES[family].model()
+    other = copy.deepcopy(model)
+    joined: dict[tuple[str, ...], Tensor] = {}
+    turned: dict[tuple[str, ...], Tensor] = {}
+
+    one = next(iter(walk_layers(model, batches(model, padding))))
+    one.compress_(list(linear_weights_of(one.layer)), halving(one, joined))
+    assert all(one.index not in recorded.calls for recorded in one.batches)  # it has been advanced
+
+    two = next(iter(walk_layers(other, batches(other, padding))))
+    compress = halving(two, turned)
+    for turn in Turns(two, list(linear_weights_of(two.layer)), two.hidden_states):
+        compress(turn.found)
+    two.advance_()
+
+    assert joined.keys() == turned.keys()
+    for names, hessian in joined.items():
+        torch.testing.assert_close(hessian, turned[names], rtol=1e-4, atol=1e-4)
+    for recorded, expected in zip(one.batches, two.batches, strict=True):
+        keep = recorded.batch["attention_mask"].bool()
+        torch.testing.assert_close(recorded.hidden[keep], expected.hidden[keep], rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_runs_once_for_all_and_once_to_learn_its_order() -> None:
+    model = FAMILIES["llama"].model()
+    data = batches(model)
+    calls: list[int] = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    quantize(model, GPTQ(bits=4, group_size=8), data)
+    handle.remove()
+    assert calls == [len(data[0]["input_ids"]), sum(len(batch["input_ids"]) for batch in data)]
+
+
+def test_batches_go_one_by_one_where_all_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].model()
+    monkeypatch.setattr(together, "MOST_BYTES", 0)
+    largest: list[int] = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: largest.append(len(args[0])))
+    report = quantize(model, GPTQ(bits=4, group_size=8), batches(model))
+    handle.remove()
+    assert max(largest) == 4
+    assert all(row.relative_error < 0.3 for row in report.rows)
+
+
+def test_calls_that_do_not_fit_together_are_not_joined() -> None:
+    mask, wide = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 5, 5)
+    rotary = (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+
+    def call(mask: Tensor | None, causal: bool = True) -> LayerCall:
+        return LayerCall((), {"attention_mask": mask, "position_embeddings": rotary, "is_causal": causal}, True)
+
+    joined = together.join_calls([call(mask), call(mask[:1])], [2, 1])
+    assert joined is not None
+    assert joined.kwargs["attention_mask"].shape == (3, 1, 4, 4)
+    assert joined.kwargs["position_embeddings"][0].shape == (1, 4, 8)
+    assert together.join_calls([call(mask), call(wide)], [2, 2]) is None
+    assert together.join_calls([call(mask), call(None)], [2, 2]) is None
+    assert together.join_calls([call(mask), call(mask, causal=False)], [2, 2]) is None
+    masks = [TokenMasks(torch.ones(2, 4), None), TokenMasks(torch.ones(2, 5), None)]
+    assert together.join_masks(masks, [2, 2]) is None
+
+
+def test_forwards_are_put_back_after_an_error() -> None:
+    model = FAMILIES["llama"].model()
+    visit = next(iter(walk_layers(model, batches(model))))
+
+    def fail(found: InputHessian) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        visit.compress_(list(linear_weights_of(visit.layer)), fail)
+    assert all("forward" not in module.__dict__ for module in model.modules())
