@@ -83,7 +83,7 @@ class GPTQ(WhileLoading):
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
     quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
-    the model three times as often as ``fast`` and halves what quantization costs.
+    the layers about four times instead of once; perplexity of SmolLM2-135M at 4 bits rises by 4%, not by 17%.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.
