@@ -7,7 +7,7 @@ then. So the pass that calibrates a layer also sends the hidden states through t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from hfcompress.calibration.hessian import accumulate_triangle_, mirror_triangle_
 from hfcompress.calibration.observe import InputHessian, TokenMasks, real_tokens
 from hfcompress.calibration.record import LayerCall
+from hfcompress.packed import PackedWeight
+from hfcompress.structure.stack import LINEAR_TYPES
 
 # Tokens of a product: what is held in float32 at once.
 CHUNK = 4096
@@ -24,10 +26,14 @@ CHUNK = 4096
 MOST_BYTES = 1 << 30
 
 
-def fits_joined(linears: Iterable[nn.Module], tokens: int) -> bool:
-    """Tell whether the activations of all calibration tokens may be held at once."""
-    weights = [module.weight for module in linears if isinstance(module.weight, Tensor)]
-    bytes_per_token = sum(max(weight.shape) * weight.element_size() for weight in weights)
+def fits_joined(layer: nn.Module, tokens: int) -> bool:
+    """Tell whether the activations of all calibration tokens may be held at once; packed or not, the answer is one."""
+    bytes_per_token = 0
+    for module in layer.modules():
+        if isinstance(module, PackedWeight):
+            bytes_per_token += max(module.rows, module.columns) * module.weight_scale.element_size()
+        elif isinstance(module, LINEAR_TYPES) and isinstance(module.weight, Tensor):
+            bytes_per_token += max(module.weight.shape) * module.weight.element_size()
     return tokens * bytes_per_token <= MOST_BYTES
 
 

@@ -105,25 +105,36 @@ class LayerVisit:
     def _compress_joined_(self, names: Sequence[str], compress: Callable[[InputHessian], None]) -> bool:
         """Return False, with nothing done, where one joined pass is not possible."""
         linears = {name: module for name, module in linear_weights_of(self.layer).items() if name in names}
-        reached, hidden = self._reached(), self.hidden_states
-        if len({states.shape[1:] for states in hidden}) != 1:
-            return False
-        sizes = [len(states) for states in hidden]
-        call = join_calls([call for _, call, _ in reached], sizes)
-        masks = join_masks([mask for _, _, mask in reached], sizes)
-        tokens = sum(states.shape[:-1].numel() for states in hidden)
-        if call is None or masks is None or not fits_joined(linears.values(), tokens):
+        joined = self._joined()
+        if joined is None:
             return False
         with watching(self.layer):
             groups, others = call_order(self.layer, lambda: self.output(0), linears)
             if others:
                 return False
-            output = JoinedPass(self.layer, linears, groups, masks, compress).run(call, torch.cat(hidden))
+            call, masks, hidden = joined
+            self._take_(JoinedPass(self.layer, linears, groups, masks, compress).run(call, hidden))
+        return True
+
+    def _joined(self) -> tuple[LayerCall, TokenMasks, Tensor] | None:
+        """Return all batches as one, or None where they do not fit together or not into memory."""
+        hidden = self.hidden_states
+        if len({states.shape[1:] for states in hidden}) != 1:
+            return None
+        sizes = [len(states) for states in hidden]
+        call = join_calls([call for _, call, _ in self._reached()], sizes)
+        masks = join_masks([mask for _, _, mask in self._reached()], sizes)
+        tokens = sum(states.shape[:-1].numel() for states in hidden)
+        if call is None or masks is None or not fits_joined(self.layer, tokens):
+            return None
+        return call, masks, torch.cat(hidden)
+
+    def _take_(self, output: Tensor) -> None:
+        """Give each batch its part of the output of all as its hidden states."""
         batches = [one for one in self.batches if self.index in one.calls and one.hidden is not None]
-        for one, states in zip(batches, output.split(sizes)):
+        for one, states in zip(batches, output.split([len(states) for states in self.hidden_states])):
             one.calls.pop(self.index)
             one.hidden = states
-        return True
 
     def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
         linears = linear_weights_of(self.layer)
@@ -133,8 +144,12 @@ class LayerVisit:
         return found
 
     def advance_(self) -> None:
-        """Send the hidden states of all batches through the layer."""
+        """Send the hidden states of all batches through the layer: in one call where ``compress_`` would do so."""
+        joined = self._joined()
         with watching(self.layer), unpacked(self.layer):
+            if joined is not None:
+                self._take_(joined[0].run(self.layer, joined[2]))
+                return
             for recorded in self.batches:
                 call = recorded.calls.pop(self.index, None)
                 if call is not None and recorded.hidden is not None:
