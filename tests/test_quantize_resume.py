@@ -104,7 +104,14 @@ def stopped_after(layers: int, folder: Path, **options: Any) -> None:
         hfcompress.quantize(tiny_llama(layers=4), shards=folder, on_layer=stop, **options)
 
 
-@pytest.mark.parametrize("method", [GPTQ, hfcompress.GPTQ(group_size=32, symmetric=False, head=True)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        GPTQ,
+        hfcompress.GPTQ(group_size=32, symmetric=False, head=True),
+        hfcompress.GPTQ(group_size=32, quality="best"),
+    ],
+)
 @pytest.mark.parametrize("finished", [1, 4])
 def test_the_function_goes_on_from_its_folder(method: Any, finished: int, tmp_path: Path) -> None:
     data = {"calibration": token_batches(8)}
