@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hfcompress.checkpoint.verify import require_loader
 from hfcompress.distillation import DistillationConfig
-from hfcompress.errors import DataError, ModelError, RecipeError
-from hfcompress.evaluate import load_metric
+from hfcompress.errors import ModelError, RecipeError
+from hfcompress.evaluate import load_metric, refuse_unreadable
 from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Stage
 from hfcompress.structure import DropLayers
@@ -23,15 +23,16 @@ def check_before_work(source: Source) -> None:
     """Open everything a recipe names, so that a fault shows before the first stage and not hours into it."""
     recipe = source.recipe
     _ = source.config  # a model that is not there is said before any data are opened
-    if source.data_labels is not None and len(source.data_labels) < 2:
-        raise DataError(f"The training data have only one label, {source.data_labels}; there is nothing to classify.")
+    source.task.check(source.config, source.processor, recipe.data)
+    _ = source.head
     if source.head_is_new and recipe.stages[0].kind != "finetune":
         raise ModelError(
-            f"Model '{recipe.model.id}' has no trained classification head. Begin the recipe with a finetune stage."
+            f"Model '{recipe.model.id}' has no trained head for {recipe.task}. Begin the recipe with a finetune stage."
         )
-    for name in recipe.evaluate.metrics or ():
+    refuse_unreadable(source.metrics, source.task.forms(source.head))
+    for name in source.metrics:
         load_metric(name)
-    if source.data_labels is not None:
+    if source.task.pads:
         _check_padding(source)
     _check_lengths(source)
     for stage in recipe.stages:
@@ -78,16 +79,17 @@ def _check_padding(source: Source) -> None:
 def _check_lengths(source: Source) -> None:
     recipe, model = source.recipe, source.recipe.model
     limit = longest_input(source.config)
-    refuse_longer(model.id, limit, *source.task.row_length(recipe.data))
+    if (row := source.task.row_length(recipe.data)) is not None:
+        refuse_longer(model.id, limit, *row)
     if recipe.evaluate.prompt:
         length = len(source.processor(recipe.evaluate.prompt)["input_ids"]) + recipe.evaluate.new_tokens
         refuse_longer(model.id, limit, "evaluate.prompt with evaluate.new_tokens", length)
     for index, stage in enumerate(recipe.stages):
         options = stage.options
-        # A classifier's calibration rows are cut to data.max_length, like all its rows.
+        # Rows that are not packed are cut to data.max_length for calibration too.
         if not isinstance(options, (Prune, Quantize)) or not options.method.needs_calibration:
             continue
-        if source.data_labels is None:
+        if source.task.packs and recipe.data.max_length is None:
             option = f"stages[{index}].{stage.kind}.calibration_length"
             refuse_longer(model.id, limit, option, options.calibration_length)
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset_builder
+from datasets import Dataset, DatasetDict, load_dataset_builder
 
 from hfcompress.bundled import is_packaged, packaged_documents
 from hfcompress.checkpoint.files import digest_of
@@ -71,7 +71,8 @@ def require_columns(rows: Dataset, columns: Iterable[str], spec: DataSpec) -> No
                 f"{describe(spec)} has no column '{column}'. {did_you_mean(column, rows.column_names)}"
                 f"Its columns: {', '.join(rows.column_names)}."
             )
-        empty = sum(value is None for value in rows[column])
+        # As Arrow holds them: nothing is decoded for this.
+        empty = rows.select_columns([column]).with_format("arrow")[:][column].null_count
         if empty:
             raise DataError(f"{describe(spec)} has {empty} rows without a value in column '{column}'; remove them.")
 
@@ -116,7 +117,7 @@ def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
 def _open(spec: DataSpec) -> DatasetDict:
     if spec.id is None:
         return DatasetDict({split: read_files(paths) for split, paths in _files_by_split(spec).items()})
-    return open_dataset(spec.id, spec.name, spec.revision, spec.text_column)
+    return open_dataset(spec.id, spec.name, spec.revision, spec.text_column or "text")
 
 
 def _only(raw: DatasetDict, name: str | None, usual: Iterable[str], role: str) -> Dataset:
@@ -138,16 +139,3 @@ def _cut(rows: Dataset, share: float, role: str) -> tuple[Dataset, Dataset]:
             f"{len(rows)} rows are too few to cut a {role} part off; give more data or a split of its own."
         )
     return rows.select(range(len(rows) - count)), rows.select(range(len(rows) - count, len(rows)))
-
-
-def label_names(rows: Dataset, column: str) -> list[str]:
-    """Return the names of the labels in the order of their numbers."""
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = sorted(set(rows[column]), key=lambda value: (isinstance(value, str), value))
-    if any(isinstance(value, float) for value in values):
-        raise DataError(f"Column '{column}' holds numbers with fractions; classification needs classes.")
-    if values and isinstance(values[0], int) and values != list(range(len(values))):
-        raise DataError(f"Labels in column '{column}' must be 0 to {len(values) - 1} without a gap, not {values[:9]}.")
-    return [str(value) for value in values]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,7 +21,8 @@ from hfcompress.distillation.teachers import is_cache
 from hfcompress.errors import DataError
 from hfcompress.progress import busy
 from hfcompress.recipe import ModelSpec, Prune, Quantize, Recipe
-from hfcompress.tasks import TASKS, Task, batches
+from hfcompress.tasks import TASKS, Head, HeldOut, Task, batches
+from hfcompress.tasks.inputs import without_labels
 
 Dtype = Literal["auto", "float32", "fast"]
 
@@ -53,12 +54,13 @@ class Source:
 
     @cached_property
     def processor(self) -> Any:
-        """Return the tokenizer: the original model's, unless a stage has changed it."""
+        """Return the original model's tokenizer, image processor or processor, unless a stage has changed it."""
         model = self.recipe.model
         return opening.open_processor(
             model
             if self.tokenizer is None
-            else ModelSpec(str(self.tokenizer), trust_remote_code=model.trust_remote_code)
+            else ModelSpec(str(self.tokenizer), trust_remote_code=model.trust_remote_code),
+            self.task,
         )
 
     @cached_property
@@ -67,43 +69,64 @@ class Source:
         recipe = self.recipe
         needs_calibration = any(needs_calibration_data(stage.options) for stage in recipe.stages)
         splits = opening_data.load_splits(recipe.data, recipe.seed, needs_calibration)
-        for part in splits.values():
+        for name, part in splits.items():
             opening_data.require_columns(part, self.task.columns(recipe.data), recipe.data)
+            splits[name] = self.task.kept(part, recipe.data)
         return splits
 
     @cached_property
-    def data_labels(self) -> list[str] | None:
-        """Return the class names found in the training data, None for tasks without classes."""
-        if self.recipe.task != "sequence-classification":
-            return None
-        return opening_data.label_names(self.raw["train"], self.recipe.data.label_column)
+    def head(self) -> Head | None:
+        """Return the head that the data ask for, its classes in the order of the model's.
 
-    @cached_property
+        None for tasks whose data say nothing about it.  Raises DataError for labels that are none, ModelError for a
+        trained head that they do not fit.
+        """
+        head = self.task.head(self.raw["train"], self.recipe.data)
+        if head is None:
+            return None
+        return replace(head, names=tuple(opening.head_labels(self.recipe.model, head, self.task)))
+
+    @property
     def labels(self) -> list[str] | None:
-        """Return the class names in the order of the model's head; raise ModelError when they don't fit it."""
-        if self.data_labels is None:
-            return None
-        return opening.head_labels(self.recipe.model, self.data_labels)
+        """Return the class names in the order of the model's head, none for a regression; None for other tasks."""
+        return None if self.head is None else list(self.head.names)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the metrics that the recipe names, or those of its task."""
+        return self.recipe.evaluate.metrics or self.task.metrics_for(self.head)
 
     @cached_property
-    def _encoded(self) -> dict[str, Dataset]:
+    def _encoded(self) -> dict[str, Any]:
         return {}
 
-    def encoded(self, part: str) -> Dataset:
-        """Return one part of the data as token rows with labels, made once."""
+    def encoded(self, part: str) -> Any:
+        """Return one part of the data as rows that the model takes, with labels, made once."""
         if part not in self._encoded:
             self._encoded[part] = self.task.encode(self.raw[part], self.processor, self.recipe.data, self.labels)
         return self._encoded[part]
 
     def texts(self) -> Iterator[str]:
         """Yield the texts whose tokens a smaller vocabulary must have; see ``PruneVocabulary``."""
-        data = self.recipe.data
-        for part in ("train", "calibration") if self.data_labels is not None else tuple(self.raw):
-            for column in (data.text_column, data.text_pair_column):
-                if column is not None and part in self.raw:
-                    yield from self.raw[part][column]
+        for part in ("train", "calibration") if self.task.head_name is not None else tuple(self.raw):
+            if part in self.raw:
+                yield from self.task.texts(self.raw[part], self.recipe.data)
 
-    def calibration_rows(self, options: Prune | Quantize) -> Dataset:
+    def held_out(self) -> tuple[Any, HeldOut]:
+        """Return the encoded rows that every measurement uses, and what their answers are read against."""
+        recipe, limit, rows = self.recipe, self.recipe.evaluate.max_rows, self.raw["held_out"]
+        if limit is None:
+            encoded = self.encoded("held_out")
+        elif self.task.packs:
+            encoded = self.encoded("held_out")
+            encoded = encoded.select(range(min(len(encoded), limit)))
+        else:
+            rows = rows.select(range(min(len(rows), limit)))
+            encoded = self.task.encode(rows, self.processor, recipe.data, self.labels)
+        beams = recipe.evaluate.num_beams or 1
+        return encoded, HeldOut(rows, self.processor, recipe.data, self.labels, self.open_original, beams)
+
+    def calibration_rows(self, options: Prune | Quantize) -> Any:
         """Return the rows for calibration.  Raises DataError when that part of the data fills no row."""
         count, length = options.calibration_rows, options.calibration_length
         rows = self.task.calibration_rows(self.raw["calibration"], self.processor, self.recipe.data, count, length)
@@ -117,20 +140,20 @@ class Source:
     @cached_property
     def head_is_new(self) -> bool:
         """Tell whether the model has no trained head for the task, so that its first answers are random."""
-        return self.data_labels is not None and not opening.has_trained_head(self.config)
+        return self.task.head_name is not None and not opening.has_trained_head(self.config, self.task)
 
     def open_original(self) -> PreTrainedModel:
         """Open the recipe's model; see ``opening.open_model`` for the errors."""
-        return self.open(self.recipe.model, self.labels, self.config)
+        return self.open(self.recipe.model, self.head, self.config)
 
     def open(
-        self, spec: ModelSpec, labels: list[str] | None = None, config: PreTrainedConfig | None = None
+        self, spec: ModelSpec, head: Head | None = None, config: PreTrainedConfig | None = None
     ) -> PreTrainedModel:
         """Open any model for the recipe's task and its batches."""
         # A Hub id and a file to convert bring their libraries' own bars.
         with busy(f"opening {Path(spec.id).name}") if Path(spec.id).is_dir() else nullcontext():
-            model = opening.open_model(spec, self.task, labels, config)
-        self.task.prepare_(model, self.processor)
+            model = opening.open_model(spec, self.task, head, config)
+        self.task.prepare_(model, self.processor, self.head)
         return model
 
     def open_in(self, spec: ModelSpec, dtype: Dtype) -> PreTrainedModel:
@@ -162,7 +185,7 @@ class Job:
 
     @property
     def processor(self) -> Any:
-        """Return the tokenizer."""
+        """Return the tokenizer, image processor or processor."""
         return self.source.processor
 
     def open_model(self, dtype: Dtype = "auto", folder: Path | None = None) -> PreTrainedModel:
@@ -187,21 +210,31 @@ class Job:
         folder = self.finished.get(name)
         return self.source.open_in(ModelSpec(id=name) if folder is None else self._spec(folder), "fast")
 
-    def held_out_batches(self) -> list[dict[str, Tensor]]:
-        """Return the batches that every measurement of this recipe uses."""
-        rows = self.source.encoded("held_out")
-        limit = self.recipe.evaluate.max_rows
-        rows = rows.select(range(min(len(rows), limit))) if limit else rows
-        return batches(rows, self.task.collator(self.processor), self.recipe.evaluate.batch_size)
+    def collator(self, seed: int | None = None) -> Any:
+        """Return the function that makes a batch of encoded rows.  seed: of what is random in it."""
+        return self.task.collator(self.processor, self.recipe.data, seed)
+
+    def held_out_batches(self) -> tuple[list[dict[str, Tensor]], HeldOut]:
+        """Return the batches that every measurement of this recipe uses, and what their answers are read against."""
+        rows, held_out = self.source.held_out()
+        return batches(rows, self.collator(self.recipe.seed), self.recipe.evaluate.batch_size), held_out
 
     def calibration_batches(self, options: Prune | Quantize, batch_size: int = 8) -> list[dict[str, Tensor]]:
-        """Return calibration batches of unlabelled rows."""
-        return batches(self.source.calibration_rows(options), self.task.collator(self.processor), batch_size)
+        """Return calibration batches without labels; a decoder is shown the right tokens so far."""
+        rows = self.source.calibration_rows(options)
+        config = opening.open_config(self._spec(self.folder))
+        return [without_labels(batch, config) for batch in batches(rows, self.collator(self.recipe.seed), batch_size)]
 
     def training_batches(self, rows: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
         """Return batches of the first training rows, with their labels."""
         data = self.source.encoded("train")
-        return batches(data.select(range(min(rows, len(data)))), self.task.collator(self.processor), batch_size)
+        few = data.select(range(min(rows, len(data))))
+        return batches(few, self.collator(self.recipe.seed), batch_size)
+
+    def example(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return the inputs of one row, with which a model is verified and looked into."""
+        rows = self.source.encoded("held_out")
+        return without_labels(batches(rows.select(range(1)), self.collator(self.recipe.seed), 1)[0], model.config)
 
     def after(self, name: str, folder: Path, work: Path) -> Job:
         """Return the job of the next stage, which starts from the checkpoint of stage ``name``."""

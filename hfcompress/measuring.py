@@ -21,15 +21,19 @@ def evaluate_folder(
     """
     say(description)
     published = ModelSpec(id=str(folder), trust_remote_code=recipe.model.trust_remote_code)
-    job = Job(Source(dataclasses.replace(recipe, model=published)), folder, folder)
+    source = Source(dataclasses.replace(recipe, model=published))
+    job = Job(source, folder, folder)
     model = job.open_model("fast")
     summary = inspect_checkpoint(folder)
     evaluation = recipe.evaluate
-    batches = job.held_out_batches()
+    batches, held_out = job.held_out_batches()
+    # Some tasks are measured against the model that the recipe began with.
+    held_out = dataclasses.replace(held_out, original=Source(recipe).open_original)
     return measure(
         model,
         batches=batches if with_metrics else batches[:1],
-        metrics=(evaluation.metrics or job.task.metrics) if with_metrics else (),
+        metrics=source.metrics if with_metrics else (),
+        reader=job.task.reader(held_out) if with_metrics else None,
         tokenizer=job.processor,
         prompt=evaluation.prompt,
         new_tokens=evaluation.new_tokens,

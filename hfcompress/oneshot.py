@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class OneShot:
         _refuse_output(self.output, self.model, self.overwrite)
         with self._finished_layers() as shards:
             _refuse_untrained_head(self._spec, self._config, self._task)
-            processor = opening.open_processor(self._spec)
+            processor = opening.open_processor(self._spec, self._task)
             self._check_plan(stage)
             calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
             model = opening.open_model(self._spec, self._task)
@@ -140,13 +140,17 @@ class OneShot:
         length = stage.calibration_length
         refuse_longer(self.model, longest_input(self._config), "A calibration row (--length)", length)
         found = {"files": (self.data,)} if os.path.isfile(os.path.expanduser(self.data)) else {"id": self.data}
-        source = DataSpec(**found, text_column=self.text_column, max_length=length)
+        if not self._task.one_text:
+            raise DataError(
+                f"Calibration for {self.task} needs more than a column of text. Use a recipe with a {self.kind} stage."
+            )
+        source = replace(DataSpec(**found, text_column=self.text_column).of(self.task), max_length=length)
         raw = load_train_rows(source)
         require_columns(raw, [self.text_column], source)
         rows = self._task.calibration_rows(raw, processor, source, stage.calibration_rows, length)
         if len(rows) == 0:
             raise DataError(f"{self.data} has less than {length} tokens of text, which fill no row.")
-        return batches(rows, self._task.collator(processor), BATCH_SIZE)
+        return batches(rows, self._task.collator(processor, source), BATCH_SIZE)
 
 
 def _apply_(
@@ -169,8 +173,8 @@ def _refuse_output(output: Path, model: str, overwrite: bool) -> None:
 
 def _refuse_untrained_head(spec: ModelSpec, config: PreTrainedConfig, task: Task) -> None:
     """Raise ModelError where opening the model makes a classification head of random weights, as nothing trains it."""
-    if task.auto_class == "AutoModelForSequenceClassification" and not opening.has_trained_head(config):
+    if task.head_name is not None and not opening.has_trained_head(config, task):
         raise ModelError(
-            f"Model '{spec.id}' has no trained classification head, and one-shot methods train none. Run a recipe "
-            "that begins with a finetune stage, or name a trained classifier."
+            f"Model '{spec.id}' has no trained head for {task.name}, and one-shot methods train none. Run a recipe "
+            "that begins with a finetune stage, or name a trained model."
         )

@@ -19,17 +19,17 @@ from hfcompress.checkpoint.files import deciding_files, digest_of
 from hfcompress.errors import MissingDependencyError, ModelError
 from hfcompress.progress import quiet_bars
 from hfcompress.recipe import ModelSpec
-from hfcompress.tasks import Task
+from hfcompress.tasks import Head, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def open_model(
-    spec: ModelSpec, task: Task, labels: list[str] | None = None, config: PreTrainedConfig | None = None
+    spec: ModelSpec, task: Task, head: Head | None = None, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
     """Open the model for a task, in evaluation mode, with its weights checked.
 
-    labels: class names in the order of the head, see ``head_labels``; None leaves the config's own.
+    head: what a new head is made for, with class names in its order; None leaves the config's own.
     config: the model's own, where ``open_config`` has read it before: from a GGUF file that takes seconds.
     Raises ModelError when there is no such model or a weight is NaN or infinite; CheckpointError when a file of a
     local folder is damaged.
@@ -41,9 +41,10 @@ def open_model(
         options["use_safetensors"] = True
     else:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if labels is not None and not has_trained_head(config):
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
+    if head is not None and not has_trained_head(config, task):
+        names = head.names or ("LABEL_0",)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
     auto_class = getattr(transformers, task.auto_class)
     dtype = DTYPES.get(spec.dtype, "auto")
     try:
@@ -61,25 +62,32 @@ def open_model(
 
 
 def _refuse_missing(spec: ModelSpec, task: Task, config: PreTrainedConfig, missing: Iterable[str]) -> None:
-    """Raise ModelError for weights that the checkpoint lacks: they would be random.  A new classifier's may be."""
-    names = sorted(missing)
-    if names and (task.auto_class != "AutoModelForSequenceClassification" or has_trained_head(config)):
+    """Raise ModelError for weights that the checkpoint lacks: they would be random.  Those of a new head may be."""
+    names = sorted(name for name in missing if not name.startswith(task.spare))
+    if names and (task.head_name is None or has_trained_head(config, task)):
         raise ModelError(
             f"Model '{spec.id}' lacks {len(names)} weights of a {task.name} model, among them "
             f"{', '.join(names[:3])}; they would be random. Is it a checkpoint for this task?"
         )
 
 
-def open_processor(spec: ModelSpec) -> Any:
-    """Open the model's tokenizer.  Raises ModelError when it has none."""
+def open_processor(spec: ModelSpec, task: Task | None = None) -> Any:
+    """Open what makes the model's inputs for a task: an image processor, one of sounds, else its tokenizer.
+
+    Raises ModelError when the model has none.
+    """
     where, options = _location(spec)
+    kind = "AutoTokenizer" if task is None else task.auto_processor
+    what = "tokenizer" if kind == "AutoTokenizer" else "processor"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        processor = getattr(transformers, kind).from_pretrained(where, **options)
+    except ImportError as error:
+        raise MissingDependencyError(f"The {what} of '{spec.id}' needs another package: {error}") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"Model '{spec.id}' has no tokenizer that can be opened: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        raise ModelError(f"Model '{spec.id}' has no {what} that can be opened: {error}") from error
+    if what == "tokenizer" and processor.pad_token is None:
+        processor.pad_token = processor.eos_token
+    return processor
 
 
 def _location(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
@@ -112,28 +120,33 @@ def open_config(spec: ModelSpec) -> PreTrainedConfig:
         ) from error
 
 
-def has_trained_head(config: PreTrainedConfig) -> bool:
-    """Tell whether a classifier's checkpoint holds its head, from the class that saved it."""
-    return any("ForSequenceClassification" in name for name in config.architectures or [])
+def has_trained_head(config: PreTrainedConfig, task: Task) -> bool:
+    """Tell whether a checkpoint holds the task's head, from the class that saved it."""
+    return any(str(task.head_name) in name for name in config.architectures or [])
 
 
-def head_labels(spec: ModelSpec, of_data: list[str]) -> list[str]:
+def head_labels(spec: ModelSpec, wanted: Head, task: Task) -> list[str]:
     """Return the class names in the order of the model's head, or the data's where the head is new.
 
     A trained head's own names win where they are the data's names.  Numbers on either side stand for the head's order.
-    Raises ModelError when a trained head has another number of classes, or other names.
+    Raises ModelError when a trained head has another number of classes, other names, or is for another problem.
     """
-    config = open_config(spec)
-    if not has_trained_head(config):
+    config, of_data = open_config(spec), list(wanted.names)
+    if not has_trained_head(config, task):
         return of_data
-    if config.num_labels != len(of_data):
+    if config.problem_type is not None and wanted.problem not in (None, config.problem_type):
         raise ModelError(
-            f"Model '{spec.id}' has a trained head of {config.num_labels} labels, but the data have {len(of_data)}: "
-            f"{', '.join(of_data[:9])}. Use data with the model's labels, or a model without a head."
+            f"Model '{spec.id}' has a trained head for {config.problem_type}, but the data are for {wanted.problem}. "
+            "Use other data, or a model without a head."
+        )
+    if config.num_labels != wanted.size:
+        raise ModelError(
+            f"Model '{spec.id}' has a trained head of {config.num_labels} labels, but the data have {wanted.size}: "
+            f"{', '.join(of_data[:9]) or 'a number'}. Use data with the model's labels, or a model without a head."
         )
     own = list((config.id2label or {}).values())
-    if set(own) == set(of_data):
-        return own
+    if set(own) == set(of_data) or not of_data:
+        return own if of_data else []
     numbered = [str(index) for index in range(len(own))]
     if of_data == numbered or own in (numbered, [f"LABEL_{index}" for index in range(len(own))]):
         return of_data

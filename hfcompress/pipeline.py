@@ -81,6 +81,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
         space.stage_folder(position, name),
         outcome.processor or job.processor,
         verify=is_last,
+        inputs=job.example(outcome.model) if is_last and outcome.processor is None else None,
         extra_files=files,
     )
     shutil.rmtree(space.work_folder(name), ignore_errors=True)

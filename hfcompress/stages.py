@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.job import Job
+from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
 from hfcompress.pruning.gradual import GradualPruneCallback
 from hfcompress.pruning.oneshot import prune
@@ -66,11 +67,7 @@ def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
     model = job.open_model("float32")
     arguments = TrainingArguments(**training_options(options, job.work, job.recipe.seed))
     pruning = _pruning(options)
-    trainer = Trainer(model=model, args=arguments, **_data_of(job), callbacks=list(pruning))
-    if job.task.name != "causal-lm":
-        # Classification heads return a mean whatever they are told (transformers#47688), so the Trainer must divide.
-        trainer.model_accepts_loss_kwargs = False
-        trainer.loss_is_scaled_for_ga = False
+    trainer = PerItemTrainer(model=model, args=arguments, **_data_of(job), callbacks=list(pruning))
     train(trainer, name)
     return Outcome(_in_saved_dtype(model, job), _trained(trainer, pruning))
 
@@ -104,7 +101,7 @@ def _prune(job: Job, options: Prune, name: str) -> Outcome:
 
 def _shrink(job: Job, options: Shrink, name: str) -> Outcome:
     model = job.open_model()
-    report = shrink(model)
+    report = shrink(model, inputs=job.example(model))
     before, after = report.parameters
     summary = (
         f"{report.removed_heads} heads and {report.removed_neurons} neurons removed, {before - after:,} parameters"
@@ -138,7 +135,8 @@ def _data_of(job: Job) -> dict[str, Any]:
     return {
         "train_dataset": job.source.encoded("train"),
         "eval_dataset": job.source.encoded("held_out"),
-        "data_collator": job.task.collator(job.processor),
+        "data_collator": job.collator(),
+        "outputs": job.task.outputs(job.recipe.data),
     }
 
 

@@ -26,6 +26,7 @@ from hfcompress.job import Source
 from hfcompress.outputs import label_names
 from hfcompress.recipe import Distill, ModelSpec, Recipe
 from hfcompress.structure.lengths import longest_input
+from hfcompress.tasks import Task
 from hfcompress.tasks.lengths import refuse_longer
 
 ORIGINAL = "original"
@@ -54,43 +55,60 @@ def check_teachers(source: Source, options: Distill) -> None:
 
 
 def _check_model(source: Source, teacher: ModelSpec) -> None:
-    """A model from outside reads the student's tokens, and its logits must mean the student's classes."""
-    config, student = opening.open_config(teacher), source.config
-    refuse_longer(teacher.id, longest_input(config), *source.task.row_length(source.recipe.data))
-    tokenizer = opening.open_processor(teacher)
-    if source.labels is None:
+    """A model from outside reads the student's inputs, and its outputs must mean the student's."""
+    task, config, student = source.task, opening.open_config(teacher), source.config
+    if (row := task.row_length(source.recipe.data)) is not None:
+        refuse_longer(teacher.id, longest_input(config), *row)
+    own, other = (_tokenizer(one) for one in (source.processor, opening.open_processor(teacher, task)))
+    if _predicts_tokens(task) and own is not None:
         sizes = [int(one.get_text_config().vocab_size or 0) for one in (student, config)]
-        shared_vocabulary(sizes[0], sizes[1], source.processor, tokenizer)
+        shared_vocabulary(sizes[0], sizes[1], own, other)
         return
-    refuse_other_vocabulary(source.processor.get_vocab(), tokenizer.get_vocab())
-    if not opening.has_trained_head(config):
-        raise ModelError(f"Teacher '{teacher.id}' has no trained classification head, so it has nothing to teach.")
-    refuse_other_size(len(source.labels), len(label_names(config)))
-    refuse_other_labels(
-        label_names(student) if opening.has_trained_head(student) else source.labels, label_names(config)
-    )
+    if own is not None and other is not None:
+        refuse_other_vocabulary(own.get_vocab(), other.get_vocab())
+    if task.head_name is None:
+        widths = [int(one.get_text_config().hidden_size) for one in (student, config)]
+        refuse_other_size(widths[0], widths[1], "vectors")
+        return
+    if not opening.has_trained_head(config, task):
+        raise ModelError(f"Teacher '{teacher.id}' has no trained head for {task.name}, so it has nothing to teach.")
+    if source.labels:
+        refuse_other_size(len(source.labels), len(label_names(config)))
+        trained = opening.has_trained_head(student, task)
+        refuse_other_labels(label_names(student) if trained else source.labels, label_names(config))
+
+
+def _predicts_tokens(task: Task) -> bool:
+    """Tell whether the task's classes are tokens of a text."""
+    return task.head_name is None and task.auto_class != "AutoModel"
+
+
+def _tokenizer(processor: Any) -> Any:
+    """Return the tokenizer of a processor, None for one of images."""
+    found = getattr(processor, "tokenizer", processor)
+    return found if hasattr(found, "get_vocab") else None
 
 
 def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None:
     """A cache must hold the answers to these rows that these losses need."""
     index = cache.index
-    if source.labels is not None:
+    if source.labels:
         refuse_other_size(len(source.labels), len(index.labels))
     for name, loss in named(options.losses or ()).items():
         if index.k is not None and not getattr(loss, "takes_top_k", False) and not isinstance(loss, FeatureLoss):
             raise ModelError(
                 f"{cache.folder} holds the {index.k} most probable classes only; {name} needs all. Use top_k_kl."
             )
-    rows, collator = source.encoded("train"), source.task.collator(source.processor)
+    rows, collator = source.encoded("train"), source.task.collator(source.processor, source.recipe.data)
     for row in sorted({0, len(rows) // 2, len(rows) - 1}):
         cache.refuse_other_data(collator([rows[row]]))
 
 
 def _classes(source: Source) -> int | None:
     """Return how many classes a place has, None where the recipe does not say."""
-    if source.labels is not None:
+    if source.labels:
         return len(source.labels)
-    return int(source.config.get_text_config().vocab_size or 0) if source.task.name == "causal-lm" else None
+    return int(source.config.get_text_config().vocab_size or 0) if _predicts_tokens(source.task) else None
 
 
 def cache_recipe_teacher(
@@ -107,7 +125,7 @@ def cache_recipe_teacher(
     refuse_k(k, _classes(source))
     rows: Any = source.encoded("train")
     model = source.open_in(spec, "fast")
-    collator = source.task.collator(source.processor)
+    collator = source.task.collator(source.processor, source.recipe.data)
     return cache_teacher(
         model, rows, folder, collator=collator, k=k, temperature=temperature, batch_size=batch_size, name=spec.id
     )
@@ -118,8 +136,8 @@ def _spec_of(source: Source, teacher: str) -> ModelSpec:
     if teacher == ORIGINAL:
         if source.head_is_new:
             raise ModelError(
-                f"Model '{source.recipe.model.id}' has no trained classification head, so it has nothing to teach. "
-                "Name a fine-tuned one as teacher."
+                f"Model '{source.recipe.model.id}' has no trained head for {source.task.name}, so it has nothing to "
+                "teach. Name a fine-tuned one as teacher."
             )
         return source.recipe.model
     if teacher in stages:

@@ -52,6 +52,8 @@ def train(trainer: Trainer, description: str) -> None:
         trainer.add_callback(_ShowProgress(shown))
         with _writing(work):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # In mixed precision the model's forward stays wrapped in autocast, with which it answers unlike its reloaded twin.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 @contextmanager

@@ -203,19 +203,18 @@ def test_a_full_disk_is_known_beforehand(tmp_path: Path) -> None:
     refuse_full_disk(tmp_path, 1)
 
 
-def test_an_image_model_needs_its_inputs(tmp_path: Path) -> None:
+def test_an_image_model_is_verified_on_images(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
     )
     model = ViTForImageClassification(config)
-    with pytest.raises(CheckpointError, match="takes pixel_values; give verify its inputs="):
-        save_compressed(model, tmp_path / "out", verify=True)
-    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    saved = save_compressed(model, tmp_path / "out", verify=True, inputs=inputs)
-    assert saved.verification is not None
-    assert saved.verification.loaded_by == "AutoModelForImageClassification"
+    for inputs in (None, {"pixel_values": torch.randn(2, 3, 16, 16)}):
+        saved = save_compressed(model, tmp_path / "out", verify=True, inputs=inputs)
+        assert saved.verification is not None
+        assert saved.verification.loaded_by == "AutoModelForImageClassification"
+        assert saved.verification.max_logit > 0
 
 
 def test_reloads_as_the_task_model(bert_dir: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import hfcompress.evaluate.quality as quality
+import hfcompress.evaluate.readers as readers
 from hfcompress.errors import DataError, HFCompressError, ModelError
 from hfcompress.evaluate import (
     METRICS,
@@ -131,12 +131,12 @@ def test_metrics_that_cannot_be_had_are_errors() -> None:
         load_metric("somebody/metric")
 
 
-@pytest.mark.parametrize("at_once", [quality.FLOAT32_AT_ONCE, 5 * VOCABULARY_SIZE])
+@pytest.mark.parametrize("at_once", [readers.FLOAT32_AT_ONCE, 5 * VOCABULARY_SIZE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_perplexity_equals_a_plain_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, at_once: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(quality, "FLOAT32_AT_ONCE", at_once)
+    monkeypatch.setattr(readers, "FLOAT32_AT_ONCE", at_once)
     model, batches = tiny_llama().to(dtype).eval(), with_ignored(token_batches())
     found = evaluate_model(model, batches, ["perplexity", "accuracy"])
     total, hits, tokens = 0.0, 0, 0
@@ -228,7 +228,7 @@ def test_wrong_labels_are_errors() -> None:
     scores = [{**batch, "labels": batch["labels"].float()} for batch in classified()]
     with pytest.raises(DataError, match="floating point"):
         evaluate_model(tiny_bert(), scores, ["accuracy"])
-    with pytest.raises(DataError, match="single output"):
+    with pytest.raises(DataError, match="Metric 'f1' takes classes or decisions, but this task's answers are numbers"):
         evaluate_model(tiny_bert(num_labels=1), classified(), ["f1"])
     with pytest.raises(ModelError, match="no logits"):
         evaluate_model(tiny_llama().model, token_batches(), ["accuracy"])

@@ -141,7 +141,12 @@ def test_an_untrained_head_must_be_finetuned_first(tmp_path: Path, tokenizer: Pr
     tokenizer.save_pretrained(tmp_path / "encoder")
     write_reviews(tmp_path / "reviews.tsv")
     recipe = classification(tmp_path, tmp_path / "encoder")
-    refused(tmp_path, recipe, ModelError, "no trained classification head. Begin the recipe with a finetune stage")
+    refused(
+        tmp_path,
+        recipe,
+        ModelError,
+        "no trained head for sequence-classification. Begin the recipe with a finetune stage",
+    )
 
 
 def test_output_that_is_not_ours(tmp_path: Path, llama_dir: Path, text: Path) -> None:
@@ -367,7 +372,7 @@ def named(*labels: str) -> dict[str, Any]:
     [
         (lambda: tiny_bert(**named("good", "bad")), "Class 0 is 'bad' for the student and 'good' for the teacher"),
         (lambda: tiny_bert(num_labels=3), "student has 2 classes or tokens and the teacher 3"),
-        (lambda: tiny_bert().bert, "Teacher '.*teacher' has no trained classification head"),
+        (lambda: tiny_bert().bert, "Teacher '.*teacher' has no trained head for sequence-classification"),
     ],
     ids=["order", "number", "head"],
 )

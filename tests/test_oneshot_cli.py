@@ -126,7 +126,9 @@ def test_a_new_classification_head_is_not_saved_as_if_trained(
 ) -> None:
     tiny_bert().bert.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ModelError, match=r"encoder' has no trained classification head.* a finetune stage"):
+    with pytest.raises(
+        ModelError, match=r"encoder' has no trained head for sequence-classification.* a finetune stage"
+    ):
         prune(tmp_path / "encoder", "--task", "sequence-classification", *MAGNITUDE, 0.5, "-o", tmp_path / "sparse")
     assert not (tmp_path / "sparse").exists()
 

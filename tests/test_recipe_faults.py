@@ -12,6 +12,7 @@ import yaml
 
 from hfcompress.errors import RecipeError
 from hfcompress.recipe import (
+    TASKS,
     bundled_recipes,
     load_recipe,
     parse_recipe,
@@ -99,9 +100,9 @@ REPLACED = [
     ("name: plain", "name:", ["line 1, name: must be text, but is empty"]),
     ("task: causal-lm\n", "", ["'task' is missing"]),
     ("causal-lm", "causallm",
-     ["line 2, task: 'causallm' is not one of causal-lm, sequence-classification (causal-lm?)"]),
+     [f"line 2, task: 'causallm' is not one of {', '.join(TASKS)} (causal-lm?)"]),
     ("causal-lm", "audio-classification",
-     ["line 2, task: task 'audio-classification' is not there yet; known: causal-lm, sequence-classification"]),
+     [f"line 2, task: task 'audio-classification' is not there yet; known: {', '.join(TASKS)}"]),
     ("causal-lm", "text-generation", ["line 2, task: task 'text-generation' is called causal-lm here"]),
     ("causal-lm", "[a]", ["line 2, task: must be text, not a list"]),
     ("model: {id: a/b}", "model: a/b", ["line 3, model: must be a mapping of options, not 'a/b'"]),

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 
+from hfcompress.errors import RecipeError
 from hfcompress.job import Source
 from hfcompress.pipeline import compress
-from hfcompress.recipe import parse_recipe
+from hfcompress.recipe import DataSpec, parse_recipe
 from hfcompress.structure.lengths import longest_input
+from hfcompress.tasks import TASKS
 from tests.conftest import SPECIAL, WORDS, tiny_gpt2_classifier, word_tokenizer
 from tests.runs import write_reviews
+from tests.tiny_tasks import TINY, heard
 
 SMALL = {
     "hidden_size": 32,
@@ -92,7 +98,7 @@ def test_a_decoder_without_a_padding_token_classifies_batches(tmp_path: Path, pa
     source = Source(recipe)
     model = source.open_original()
     rows = [{"input_ids": [7, 8, 9]}, {"input_ids": [7, 8, 9, 10, 11, 12]}]
-    together = source.task.collator(source.processor)(rows)
+    together = source.task.collator(source.processor, recipe.data)(rows)
     with torch.no_grad():
         logits = model(**together).logits
         for row, found in zip(rows, logits):
@@ -101,3 +107,33 @@ def test_a_decoder_without_a_padding_token_classifies_batches(tmp_path: Path, pa
     folder = compress(recipe)
     written = json.loads((folder / "config.json").read_text())
     assert written["pad_token_id"] == SPECIAL.index("[PAD]" if padding else "</s>")
+
+
+def test_the_start_of_a_transcript_is_left_to_the_model() -> None:
+    """Whisper puts its start token before the labels itself; its tokenizer's bos_token is another."""
+    processor = heard()
+    processor.tokenizer.prefix_tokens = [7, 8]
+    rows = [{"input_features": np.zeros((8, 32)), "labels": labels} for labels in ([7, 8, 9], [7, 8])]
+    batch = TASKS["speech-seq2seq"].collator(processor, DataSpec(id="none"))(rows)
+    assert batch["labels"].tolist() == [[8, 9], [8, -100]]
+
+
+def flat(values: Any) -> Iterator[int]:
+    for value in values:
+        yield from flat(value) if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("name", ["token-classification", "question-answering", "multiple-choice", "seq2seq-lm"])
+def test_a_smaller_vocabulary_has_every_token_of_the_training_rows(name: str, tmp_path: Path) -> None:
+    source = Source(TINY[name].recipe(tmp_path))
+    known = {token for text in source.texts() for token in source.processor(text)["input_ids"]}
+    rows = source.encoded("train")
+    shown = set(flat(rows["input_ids"])) | (set(flat(rows["labels"])) if name == "seq2seq-lm" else set())
+    assert len(shown) > 10
+    assert shown <= known
+
+
+@pytest.mark.parametrize("name", ["image-classification", "sentence-embeddings"])
+def test_tasks_without_a_vocabulary_of_their_own_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"stages.0.: is not for {name}"):
+        TINY[name].recipe(tmp_path, stages=[{"prune_vocabulary": {}}])

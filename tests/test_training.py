@@ -102,3 +102,17 @@ def test_bfloat16_is_trained_on_a_cpu_that_is_fast_at_it(
     arguments = TrainingArguments(**training_options(Finetune(steps=1, training=training), tmp_path, seed=0))
     assert arguments.bf16
     assert arguments.device.type == "cpu"
+
+
+def test_after_mixed_precision_the_model_answers_in_its_own(tmp_path: Path) -> None:
+    """Saving verifies a model against its reloaded twin, which knows nothing of autocast."""
+    options = training_options(Finetune(steps=1, training={"save_strategy": "no"}), tmp_path, seed=0)
+    arguments = TrainingArguments(**{**options, "use_cpu": True, "bf16": True})
+    rows = [{name: values[0] for name, values in batch.items()} for batch in token_batches(count=2, length=8)]
+    trainer = Trainer(model=tiny_llama(layers=1), args=arguments, train_dataset=rows)
+    train(trainer, "training")
+    twin = tiny_llama(layers=1)
+    twin.load_state_dict(trainer.model.state_dict())
+    batch = token_batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(trainer.model.eval()(**batch).logits, twin.eval()(**batch).logits)

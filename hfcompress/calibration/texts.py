@@ -23,16 +23,19 @@ _TEXTS_AT_ONCE = 256
 _PADDABLE = {"input_ids", "attention_mask", "token_type_ids"}
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int | None = None) -> list[list[int]]:
+def pack(
+    texts: Iterable[str], tokenizer: Any, length: int, count: int | None = None, special: bool = False
+) -> list[list[int]]:
     """Return rows of exactly ``length`` token ids from texts in order, an end token after each text; no padding.
 
     count: rows that are enough; texts beyond them are not read.  The last, shorter rest is dropped.
+    special: each text has the tokenizer's special tokens instead of an end token.
     """
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not special else []
     waiting, stream = iter(texts), list[int]()
     with busy(f"packing texts into rows of {length} tokens"):
         while (some := list(islice(waiting, _TEXTS_AT_ONCE))) and (count is None or len(stream) < count * length):
-            encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = tokenizer(some, add_special_tokens=special, verbose=False)["input_ids"]
             stream.extend(token for ids in encoded for token in (*ids, *end))
     rows = [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]
     return rows[:count]

@@ -11,11 +11,21 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file
+
+ANSWERS = (("logits",), ("start_logits", "end_logits"), ("last_hidden_state",))
+
+
+def answer_of(output: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a model says, on the CPU: its logits, those of both ends of a span, or its last hidden state."""
+    names = next(names for names in ANSWERS if all(name in output for name in names))
+    return torch.stack([output[name].cpu() for name in names])
 
 
 def main(folder: str, class_name: str, probe_file: str, device: str, plugin: str = "") -> None:
@@ -33,7 +43,7 @@ def main(folder: str, class_name: str, probe_file: str, device: str, plugin: str
         model = model.to(device)
     seconds = time.perf_counter() - started
     with torch.inference_mode():
-        logits = model(**{name: value.to(model.device) for name, value in inputs.items()})["logits"].cpu()
+        logits = answer_of(model(**{name: value.to(model.device) for name, value in inputs.items()}))
     result = {
         "max_logit_difference": float((logits.double() - expected.double()).abs().max()),
         "max_logit": float(expected.abs().max()),

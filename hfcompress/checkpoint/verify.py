@@ -24,9 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.files import read_json
+from hfcompress.checkpoint.stock_reload import answer_of
 from hfcompress.errors import CheckpointError, MissingDependencyError
 from hfcompress.formats import METHOD
 from hfcompress.progress import busy
+from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.modes import eval_mode
 
 # The same kernels run on the same bits, so only the order of sums may differ: a few units in the last place.
@@ -38,7 +40,11 @@ AUTO_CLASSES = (
     "AutoModelForQuestionAnswering",
     "AutoModelForMaskedLM",
     "AutoModelForSeq2SeqLM",
+    "AutoModelForMultipleChoice",
     "AutoModelForImageClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCTC",
+    "AutoModel",
 )
 
 
@@ -71,7 +77,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs, and the logits that the model in memory gives for them.
+    """Inputs, and what the model in memory answers to them: its logits, or its last hidden state where it has none.
 
     device: where the model ran, and where its reload runs to be compared: kernels of other devices sum in other ways.
     """
@@ -84,10 +90,10 @@ class Probe:
 
     @classmethod
     def of(cls, model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Probe:
-        """Run the model once, outside any autocast.  inputs: a row of fixed random tokens unless given."""
-        inputs = inputs or _random_tokens(model)
+        """Run the model once, outside any autocast.  inputs: a row of fixed random ones unless given."""
+        inputs = inputs or _random_inputs(model)
         with eval_mode(model), torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-            logits = model(**{name: value.to(model.device) for name, value in inputs.items()})["logits"].cpu()
+            logits = answer_of(model(**{name: value.to(model.device) for name, value in inputs.items()}))
         inputs = {name: value.cpu() for name, value in inputs.items()}
         tolerance = TOLERANCE.get(model.dtype, 1e-5)
         return cls(inputs, logits.clone(), auto_class_of(model), tolerance, _device_of(model))
@@ -98,11 +104,10 @@ def _device_of(model: PreTrainedModel) -> str:
     return str(model.device) if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else "auto"
 
 
-def _random_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        raise CheckpointError(
-            f"{type(model).__name__} takes {model.main_input_name}; give verify its inputs=, as the model takes them."
-        )
+def _random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    of_texts = model.main_input_name == "input_ids" and not type(model).__name__.endswith("ForMultipleChoice")
+    if not of_texts or model.config.is_encoder_decoder:
+        return dummy_inputs(model)
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     # A single row: decoders that classify refuse more without a padding token.

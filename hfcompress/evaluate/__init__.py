@@ -8,7 +8,8 @@ from hfcompress.evaluate.machine import describe_machine
 from hfcompress.evaluate.measurement import Measurement, measure
 from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.evaluate.metrics import METRICS, load_metric
-from hfcompress.evaluate.quality import evaluate_model
+from hfcompress.evaluate.quality import evaluate_model, refuse_unreadable
+from hfcompress.evaluate.readers import Reader
 from hfcompress.evaluate.size import StoredSize, model_size
 from hfcompress.evaluate.speed import decode_speed, forward_speed
 
@@ -16,6 +17,7 @@ __all__ = [
     "METRICS",
     "Latency",
     "Measurement",
+    "Reader",
     "StoredSize",
     "decode_speed",
     "describe_machine",
@@ -27,5 +29,6 @@ __all__ = [
     "pack_hits",
     "paired_bootstrap",
     "peak_memory_bytes",
+    "refuse_unreadable",
     "unpack_hits",
 ]

@@ -42,5 +42,5 @@ def forward_latency(model: nn.Module, batch: Mapping[str, Tensor], calls: int = 
     """Time forward passes of a batch's first row alone, padding included."""
     row = {name: tensor[:1] for name, tensor in batch.items()}
     seconds = forward_seconds(model, row, calls, WARM_UPS)
-    length = row["input_ids"].shape[1] if "input_ids" in row else None
+    length = row["input_ids"].shape[-1] if "input_ids" in row else None
     return Latency.of(FORWARD, 1, length, seconds)

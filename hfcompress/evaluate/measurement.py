@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hfcompress.errors import DataError
@@ -16,6 +17,7 @@ from hfcompress.evaluate.machine import describe_machine
 from hfcompress.evaluate.memory import peak_memory_bytes, reset_peak_memory
 from hfcompress.evaluate.modes import device_of, dtype_of
 from hfcompress.evaluate.quality import score_model
+from hfcompress.evaluate.readers import Reader
 from hfcompress.evaluate.size import StoredSize, model_size
 from hfcompress.evaluate.speed import DECODE_KIND, decode_seconds, forward_kind, forward_speed, greedy, rate_of
 from hfcompress.progress import busy
@@ -107,10 +109,8 @@ class _Counted:
         for batch in self.batches:
             self.first = batch if self.first is None else self.first
             self.rows += len(next(iter(batch.values()), ()))
-            if "attention_mask" in batch:
-                self.tokens += int(batch["attention_mask"].sum())
-            elif "input_ids" in batch:
-                self.tokens += batch["input_ids"].numel()
+            if "input_ids" in batch:
+                self.tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
             yield batch
 
 
@@ -140,18 +140,19 @@ def measure(
     new_tokens: int = 48,
     stored: StoredSize | None = None,
     description: str = "measure",
+    reader: Reader | None = None,
 ) -> Measurement:
     """Measure a model's size, quality, speed and memory.
 
     batches: dicts of tensors with labels (see ``evaluate_model``).  prompt: with ``tokenizer``, what a generating
     model continues by ``new_tokens`` tokens, which are timed and kept; others are timed on the first batch.
-    stored: what ``inspect_checkpoint`` counted in the model's folder; None counts the tensors in memory, and then the
-    size on disk is not measured. The memory peak starts at the call where the system allows (Linux), else at the
-    process's start. Raises what ``evaluate_model`` raises.
+    reader: see ``score_model``.  stored: what ``inspect_checkpoint`` counted in the model's folder; None counts the
+    tensors in memory, and then the size on disk is not measured. The memory peak starts at the call where the system
+    allows (Linux), else at the process's start. Raises what ``evaluate_model`` raises.
     """
     reset_peak_memory()
     counted = _Counted(batches)
-    scores = score_model(model, counted, metrics, description, counted.total)
+    scores = score_model(model, counted, metrics, description, counted.total, reader)
     with busy(f"{description}: timing"):
         prompt_ids, continuation = None, None
         can_generate = getattr(model, "can_generate", None)

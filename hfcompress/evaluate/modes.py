@@ -39,12 +39,6 @@ def on_device(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether the logits at a place predict the next token, so that labels must be shifted by one."""
-    can_generate = getattr(model, "can_generate", None)
-    return bool(can_generate and can_generate()) and not is_encoder_decoder(model)
-
-
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model derives its decoder's input from the labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

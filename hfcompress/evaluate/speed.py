@@ -98,22 +98,22 @@ def decode_speed(model: nn.Module, prompt_ids: Tensor, new_tokens: int = 48, run
 
 def forward_kind(batch: Mapping[str, Tensor]) -> str:
     """Say what ``forward_speed`` measures on this batch: ``forward, batch 32 x 64 tokens``."""
-    rows, length = _input_ids(batch).shape
-    return f"forward, batch {rows} x {length} tokens"
+    return f"forward, batch {' x '.join(map(str, _input_ids(batch).shape))} tokens"
 
 
 def forward_speed(model: nn.Module, batch: Mapping[str, Tensor], runs: int = RUNS) -> float:
     """Return the tokens a second of forward passes over one batch: the median of ``runs`` after a warm-up.
 
-    batch: tensors with ``input_ids`` (rows, length); padding counts, as it takes the same time.  Raises DataError for
-    a batch without tokens.
+    batch: tensors with ``input_ids`` (rows, length), maybe with choices between; padding counts, as it takes the same
+    time.  Raises DataError for a batch without tokens.
     """
     return _input_ids(batch).numel() / statistics.median(forward_seconds(model, batch, runs, 1))
 
 
 def forward_seconds(model: nn.Module, batch: Mapping[str, Tensor], runs: int, warm_ups: int) -> list[float]:
     """Return what each of ``runs`` forward passes took.  Labels are left out where the model can do without."""
-    kept = {name: tensor for name, tensor in batch.items() if name != "labels" or is_encoder_decoder(model)}
+    labels = () if is_encoder_decoder(model) else ("labels", "start_positions", "end_positions")
+    kept = {name: tensor for name, tensor in batch.items() if name not in labels}
     moved, device = on_device(model, kept), device_of(model)
     seconds = []
     with measuring(model):

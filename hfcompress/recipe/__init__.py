@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfcompress.errors import RecipeError, did_you_mean
 from hfcompress.quantization import RTN
 from hfcompress.recipe.checks import cross_faults, earlier_stage, stage_kind, stage_names
+from hfcompress.recipe.data import TASK_DATA, TASKS, DataSpec, Splits
 from hfcompress.recipe.faults import (
     Fault,
     near,
@@ -40,7 +41,7 @@ from hfcompress.recipe.options import (
     options_beside_method,
 )
 from hfcompress.recipe.schema import field_notes, recipe_schema
-from hfcompress.recipe.sections import TASKS, DataSpec, EvaluateSpec, ModelSpec, Splits
+from hfcompress.recipe.sections import EvaluateSpec, ModelSpec
 from hfcompress.recipe.text import apply_overrides_, read_yaml
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ __all__ = [
     "METHODS",
     "STAGES",
     "TASKS",
+    "TASK_DATA",
     "DataSpec",
     "Distill",
     "EvaluateSpec",

@@ -6,13 +6,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hfcompress.recipe.data import TASK_DATA, TASKS, tasks_with
 from hfcompress.recipe.faults import Fault, near
 from hfcompress.recipe.options import STAGES
 
-_ONLY_FOR = {
-    ("data", "block_size"): "causal-lm",
-    ("data", "text_pair_column"): "sequence-classification",
-    ("evaluate", "prompt"): "causal-lm",
+WITHOUT_VOCABULARY = {
+    "image-classification": "images have no tokens",
+    "speech-seq2seq": "what is said later is not known",
+    "speech-ctc": "what is said later is not known",
+    "sentence-embeddings": "its vectors are compared with those of the original, which reads other tokens",
+}
+_ONLY_FOR: dict[tuple[str, str], list[str]] = {
+    **{("data", option): tasks_with(option) for options in TASK_DATA.values() for option in options},
+    ("evaluate", "prompt"): ["causal-lm"],
+    ("evaluate", "num_beams"): ["seq2seq-lm", "speech-seq2seq"],
 }
 
 
@@ -35,12 +42,12 @@ def stage_names(kinds: Sequence[str | None]) -> list[str]:
 
 def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
     """Yield what does not fit together, even where single options have faults of their own."""
-    tasks = set(_ONLY_FOR.values())
-    for (section, option), task in _ONLY_FOR.items():
+    task = raw.get("task")
+    for (section, option), tasks in _ONLY_FOR.items():
         options = raw.get(section)
         given = isinstance(options, Mapping) and options.get(option) is not None
-        if given and isinstance(raw.get("task"), str) and raw["task"] in tasks - {task}:
-            yield Fault((section, option), f"is for {task} only; this recipe's task is {raw['task']}")
+        if given and isinstance(task, str) and task in TASKS and task not in tasks:
+            yield Fault((section, option), f"is for {', '.join(tasks)} only; this recipe's task is {task}")
     yield from _benchmark_faults(raw)
     stages = raw.get("stages")
     if isinstance(stages, list):
@@ -50,6 +57,17 @@ def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _reopened_faults(stages, kinds)
         yield from _teacher_faults(stages, kinds)
         yield from _vocabulary_faults(stages, kinds)
+        yield from _task_faults(task, kinds)
+
+
+def _task_faults(task: Any, kinds: Sequence[str | None]) -> Iterator[Fault]:
+    """Some tasks have nothing to train on, or no text whose tokens could be counted."""
+    for index, kind in enumerate(kinds):
+        if task == "sentence-embeddings" and kind == "finetune":
+            text = "sentence-embeddings have no labels to train on; use distill, which learns from a teacher"
+            yield Fault(("stages", index), text)
+        if task in WITHOUT_VOCABULARY and kind == "prune_vocabulary":
+            yield Fault(("stages", index), f"is not for {task}: {WITHOUT_VOCABULARY[str(task)]}")
 
 
 def _benchmark_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:

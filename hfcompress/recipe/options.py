@@ -17,20 +17,12 @@ from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
 from hfcompress.quantization import GPTQ, Method
 from hfcompress.quantization import METHODS as QUANTIZERS
+from hfcompress.recipe.data import TASKS, DataSpec, known_task
 from hfcompress.recipe.faults import not_a
 from hfcompress.recipe.losses import Losses
-from hfcompress.recipe.sections import (
-    FROZEN,
-    TASKS,
-    AtLeastOne,
-    DataSpec,
-    EvaluateSpec,
-    ModelSpec,
-    Text,
-    folder_name,
-    known_task,
-)
+from hfcompress.recipe.sections import EvaluateSpec, ModelSpec, folder_name
 from hfcompress.recipe.training import Training
+from hfcompress.recipe.values import FROZEN, AtLeastOne, Text
 from hfcompress.structure.layers import DropLayers
 
 
@@ -232,6 +224,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.name}")
+        object.__setattr__(self, "data", self.data.of(self.task))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values; parsing them gives an equal recipe."""

@@ -13,8 +13,9 @@ from hfcompress.distillation.losses import LOSSES
 from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
+from hfcompress.recipe.data import DataSpec, Splits
 from hfcompress.recipe.options import METHODS, STAGES, Recipe, options_beside_method
-from hfcompress.recipe.sections import Benchmark, DataSpec, EvaluateSpec, ModelSpec, Splits
+from hfcompress.recipe.sections import Benchmark, EvaluateSpec, ModelSpec
 from hfcompress.recipe.training import REFUSED, choices_of, training_types
 
 _PRUNING = (PruneOptions, HeadPruneOptions, NeuronPruneOptions, SparseGPT)

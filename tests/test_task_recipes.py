@@ -1,0 +1,50 @@
+"""Every task is measured, trained, distilled while pruned, quantized, reloaded and documented by a recipe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from hfcompress.checkpoint import inspect_checkpoint
+from hfcompress.evaluate import METRICS
+from hfcompress.job import Source
+from hfcompress.outputs import outputs_of
+from hfcompress.tasks import TASKS
+from tests.here import compress_here, stages_of
+from tests.tiny_tasks import TINY
+
+
+def test_every_task_is_here() -> None:
+    assert {one.task for one in TINY.values()} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_reader_reads_what_the_task_says(name: str, tmp_path: Path) -> None:
+    source = Source(TINY[name].recipe(tmp_path))
+    model = source.open_original()
+    reader = source.task.reader(source.held_out()[1])
+    forms = reader.forms(reader.kind or outputs_of(model))
+    assert forms == source.task.forms(source.head)
+    fitting = {one for one, metric in METRICS.items() if set(metric.takes) & set(forms)}
+    assert set(source.metrics) <= fitting
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_task_from_beginning_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TINY[name]
+    recipe = tiny.recipe(tmp_path)
+    folder = compress_here(recipe, monkeypatch)
+    stages = stages_of(folder)
+    metrics = Source(recipe).metrics
+    assert [stage["name"] for stage in stages] == ["original", *(stage.name for stage in recipe.stages)]
+    for stage in stages[0 if not Source(recipe).head_is_new else 1 :]:
+        found = stage["measurement"]["metrics"]
+        assert set(found) == set(metrics)
+        assert all(math.isfinite(float(value)) for value in found.values()), found
+    layers = inspect_checkpoint(folder).layers
+    share = 1 - sum(layer.nonzero for layer in layers) / sum(layer.parameters for layer in layers)
+    assert share > 0.35, "half of the linear weights of the layers are pruned"
+    card = (folder / "README.md").read_text()
+    assert all(metric in card for metric in metrics)
