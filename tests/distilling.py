@@ -70,9 +70,10 @@ def stack(rows: Rows) -> dict[str, Tensor]:
 
 
 def distiller(
-    student: PreTrainedModel, teacher: PreTrainedModel, folder: Path, rows: Any = None, **options: Any
+    student: PreTrainedModel | None, teacher: Any, folder: Path, rows: Any = None, **options: Any
 ) -> DistillationTrainer:
-    extra = {name: options.pop(name) for name in ("callbacks", "compute_metrics", "data_collator") if name in options}
+    others = ("callbacks", "compute_metrics", "data_collator", "model_init", "teacher_weights")
+    extra = {name: options.pop(name) for name in others if name in options}
     defaults = {
         "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1, "lr_scheduler_type": "constant",
         "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 1, "use_cpu": True,

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from hfcompress.distillation.head import head_gives_logits
 from hfcompress.distillation.losses import LogitLoss
 from hfcompress.distillation.losses.chunks import Term, sum_over_rows
 from hfcompress.distillation.losses.cross_entropy import cross_entropy
@@ -93,3 +94,13 @@ def takes_own_task_loss(trainer: Trainer, kind: Outputs) -> bool:
         and trainer.model_accepts_loss_kwargs
         and not (special or routed or theirs)
     )
+
+
+def takes_logits(args: TrainingArguments, student: Any) -> bool:
+    """Tell whether the student's logits are taken from its head, see ``head``.
+
+    Not in float16, whose small gradients the loss's scale must reach first; and the hook needs a model that runs
+    layer by layer in one piece.
+    """
+    otherwise_run = args.torch_compile or args.fsdp or args.deepspeed
+    return not (args.fp16 or otherwise_run) and head_gives_logits(student)

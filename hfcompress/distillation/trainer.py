@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from hfcompress.distillation.checks import check_pair, check_run, logit_losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
+from hfcompress.distillation.head import run_for_logits
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.on_policy import OnPolicy, write_completions
 from hfcompress.distillation.projections import ProjectionTrainer
 from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
-from hfcompress.distillation.terms import LogitTerms, takes_own_task_loss
+from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_task_loss
 from hfcompress.distillation.tokens import real_tokens
 from hfcompress.outputs import row_count
 from hfcompress.outputs.trainer import PerItemTrainer
@@ -77,6 +78,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         )
         self.alpha = self.args.alpha if self.kind.label_columns else 1.0
         self.own_task_loss = takes_own_task_loss(self, self.kind)
+        self.takes_logits = self.own_task_loss and takes_logits(self.args, student)
         self.logit_losses = logit_losses_of(self.args, self.kind, self.teachers)
         features = {name: loss for name, loss in named(self.args.chosen).items() if isinstance(loss, FeatureLoss)}
         self.matcher: FeatureMatcher | None = None
@@ -84,6 +86,11 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
             first = self.teachers[0][0]
             assert isinstance(first, LiveTeacher)
             self.matcher = FeatureMatcher(features, student, first.model, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer; what an earlier training has not logged is none of this one's."""
+        self._terms, self._terms_steps = {}, 0
+        return super().create_optimizer(model)
 
     @property
     def _student(self) -> Any:
@@ -171,11 +178,12 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any]:
         """Return the batch's mean task loss, unless there is none or the logits give it, and the student's outputs."""
-        if self.own_task_loss or not self.kind.label_columns:
-            return None, model(
-                **{name: value for name, value in inputs.items() if name not in self.kind.label_columns}
-            )
-        return self.task_mean(model, inputs)
+        if not self.own_task_loss and self.kind.label_columns:
+            return self.task_mean(model, inputs)
+        unlabelled = {name: value for name, value in inputs.items() if name not in self.kind.label_columns}
+        if self.takes_logits:
+            return None, run_for_logits(model, self._student, unlabelled)
+        return None, model(**unlabelled)
 
     def _logit_loss(
         self, outputs: Any, inputs: dict[str, Any], rows: Tensor, told: list[tuple[Answer, float]]

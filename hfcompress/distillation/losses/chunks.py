@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Logits in float32 at one time: what a CPU's caches hold, or what keeps a GPU busy.
-ELEMENTS_PER_CHUNK = {"cpu": 2**20}
+ELEMENTS_PER_CHUNK = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**25
 
 # Takes the student's logits of some rows in float32, (rows, classes), and which of all rows they are; returns the
@@ -45,7 +45,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0], None, None, None
+        # In place, as a product of that size would be one more; torch refuses to run this backward twice.
+        return gradient.mul_(upstream[0]), None, None, None
 
 
 def sum_over_rows(

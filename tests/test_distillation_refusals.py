@@ -1,0 +1,104 @@
+"""What distillation cannot do is said before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as hf
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from hfcompress.distillation import DistillationConfig, DistillationTrainer
+from hfcompress.errors import HFCompressError, ModelError
+from tests.conftest import tiny_bert
+from tests.distilling import (
+    bert,
+    distiller,
+    llama,
+    text_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_trainers")
+
+
+def headless_bert() -> PreTrainedModel:
+    return hf.BertModel(tiny_bert().config)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (lambda: llama(), lambda: llama(vocab_size=72), "student has 64 classes or tokens and the teacher 72"),
+        (lambda: bert(), lambda: bert(num_labels=4), "student has 3 classes or tokens and the teacher 4"),
+        (
+            lambda: bert(id2label={0: "bad", 1: "fair", 2: "good"}),
+            lambda: bert(id2label={0: "bad", 1: "good", 2: "fair"}),
+            "Class 1 is 'fair' for the student and 'good' for the teacher",
+        ),
+        (lambda: bert(problem_type="regression"), lambda: bert(), "gives a class of several, the other numbers"),
+        (lambda: bert(), lambda: bert(problem_type="regression"), "gives numbers .*, the other a class of several"),
+        (
+            lambda: bert(problem_type="multi_label_classification"),
+            lambda: bert(),
+            "gives a class of several, the other a yes or no for each label",
+        ),
+        (lambda: bert(), lambda: headless_bert(), "BertModel and cannot answer what a BertForSequenceClassification"),
+        (lambda: llama(), lambda: bert(), "BertForSequenceClassification and cannot answer what a LlamaForCausalLM"),
+        (lambda: bert(), lambda: [], "teacher_model is an empty list"),
+        (lambda: bert(), lambda: nn.Linear(2, 2), "teacher_model must be a transformers PreTrainedModel"),
+    ],
+    ids=[
+        "vocabulary",
+        "labels",
+        "order",
+        "regression",
+        "regression teacher",
+        "multi-label",
+        "no head",
+        "other head",
+        "none",
+        "module",
+    ],
+)
+def test_pairs_that_cannot_be_compared_are_refused(
+    student: Callable[[], Any], teacher: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        distiller(student(), teacher(), tmp_path)
+
+
+def test_liger_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="use_liger_kernel leaves no logits"):
+        distiller(llama(), llama(), tmp_path, use_liger_kernel=True)
+
+
+def test_plain_training_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="takes a DistillationConfig as args, not a TrainingArguments"):
+        DistillationTrainer(llama(), TrainingArguments(tmp_path, use_cpu=True), teacher_model=llama())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be above 0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"alpha": -0.1}, "alpha=-0.1 must lie between 0 and 1"),
+        ({"alpha": 1.1}, "alpha=1.1 must lie between 0 and 1"),
+        ({"alpha": math.nan}, "alpha=nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, float], message: str, tmp_path: Path) -> None:
+    with pytest.raises(HFCompressError, match=message.replace(".", r"\.")):
+        DistillationConfig(tmp_path, use_cpu=True, **options)
+
+
+def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in text_rows()]
+    with pytest.raises(ModelError, match=r"The batches hold no 'labels', only .*input_ids"):
+        distiller(llama(), llama(seed=1), tmp_path, rows).train()
