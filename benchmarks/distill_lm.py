@@ -12,6 +12,7 @@ the output folder is not run again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -28,10 +29,11 @@ from table import machine, once, show
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.devices import fast_bfloat16
-from hfcompress.distillation import DistillationConfig, DistillationTrainer, make_student
+from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.opening import open_model, open_processor
 from hfcompress.recipe import ModelSpec
+from hfcompress.structure import DropLayers, drop_layers
 from hfcompress.tasks import TASKS
 from hfcompress.tasks.causal_lm import pack
 
@@ -103,7 +105,9 @@ def prepare(options: argparse.Namespace) -> None:
     if len(tokens) < options.held_out_rows + BATCH:
         sys.exit(f"{options.data} has {len(tokens)} rows of {options.length} tokens; give more text.")
     teacher = open_model(MODEL, TASKS["causal-lm"])
-    for name, model in ((TEACHER, teacher), (STUDENT, make_student(teacher, layers=LAYERS))):
+    student = copy.deepcopy(teacher)
+    drop_layers(student, DropLayers(keep=LAYERS))  # the first and the last stay: without the first nothing is left
+    for name, model in ((TEACHER, teacher), (STUDENT, student)):
         model.save_pretrained(options.output / name)
         processor.save_pretrained(options.output / name)
     parts = {"held_out": tokens[: options.held_out_rows], "train": tokens[options.held_out_rows :]}
