@@ -6,10 +6,12 @@ from pathlib import Path
 
 from hfcompress.checkpoint.verify import require_loader
 from hfcompress.distillation import DistillationConfig
+from hfcompress.distillation.teachers import is_cache
 from hfcompress.errors import ModelError, RecipeError
 from hfcompress.evaluate import load_metric, refuse_unreadable
 from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Stage
+from hfcompress.recipe.options import StageOptions
 from hfcompress.structure import DropLayers
 from hfcompress.structure.layers import kept_count
 from hfcompress.structure.lengths import longest_input
@@ -52,12 +54,36 @@ def _check_stage(source: Source, stage: Stage) -> None:
             raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
     if isinstance(options, Distill):
         check_teachers(source, options)
+        _check_on_policy(source, stage, options)
     if isinstance(options, PruneVocabulary):
         refuse_unprunable(source.processor, options.keep)
-    if isinstance(options, Quantize):
-        require_loader(options.method.package)
+    package = _package_of(options)
+    if package is not None:
+        require_loader(package)
     if isinstance(options, (Prune, Quantize)) and options.method.needs_calibration:
         source.calibration_rows(options)
+
+
+def _package_of(options: StageOptions) -> str | None:
+    """Return the package that stock Transformers reads the stage's checkpoint with, None where it needs none."""
+    aware = options.quantize_aware if isinstance(options, (Finetune, Distill)) else None
+    method = options.method if isinstance(options, Quantize) else aware
+    return None if method is None else method.package
+
+
+def _check_on_policy(source: Source, stage: Stage, options: Distill) -> None:
+    """Only a language model writes, a cache knows no new texts, and the texts must not be longer than the model."""
+    if options.on_policy is None:
+        return
+    here = f"{stage.name}.on_policy"
+    if source.task.name != "causal-lm":
+        raise RecipeError(f"{here} lets a causal language model write; this recipe's task is {source.task.name}.")
+    caches = [name for name in options.teachers if is_cache(name)]
+    if caches:
+        raise RecipeError(f"{here} asks the teacher about new texts, but '{caches[0]}' holds answers to older ones.")
+    length = (options.on_policy.prompt_tokens or 0) + options.on_policy.max_new_tokens
+    option = f"{here}.prompt_tokens with max_new_tokens"
+    refuse_longer(source.recipe.model.id, longest_input(source.config), option, length)
 
 
 def _check_padding(source: Source) -> None:

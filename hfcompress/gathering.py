@@ -63,7 +63,8 @@ def reports_by_layer(reports: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[s
             for block, (before, after) in report.get(units, {}).items():
                 found = structure.setdefault(units, {}).setdefault(block, [before, after])
                 found[1] = after
-        if kind == "quantize":
+        # A training reports rows of layers only where it quantized them.
+        if kind in ("quantize", "finetune", "distill") and "rows" in report:
             rows["quantization_report"] = report["rows"]
         elif kind == "prune":
             rows["pruning_report"] = report["rows"]

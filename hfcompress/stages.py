@@ -19,7 +19,7 @@ from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
 from hfcompress.pruning.gradual import GradualPruneCallback
 from hfcompress.pruning.oneshot import prune
-from hfcompress.quantization import quantize
+from hfcompress.quantization import QuantizeAwareCallback, quantize
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Shrink, Stage
 from hfcompress.structure import DropLayers, drop_layers, find_stack, shrink
 from hfcompress.training import train, training_options
@@ -66,10 +66,10 @@ def _prune_vocabulary(job: Job, options: PruneVocabulary, name: str) -> Outcome:
 def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
     model = job.open_model("float32")
     arguments = TrainingArguments(**training_options(options, job.work, job.recipe.seed))
-    pruning = _pruning(options)
-    trainer = PerItemTrainer(model=model, args=arguments, **_data_of(job), callbacks=list(pruning))
+    pruning, aware = _pruning(options), _quantize_aware(options, job)
+    trainer = PerItemTrainer(model=model, args=arguments, **_data_of(job), callbacks=[*pruning, *aware])
     train(trainer, name)
-    return Outcome(_in_saved_dtype(model, job), _trained(trainer, pruning))
+    return _finished(model, job, _trained(trainer, pruning), aware)
 
 
 def _distill(job: Job, options: Distill, name: str) -> Outcome:
@@ -77,16 +77,16 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
     teachers = [job.teacher(name) for name in options.teachers]
     arguments = DistillationConfig(
         **training_options(options, job.work, job.recipe.seed),
-        temperature=options.temperature, alpha=options.alpha, losses=options.losses,
+        temperature=options.temperature, alpha=options.alpha, losses=options.losses, on_policy=options.on_policy,
     )  # fmt: skip
-    pruning = _pruning(options)
+    pruning, aware = _pruning(options), _quantize_aware(options, job)
     trainer = DistillationTrainer(
         model=student, teacher_model=teachers, teacher_weights=options.teacher_weights, args=arguments,
-        **_data_of(job), **_tokenizers(job, student, teachers), callbacks=list(pruning),
+        **_data_of(job), **_tokenizers(job, student, teachers), callbacks=[*pruning, *aware],
     )  # fmt: skip
     train(trainer, name)
     summary = f"teacher {' and '.join(options.teachers)}, {_trained(trainer, pruning)}"
-    return Outcome(_in_saved_dtype(student, job), summary)
+    return _finished(student, job, summary, aware)
 
 
 def _prune(job: Job, options: Prune, name: str) -> Outcome:
@@ -160,6 +160,25 @@ def _pruning(options: Finetune | Distill) -> list[GradualPruneCallback]:
     if options.prune is not None:
         callbacks.append(PruneCallback.from_options(options.prune))
     return callbacks
+
+
+def _quantize_aware(options: Finetune | Distill, job: Job) -> list[QuantizeAwareCallback]:
+    """Return the callback that trains for few bits, if asked, on the grid in the dtype of the stage's checkpoint."""
+    told, saved = options.quantize_aware, job.saved_dtype()
+    if told is None:
+        return []
+    given = {field.name: getattr(told, field.name) for field in dataclasses.fields(told)}
+    if told.dtype is None and isinstance(saved, torch.dtype):
+        given["dtype"] = str(saved).removeprefix("torch.")
+    return [QuantizeAwareCallback(**given)]
+
+
+def _finished(model: PreTrainedModel, job: Job, summary: str, aware: Sequence[QuantizeAwareCallback]) -> Outcome:
+    """Return what a training leaves: the model as it was trained, or packed if it was trained for few bits."""
+    if not aware:
+        return Outcome(_in_saved_dtype(model, job), summary)
+    report = aware[0].export(model)
+    return Outcome(model, f"{summary}, trained for {aware[0].method.summary}", report.to_dict())
 
 
 def _trained(trainer: Trainer, pruning: Sequence[GradualPruneCallback]) -> str:

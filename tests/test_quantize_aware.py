@@ -305,6 +305,7 @@ def test_tied_weights_are_rounded_in_both_places(tmp_path: Path) -> None:
         ({"bits": 5}, r"QuantizeAwareCallback: .*\nbits\n"),
         ({"group_size": 4}, r"QuantizeAwareCallback: .*\ngroup_size\n"),
         ({"start": 1.0}, r"QuantizeAwareCallback: .*\nstart\n"),
+        ({"bits": 8, "group_size": None, "activations": 8}, "training rounds weights alone"),
         ({"dtype": "int8"}, r"QuantizeAwareCallback: .*\ndtype\n"),
     ],
 )

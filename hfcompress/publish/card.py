@@ -136,9 +136,13 @@ def technique_tags(facts: Facts) -> list[str]:
     stages = [(kind, options) for stage in facts.recipe.get("stages", []) for kind, options in stage.items()]
     kinds = {kind for kind, _ in stages}
     names = ("prune", "prune_heads", "prune_neurons")
-    trained = any((options or {}).get(name) for _, options in stages for name in names)
-    prunes = {"prune", "prune_vocabulary", "drop_layers", "shrink"} & kinds or trained
-    found = {"pruned": bool(prunes), "distilled": "distill" in kinds, "quantized": "quantize" in kinds}
+    asked = {name for _, options in stages for name, told in (options or {}).items() if told}
+    found = {
+        "pruned": not {"prune", "prune_vocabulary", "drop_layers", "shrink"}.isdisjoint(kinds)
+        or not asked.isdisjoint(names),
+        "distilled": "distill" in kinds,
+        "quantized": "quantize" in kinds or "quantize_aware" in asked,
+    }
     return [tag for tag, present in found.items() if present]
 
 

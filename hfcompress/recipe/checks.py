@@ -52,7 +52,7 @@ def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
     stages = raw.get("stages")
     if isinstance(stages, list):
         kinds = [stage_kind(stage) for stage in stages]
-        yield from _order_faults(kinds)
+        yield from _order_faults(stages, kinds)
         yield from _lost_zeros_faults(stages, kinds)
         yield from _reopened_faults(stages, kinds)
         yield from _teacher_faults(stages, kinds)
@@ -86,12 +86,22 @@ def _benchmark_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault((*here, "metric"), f"'{metric}' is not one of evaluate.metrics{near(metric, metrics)}")
 
 
-def _order_faults(kinds: Sequence[str | None]) -> Iterator[Fault]:
-    quantize = [index for index, kind in enumerate(kinds) if kind == "quantize"]
-    for index in quantize[1:]:
-        yield Fault(("stages", index), f"only one quantize stage is allowed, and stages[{quantize[0]}] is one")
-    if quantize and any(kind != "quantize" for kind in kinds[quantize[0] + 1 :]):
-        yield Fault(("stages", quantize[0]), "quantize must be the last stage")
+def _order_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
+    """Nothing comes after packed weights: those of a quantize stage, and of training for few bits."""
+    aware = [
+        kind in ("finetune", "distill") and _asks(stage[kind], "quantize_aware") for stage, kind in zip(stages, kinds)
+    ]
+    packing = [index for index, kind in enumerate(kinds) if kind == "quantize" or aware[index]]
+    for index in packing[1:]:
+        what = "quantize stage is allowed" if kinds[index] == "quantize" else "stage may quantize"
+        yield Fault(("stages", index), f"only one {what}, and stages[{packing[0]}] is one")
+    if packing and any(index not in packing for index in range(packing[0] + 1, len(kinds))):
+        who = "a stage with quantize_aware" if aware[packing[0]] else "quantize"
+        yield Fault(("stages", packing[0]), f"{who} must be the last stage")
+
+
+def _asks(options: Any, name: str) -> bool:
+    return isinstance(options, Mapping) and options.get(name) is not None
 
 
 def _lost_zeros_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
@@ -99,7 +109,7 @@ def _lost_zeros_faults(stages: Sequence[Any], kinds: Sequence[str | None]) -> It
     pruned: int | None = None
     for index, (stage, kind) in enumerate(zip(stages, kinds)):
         options = stage[kind] if kind in ("prune", "finetune", "distill") else None
-        prunes = kind == "prune" or (isinstance(options, Mapping) and options.get("prune") is not None)
+        prunes = kind == "prune" or _asks(options, "prune")
         if prunes and pruned is None:
             pruned = index
         elif kind in ("finetune", "distill") and pruned is not None and not prunes:

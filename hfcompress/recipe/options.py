@@ -11,11 +11,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
 from hfcompress.distillation.losses import Loss, name_of
+from hfcompress.distillation.on_policy import OnPolicy
 from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.pruning.oneshot import Magnitude, SparseGPT, Wanda
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
-from hfcompress.quantization import GPTQ, Method
+from hfcompress.quantization import GPTQ, Method, QuantizeAwareOptions
 from hfcompress.quantization import METHODS as QUANTIZERS
 from hfcompress.recipe.data import TASKS, DataSpec, known_task
 from hfcompress.recipe.faults import not_a
@@ -56,11 +57,12 @@ def _check_length(steps: int | None, epochs: float | None) -> None:
 
 @dataclass(frozen=True, config=FROZEN)
 class Finetune:
-    """Train on the task, if asked while pruning.
+    """Train on the task, if asked while pruning and for few bits.
 
     steps: optimizer steps.  epochs: passes over the training data, instead of steps.
     prune: gradual pruning of weights during the training.  prune_heads, prune_neurons: gradual closing of heads or
-    neurons, which a shrink stage removes.  training: fields of transformers.TrainingArguments.
+    neurons, which a shrink stage removes.  quantize_aware: train the weights for the grid that they are stored on;
+    the stage then packs them, so it is the last.  training: fields of transformers.TrainingArguments.
     """
 
     steps: AtLeastOne | None = None
@@ -68,6 +70,7 @@ class Finetune:
     prune: PruneOptions | None = None
     prune_heads: HeadPruneOptions | None = None
     prune_neurons: NeuronPruneOptions | None = None
+    quantize_aware: QuantizeAwareOptions | None = None
     training: Training = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,16 +79,18 @@ class Finetune:
 
 @dataclass(frozen=True, config=FROZEN)
 class Distill:
-    """Train towards a teacher's outputs, if asked while pruning.
+    """Train towards a teacher's outputs, if asked while pruning and for few bits.
 
     teacher: ``original``, the name or index of an earlier stage, a model id, or a folder that ``hfcompress
     cache-teacher`` wrote; or a list of these.  teacher_weights: shares of several teachers; equal unless given.
     losses: what the student is compared by, each a name or a name with its options; one that fits the task unless
     given.  temperature: of that one, where none are given, 2 by default: divides both models' logits.
     alpha: share of the distillation losses; the task loss has the rest.
+    on_policy: let the student of a language model write part of the texts itself, after ``prompt_tokens`` of a row.
     steps: optimizer steps.  epochs: passes over the training data, instead of steps.
     prune: gradual pruning of weights during the training.  prune_heads, prune_neurons: gradual closing of heads or
-    neurons, which a shrink stage removes.  training: fields of transformers.TrainingArguments.
+    neurons, which a shrink stage removes.  quantize_aware: train the weights for the grid that they are stored on;
+    the stage then packs them, so it is the last.  training: fields of transformers.TrainingArguments.
     """
 
     teacher: Teacher = "original"
@@ -93,17 +98,21 @@ class Distill:
     losses: Losses = None
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    on_policy: OnPolicy | None = None
     steps: AtLeastOne | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     prune: PruneOptions | None = None
     prune_heads: HeadPruneOptions | None = None
     prune_neurons: NeuronPruneOptions | None = None
+    quantize_aware: QuantizeAwareOptions | None = None
     training: Training = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_length(self.steps, self.epochs)
         if self.losses is not None and self.temperature is not None:
             raise ValueError("temperature is an option of the losses that have one: give it to them")
+        if self.on_policy is not None and self.on_policy.prompt_tokens is None:
+            raise ValueError("on_policy needs prompt_tokens: a recipe's rows are texts without a prompt of their own")
         shares = self.teacher_weights
         if shares is not None and (len(shares) != len(self.teachers) or sum(shares) == 0):
             raise ValueError(f"teacher_weights must be a share for each of {len(self.teachers)} teachers, not all 0")

@@ -22,6 +22,7 @@ class QuantizeAwareOptions(RTN):
     scale: ``absmax`` takes it from the group's largest values; ``mse`` searches the one with the smallest squared
     error in every forward pass, which costs far more.
     embeddings, head: quantize the input embeddings or the output head too; tied ones go together.
+    activations: must stay None; the inputs of layers are not rounded in training.
     start: share of ``max_steps`` that is trained before anything is rounded.
     dtype: of the checkpoint that the model is exported to, where it is not the dtype it is trained in; weights and
     scales are rounded to it as they will be there.
@@ -31,6 +32,11 @@ class QuantizeAwareOptions(RTN):
     group_size: Annotated[int, Field(ge=8)] | None = 128
     start: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activations:
+            raise ValueError(f"activations={self.activations}: training rounds weights alone; leave it out")
 
     @property
     def method(self) -> RTN:
