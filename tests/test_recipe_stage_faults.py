@@ -52,8 +52,8 @@ STAGE_FAULTS = [
     ("quantize: {method: rtn, calibration_rows: 8}",
      "stages[0].quantize.calibration_rows: method rtn needs no calibration data: remove this"),
     ("quantize: {method: rtn, damping: 0.1}",
-     "stages[0].quantize: unknown option 'damping'; known: bits, embeddings, exclude, group_size, head, method, "
-     "scale, symmetric"),
+     "stages[0].quantize: unknown option 'damping'; known: activations, bits, embeddings, exclude, group_size, "
+     "head, method, scale, symmetric"),
     ("quantize: {method: rtn, prune: {sparsity: 0.5}}",
      "stages[0].quantize.prune: method rtn cannot prune in the same pass: remove this"),
     ("quantize: {method: gptq, prune: {sparsity: 1}}",
