@@ -159,7 +159,7 @@ def one_shot_command(kind: str, method: str, about: str | None) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @app.command(help=about)
-    @takes_options_of(kind, method, without=() if kind == "quantize" else ("resume",))
+    @takes_options_of(kind, method, without=() if kind == "quantize" else ("resume", "low_memory"))
     def command(
         model: Annotated[str, typer.Argument(help="A model id, a checkpoint folder, or package:<name>.")],
         output: Annotated[
@@ -175,9 +175,10 @@ def one_shot_command(kind: str, method: str, about: str | None) -> typer.Typer:
             bool, typer.Option("--overwrite", help="Replace a finished result, discard an unfinished one.")
         ] = False,
         resume: Annotated[bool, typer.Option("--resume", help="Go on after the layers of an unfinished run.")] = False,
+        low_memory: Annotated[bool, typer.Option("--low-memory", help="Load the layers one at a time.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     ) -> None:
-        asked = OneShot(kind, model, options, output, task, data, text_column, overwrite, resume)
+        asked = OneShot(kind, model, options, output, task, data, text_column, overwrite, resume, low_memory)
         try:
             report = asked.run()
         except KeyboardInterrupt:

@@ -30,6 +30,8 @@ from hfcompress.quantization.plan import check_joint_pruning, plan_linears
 from hfcompress.recipe import DataSpec, ModelSpec, Prune, Quantize, read_method
 from hfcompress.recipe.faults import Fault, recipe_error
 from hfcompress.structure.lengths import longest_input
+from hfcompress.structure.offload import places_on_disk
+from hfcompress.structure.stack import layer_stacks
 from hfcompress.tasks import TASKS, Task, batches
 from hfcompress.tasks.lengths import refuse_longer
 
@@ -43,7 +45,8 @@ class OneShot:
 
     kind: of the stage.  options: as a recipe has them.  data: a file or a dataset's id, for methods that need it.
     overwrite: replace a finished result in the output folder, and discard an unfinished run, which are refused
-    otherwise.  resume: go on after the finished layers of an unfinished run.
+    otherwise.  resume: go on after the finished layers of an unfinished run.  low_memory: load the dense layers one
+    at a time, so that only the packed model has to fit into memory.
     """
 
     kind: str
@@ -55,6 +58,7 @@ class OneShot:
     text_column: str = "text"
     overwrite: bool = False
     resume: bool = False
+    low_memory: bool = False
 
     def run(self) -> PruningReport | QuantizationReport:
         """Open the model, change it, and write it, with its report, where it is verified by reloading.
@@ -67,9 +71,9 @@ class OneShot:
         with self._finished_layers() as shards:
             _refuse_untrained_head(self._spec, self._config, self._task)
             processor = opening.open_processor(self._spec, self._task)
-            self._check_plan(stage)
+            places = self._check_plan(stage)
             calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
-            model = opening.open_model(self._spec, self._task)
+            model = opening.open_model(self._spec, self._task, places=places if self.low_memory else None)
             report = _apply_(model, stage, calibration, shards)
             files = {report.file_name: json.dumps(report.to_dict(), indent=2) + "\n"}
             save_compressed(model, self.output, processor, verify=True, extra_files=files)
@@ -121,17 +125,21 @@ class OneShot:
     def _config(self) -> PreTrainedConfig:
         return opening.open_config(self._spec)
 
-    def _check_plan(self, stage: Prune | Quantize) -> None:
-        """Raise ModelError for what the method cannot do to a model of this config, before its weights are loaded."""
+    def _check_plan(self, stage: Prune | Quantize) -> dict[str, str]:
+        """Return the device map that leaves the model's layers on disk, before its weights are loaded.
+
+        Raises ModelError for what the method cannot do to a model of this config.
+        """
         with torch.device("meta"):
             model = getattr(transformers, self._task.auto_class).from_config(self._config)
         if isinstance(stage, Prune):
             plan_weights(model, stage.method, stage.targets, stage.exclude, loaded=False)
-            return
+            return {}
         require_loader(stage.method.package)
         planned = plan_linears(model, stage.method, loaded=False)
         if stage.prune is not None:
             check_joint_pruning(stage.method, stage.prune, planned)
+        return places_on_disk(model, [stack.name for stack in layer_stacks(model)])
 
     def _calibration(self, stage: Prune | Quantize, processor: Any) -> list[dict[str, Any]]:
         """Return batches of the data's training rows."""

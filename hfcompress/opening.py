@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def open_model(
-    spec: ModelSpec, task: Task, head: Head | None = None, config: PreTrainedConfig | None = None
+    spec: ModelSpec,
+    task: Task,
+    head: Head | None = None,
+    config: PreTrainedConfig | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """Open the model for a task, in evaluation mode, with its weights checked.
 
     head: what a new head is made for, with class names in its order; None leaves the config's own.
     config: the model's own, where ``open_config`` has read it before: from a GGUF file that takes seconds.
+    places: a ``device_map``; weights whose place is ``disk`` stay in the files until they are called.
     Raises ModelError when there is no such model or a weight is NaN or infinite; CheckpointError when a file of a
     local folder is damaged.
     """
@@ -46,6 +51,8 @@ def open_model(
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     auto_class = getattr(transformers, task.auto_class)
+    if places is not None:
+        options["device_map"] = dict(places)
     dtype = DTYPES.get(spec.dtype, "auto")
     try:
         with quiet_bars(os.path.isdir(where) and "gguf_file" not in options):

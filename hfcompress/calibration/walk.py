@@ -26,6 +26,7 @@ from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
 from hfcompress.calibration.together import JoinedPass, fits_joined, join_calls, join_masks
 from hfcompress.packed import unpacked
+from hfcompress.structure.offload import bring_in_
 from hfcompress.structure.stack import LayerStack, layer_stacks, linear_weights_of
 
 
@@ -160,8 +161,9 @@ def walk_layers(model: nn.Module, batches: Sequence[Batch]) -> Iterator[LayerVis
     """Visit the layers of every stack in the order in which the model runs them.
 
     batches: keyword arguments of ``model``. In an encoder-decoder the decoder's turn comes after the encoder's, and it
-    sees the encoder as it is by then. Layers that no batch reaches are visited too, without hidden states. Raises
-    ModelError when the model has no stack, or one that cannot be replayed.
+    sees the encoder as it is by then. Layers that no batch reaches are visited too, without hidden states. Weights
+    that lie on disk are loaded for the visit.  Raises ModelError when the model has no stack, or one that cannot be
+    replayed.
     """
     stacks = layer_stacks(model)
     ordered = stacks_in_order(model, stacks, batches[0]) if len(stacks) > 1 else stacks
@@ -178,6 +180,7 @@ def _walk_stack(
 ) -> Iterator[LayerVisit]:
     for index, layer in enumerate(stack.layers):
         visit = LayerVisit(f"{stack.name}.{index}", layer, index, recorded, masks)
+        bring_in_(layer)
         yield visit
         if index + 1 < len(stack):
             visit.advance_()

@@ -101,7 +101,7 @@ def save_compressed(
 def refuse_nan(model: nn.Module) -> None:
     """Raise ModelError, naming the tensor, when a weight is NaN or infinite."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"Weight '{name}' holds NaN or infinite values; such a model is neither compressed nor saved. "
                 "Nothing was changed."

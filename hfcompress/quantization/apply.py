@@ -36,6 +36,7 @@ from hfcompress.quantization.rtn import Scale, round_to_nearest
 from hfcompress.quantization.shards import kept_layers
 from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
 from hfcompress.quantization.w8a8 import byte_layer, check_bytes
+from hfcompress.structure.offload import bring_in_, is_offloaded, release_, settle_
 from hfcompress.structure.stack import layer_stacks, stack_linears
 
 Rows = list[QuantizedLinear]
@@ -62,8 +63,9 @@ def quantize(
     prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds them, so that later columns
     absorb both errors.  shards: a folder that keeps each layer as soon as GPTQ is done with it, until you remove it; a
     run that was killed goes on after those it finds there, to the same bits.
+    Layers that ``device_map`` left on disk are loaded one at a time, so only the packed model has to fit into memory.
     Raises ModelError, DataError, or OutputError for shards of another run; the model is then as it was before, for
-    which the dense weights are kept until the end.
+    which the dense weights are kept until the end, unless layers were on disk: then load it again.
     """
     started = time.perf_counter()
     batches = batches_for(model, type(method).__name__, calibration, processor) if method.needs_calibration else []
@@ -134,23 +136,37 @@ def _run(
     on_layer: OnLayer | None,
     changes: Changes,
 ) -> tuple[QuantizedLinear, ...]:
-    """Do all steps or none, and return their rows in the order of the plan."""
+    """Do all steps or none, and return their rows in the order of the plan.  Layers on disk cannot be put back."""
+    streamed = is_offloaded(model)
     rows: Rows = []
     try:
         with meter(f"Quantizing with {method}", sum(len(stack) for stack in layer_stacks(model))) as bar:
             for name, done in steps:
                 rows.extend(done)
                 bar.advance(note=name)
+                if streamed:
+                    _release_(planned, done)
                 if on_layer is not None and done:
                     on_layer(name, done)
     except BaseException:
-        _restore_(model, planned)
-        undo_(changes)
+        if not streamed:
+            _restore_(model, planned)
+            undo_(changes)
         raise
     for one in planned:  # some came while their layer was only watched
         model.get_submodule(one.name).train(one.module.training)
+    if streamed:
+        settle_(model)
     by_name = {row.name: row for row in rows}
     return tuple(by_name[one.name] for one in planned)
+
+
+def _release_(planned: Iterable[PlannedLinear], rows: Rows) -> None:
+    """Give up the dense weights of a finished layer."""
+    names = {row.name for row in rows}
+    for one in planned:
+        if one.name in names:
+            release_(one.module)
 
 
 def _restore_(model: nn.Module, planned: Iterable[PlannedLinear]) -> None:
@@ -173,6 +189,7 @@ def _by_layers(
     for stack in layer_stacks(model):
         for index in range(len(stack)):
             layer = f"{stack.name}.{index}"
+            bring_in_(stack.layers[index])
             yield layer, [rounded(one) for one in planned if one.name.startswith(f"{layer}.")]
 
 

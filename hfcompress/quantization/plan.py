@@ -21,6 +21,7 @@ from hfcompress.packed import has_packed_form, packed_layers
 from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.rtn import Grid, Scale
+from hfcompress.structure.offload import is_offloaded
 from hfcompress.structure.stack import stack_linears
 
 
@@ -236,7 +237,7 @@ def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Module], loaded: bo
             homes.setdefault(id(module.weight), []).append(name)
     found: dict[str, tuple[str, ...]] = {}
     for name, module in chosen.items():
-        if loaded:
+        if loaded and not is_offloaded(module):
             check_values(name, module)
         first, *others = homes[id(module.weight)]
         modules = [model.get_submodule(one) for one in (first, *others)]

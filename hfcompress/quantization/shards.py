@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from hfcompress.errors import CheckpointError, OutputError
 from hfcompress.packed import packed_twin
 from hfcompress.quantization.plan import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
+from hfcompress.structure.offload import stored_tensors
 
 Rows = list[QuantizedLinear]
 BEGAN, SUFFIX = "began.json", ".safetensors"
@@ -49,8 +50,8 @@ class LayerShards:
         began = {
             "the version of hfcompress": version("hfcompress"),
             "the options": _digest([repr(one).encode() for one in options]),
-            "the model": _digest(_bytes_of(model.state_dict())),
-            "the calibration data": _digest(part for batch in batches for part in _bytes_of(batch)),
+            "the model": _digest(_bytes_of(stored_tensors(model))),
+            "the calibration data": _digest(part for batch in batches for part in _bytes_of(batch.items())),
         }
         shards = cls(Path(folder).expanduser(), began)
         for left in shards.folder.glob(f".*{SUFFIX}.*"):  # what a kill left half written
@@ -153,8 +154,8 @@ def _through(
         yield name, done.get(name, rows)
 
 
-def _bytes_of(values: Mapping[str, Any]) -> Iterator[bytes]:
-    for name, value in values.items():
+def _bytes_of(values: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
+    for name, value in values:
         yield name.encode()
         for tensor in tensors_in(value):
             yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()

@@ -86,10 +86,11 @@ class WhileLoadingQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Quantize the loaded model and leave it as ``hfcompress.quantize`` does."""
         devices = set(getattr(model, "hf_device_map", {}).values())
-        if len(devices) > 1:
+        if len(devices - {"disk"}) > 1:
             raise ModelError(
                 f"device_map spreads {type(model).__name__} over {', '.join(sorted(map(str, devices)))}, but it is "
-                "quantized on one device. Load it onto one, such as device_map='cpu'."
+                "quantized on one device. Load it onto one, such as device_map='cpu', and leave on disk what it lacks "
+                "room for."
             )
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
