@@ -56,7 +56,10 @@ def test_every_method_can_be_a_config(name: str, llama_dir: Path) -> None:
     method = METHODS[name]()
     config = method.as_config(token_batches(2) if method.needs_calibration else None)
     assert json.loads(json.dumps(config.to_dict()))["method"] == type(method).__name__
-    assert packed_layers(load(llama_dir, config)) or name == "bitsandbytes"
+    model, expected = load(llama_dir, config), AutoModelForCausalLM.from_pretrained(llama_dir)
+    hfcompress.quantize(expected, method, token_batches(2))
+    assert same_tensors(model, expected)
+    assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
 
 
 def test_both_ways_of_saving_write_what_stock_transformers_loads(llama_dir: Path, tmp_path: Path) -> None:
