@@ -66,8 +66,8 @@ def _task_faults(task: Any, kinds: Sequence[str | None]) -> Iterator[Fault]:
         if task == "sentence-embeddings" and kind == "finetune":
             text = "sentence-embeddings have no labels to train on; use distill, which learns from a teacher"
             yield Fault(("stages", index), text)
-        if task in WITHOUT_VOCABULARY and kind == "prune_vocabulary":
-            yield Fault(("stages", index), f"is not for {task}: {WITHOUT_VOCABULARY[str(task)]}")
+        if kind == "prune_vocabulary" and isinstance(task, str) and task in WITHOUT_VOCABULARY:
+            yield Fault(("stages", index), f"is not for {task}: {WITHOUT_VOCABULARY[task]}")
 
 
 def _benchmark_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
