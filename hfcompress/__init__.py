@@ -28,6 +28,7 @@ _HOME_OF = {
     "BitsAndBytes": "hfcompress.quantization",
     "GPTQ": "hfcompress.quantization",
     "RTN": "hfcompress.quantization",
+    "Float8": "hfcompress.quantization",
     "SmoothQuant": "hfcompress.quantization",
     "quantize": "hfcompress.quantization",
     "calibration_batches": "hfcompress.calibration",

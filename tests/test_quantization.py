@@ -327,6 +327,7 @@ def test_methods_are_named_and_the_door_is_open() -> None:
         "gptq": GPTQ,
         "bitsandbytes": hfcompress.BitsAndBytes,
         "smoothquant": hfcompress.SmoothQuant,
+        "float8": hfcompress.Float8,
     } == METHODS
     report = hfcompress.quantize(tiny_llama(), hfcompress.RTN())
     assert isinstance(report, QuantizationReport)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.packed import packed_layers
 from hfcompress.packed.bytes import byte_layers
-from hfcompress.quantization import GPTQ, RTN, QuantizationReport, SmoothQuant, quantize
+from hfcompress.quantization import GPTQ, RTN, Float8, QuantizationReport, SmoothQuant, quantize
 from tests.families import FAMILIES, inputs_of
 
 METHODS = {
@@ -28,11 +28,12 @@ METHODS = {
     "gptq": GPTQ(bits=3, group_size=16),
 }
 # Weights and inputs in 8 bits; the rest is refused, with the reason.
-BYTES = {"w8a8": RTN(activations=8), "smoothquant": SmoothQuant()}
+BYTES = {"w8a8": RTN(activations=8), "smoothquant": SmoothQuant(), "fp8": Float8(activations=True)}
 FAMILIES_OF_BYTES = ("bert", "llama", "gemma3", "gpt_neox", "vit", "modernbert", "clip")
 ROOT = Path(__file__).parents[1]
 CASES = [(family, method) for family in FAMILIES for method in METHODS]
 CASES += [(family, method) for family in FAMILIES_OF_BYTES for method in BYTES]
+CASES += [(family, "float8") for family in ("bert", "llama", "vit")]
 # Run as text in an empty folder: a fresh process with nothing of ours on its path.
 RELOAD = """
 import json, sys, warnings
@@ -99,7 +100,7 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor], output: str, gene
 def quantized_case(family: str, method: str, folder: Path) -> Case:
     spec = FAMILIES[family]
     model, inputs = spec.model(), inputs_of(spec)
-    report = quantize(model, {**METHODS, **BYTES}[method], calibration=[inputs])
+    report = quantize(model, {**METHODS, **BYTES, "float8": Float8()}[method], calibration=[inputs])
     folder.mkdir(parents=True)
     model.save_pretrained(folder / "model")
     output = "logits_per_image" if family == "clip" else "logits"

@@ -121,6 +121,8 @@ def test_what_stock_could_not_run_is_refused() -> None:
     for family, reason in (("t5", "generate calls by itself"), ("gpt2", "is a Conv1D")):
         with pytest.raises(ModelError, match=reason):
             quantize(FAMILIES[family].model(), RTN(activations=8))
+    with pytest.raises(ModelError, match="float8 does not survive"):
+        quantize(FAMILIES["t5"].model(), hfcompress.Float8())
     with pytest.raises(ValueError, match="activations=8 goes with bits=8"):
         RTN(bits=4, activations=8)
 

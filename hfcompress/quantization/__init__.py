@@ -5,6 +5,7 @@ from __future__ import annotations
 from hfcompress.quantization.apply import Method, quantize
 from hfcompress.quantization.aware import QuantizeAwareCallback, QuantizeAwareOptions
 from hfcompress.quantization.bitsandbytes import BitsAndBytes
+from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.gptq import GPTQResult, gptq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "gptq": GPTQ,
     "bitsandbytes": BitsAndBytes,
     "smoothquant": SmoothQuant,
+    "float8": Float8,
 }
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "METHODS",
     "RTN",
     "BitsAndBytes",
+    "Float8",
     "GPTQResult",
     "Method",
     "QuantizationReport",

@@ -26,6 +26,7 @@ from hfcompress.progress import meter
 from hfcompress.quantization.bitsandbytes import BitsAndBytes, finish_, plan_bitsandbytes, replaced
 from hfcompress.quantization.conv1d import gptq_conv1d
 from hfcompress.quantization.drift import correct_drift
+from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.folding import Changes, undo_
 from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.grids import Rounded
@@ -40,7 +41,7 @@ from hfcompress.structure.offload import bring_in_, is_offloaded, release_, sett
 from hfcompress.structure.stack import layer_stacks, stack_linears
 
 Rows = list[QuantizedLinear]
-Method = RTN | GPTQ | BitsAndBytes | SmoothQuant
+Method = RTN | GPTQ | BitsAndBytes | SmoothQuant | Float8
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 
 
@@ -116,15 +117,17 @@ def _steps(
     if isinstance(method, SmoothQuant):
         check_bytes(model, planned, activations=True)
         return smoothed(model, planned, method, batches, changes, put)
+    if isinstance(method, Float8):
+        check_bytes(model, planned, method.activations, "float")
+        return _by_layers(model, planned, lambda one: _put_bytes_(put, *byte_layer(one, "float", method.activations)))
     if method.activations:
         check_bytes(model, planned, activations=True)
-        return _by_layers(model, planned, lambda one: _round_bytes_(one, method.scale, put))
+        return _by_layers(model, planned, lambda one: _put_bytes_(put, *byte_layer(one, "int", True, method.scale)))
     return chain(_data_free(model, planned, method.scale), _outside(model, outside, method.scale))
 
 
-def _round_bytes_(one: PlannedLinear, scale: Scale, put: Callable[[str, nn.Module], None]) -> QuantizedLinear:
-    layer, row = byte_layer(one, "int", True, scale)
-    put(one.name, layer)
+def _put_bytes_(put: Callable[[str, nn.Module], None], layer: nn.Module, row: QuantizedLinear) -> QuantizedLinear:
+    put(row.name, layer)
     return row
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import MissingDependencyError, ModelError
 from hfcompress.packed.bitsandbytes import bitsandbytes_layers, dequantized
 from hfcompress.quantization.options import FORBID_UNKNOWN, WhileLoading
-from hfcompress.quantization.plan import PlannedLinear, check_values, chosen_layers
+from hfcompress.quantization.plan import PlannedLinear, check_values, chosen_layers, fused_experts
 from hfcompress.structure.stack import LINEAR_TYPES
 
 BLOCK = 64  # weights that share a scale in 4 bits
@@ -75,6 +76,7 @@ def plan_bitsandbytes(model: PreTrainedModel, method: BitsAndBytes) -> tuple[lis
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError("BitsAndBytes needs the package: pip install 'hfcompress[bnb]' for that.")
     asked = chosen_layers(model, method.exclude)
+    _refuse_experts(model, method)
     for name, module in asked.items():
         check_values(name, module)
         _check_range(name, module, method)
@@ -91,6 +93,16 @@ def plan_bitsandbytes(model: PreTrainedModel, method: BitsAndBytes) -> tuple[lis
     _warn_about_dense([name for name in asked if name not in chosen], method)
     group = None if method.bits == 8 else BLOCK
     return [PlannedLinear(name, one, method.bits, group, group) for name, one in chosen.items()], quantizer
+
+
+def _refuse_experts(model: PreTrainedModel, method: BitsAndBytes) -> None:
+    """Raise ModelError for experts that are slices of one tensor, unless they are to stay dense."""
+    for name, fused in fused_experts(model).items():
+        if not any(fnmatchcase(name, pattern) for pattern in method.exclude):
+            raise ModelError(
+                f"{name} holds its experts as slices of one tensor ({', '.join(fused)}), which bitsandbytes leaves "
+                f"dense. exclude=('*.{name.rpartition('.')[2]}',) says that they may stay so."
+            )
 
 
 def _check_range(name: str, module: nn.Module, method: BitsAndBytes) -> None:

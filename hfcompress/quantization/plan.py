@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,11 +23,14 @@ from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.rtn import Grid, Scale
 from hfcompress.structure.offload import is_offloaded
-from hfcompress.structure.stack import stack_linears
+from hfcompress.structure.stack import layer_stacks, stack_linears
 
 
 class LinearMethod(Protocol):
     """What the plan reads of a method's options; see ``RTN``."""
+
+    @property
+    def package(self) -> str: ...  # noqa: D102
 
     @property
     def bits(self) -> int: ...  # noqa: D102
@@ -111,6 +115,8 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
     nothing is left to quantize. Warns once about group sizes that do not divide.
     """
     chosen = chosen_layers(model, method.exclude, outside_layers(model, method.embeddings, method.head))
+    if method.package == "compressed_tensors":
+        _refuse_fused_experts(model)
     also = _check_weights(model, chosen, loaded)
     chosen = {name: model.get_submodule(name) for name in also}
     asked = method.group_size
@@ -154,6 +160,35 @@ def chosen_layers(
             f"Its {len(candidates)} linear layers have names like {_examples(candidates)}."
         )
     return chosen
+
+
+def fused_experts(model: nn.Module) -> dict[str, list[str]]:
+    """Return the modules whose parameters hold one matrix per expert, by name, with these parameters' names."""
+    found = {}
+    for stack in layer_stacks(model):
+        for name, module in stack.layers.named_modules():
+            fused = [leaf for leaf, one in module._parameters.items() if one is not None and _holds_matrices(one)]
+            if fused and not isinstance(module, _ConvNd):
+                found[f"{stack.name}.{name}"] = fused
+    return found
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    """Raise ModelError for experts that are slices of one tensor: most weights would stay dense without a word.
+
+    Nor could they on request: Transformers expects packed experts in a compressed-tensors checkpoint, and fills those
+    that are dense with random numbers.
+    """
+    for name, fused in fused_experts(model).items():
+        raise ModelError(
+            f"{name} holds its experts as slices of one tensor ({', '.join(fused)}), which is not packed yet, and "
+            "Transformers reads no compressed-tensors checkpoint in which experts are dense. "
+            f"BitsAndBytes(exclude=('*.{name.rpartition('.')[2]}',)) quantizes the layers around them."
+        )
+
+
+def _holds_matrices(parameter: Tensor) -> bool:
+    return parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
 
 
 def _columns(module: nn.Module) -> int:

@@ -19,13 +19,20 @@ from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.quantization.rtn import Scale, round_to_nearest
 
 
-def check_bytes(model: PreTrainedModel, planned: Sequence[PlannedLinear], activations: bool) -> None:
+def check_bytes(
+    model: PreTrainedModel, planned: Sequence[PlannedLinear], activations: bool, kind: Kind = "int"
+) -> None:
     """Raise ModelError where stock Transformers could not run what would be stored."""
     other = next((one for one in planned if type(one.module) is not nn.Linear), None)
     if other is not None:
         raise ModelError(
             f"{other.name} is a {type(other.module).__name__}; 8-bit codes with a scale per output are read back for "
             "Linear only. Exclude it, or use RTN(bits=8)."
+        )
+    if kind == "float" and is_seq2seq(model):
+        raise ModelError(
+            f"{type(model).__name__} has an encoder and a decoder; T5's code casts inputs to the dtype that a weight "
+            "is stored in, which float8 does not survive. Use RTN(bits=8)."
         )
     if activations and is_seq2seq(model):
         raise ModelError(
