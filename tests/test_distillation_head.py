@@ -90,16 +90,6 @@ def test_a_cap_or_a_scale_after_the_head_counts(tmp_path: Path) -> None:
     assert not distiller(student, copy.deepcopy(student), tmp_path, text_rows()).takes_logits
 
 
-def test_the_gradient_is_given_out_once() -> None:
-    logits = torch.randn(4, 8, requires_grad=True)
-    total, _ = chunks.sum_over_rows(logits, torch.arange(4), [1.0], [lambda own, part: (own.sum(-1), own.clone())])
-    loss = 3 * total
-    loss.backward(retain_graph=True)
-    torch.testing.assert_close(logits.grad, 3 * logits.detach())
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_small_gradients_in_float16_meet_the_loss_scale_first(tmp_path: Path) -> None:
     arguments = DistillationConfig(tmp_path, use_cpu=True)
     assert takes_logits(arguments, llama())

@@ -45,8 +45,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        # In place, as a product of that size would be one more; torch refuses to run this backward twice.
-        return gradient.mul_(upstream[0]), None, None, None
+        return gradient * upstream[0], None, None, None
 
 
 def sum_over_rows(
