@@ -77,6 +77,7 @@ def test_values_of_a_recipe() -> None:
     distill = recipe.stages[1].options
     assert distill == Distill(
         steps=24,
+        temperature=2.0,
         prune=PruneOptions(sparsity=0.3, end=0.6),
         training={"learning_rate": 3e-4, "per_device_train_batch_size": 4},
     )
@@ -189,16 +190,23 @@ def test_every_stage_and_method_survives_a_round_trip(tmp_path: Path) -> None:
     training = "{learning_rate: 2e-4, lr_scheduler_kwargs: {a: 1}, eval_strategy: no}"
     stages = [
         "drop_layers: {layers: [0, 2]}",
+        "prune_vocabulary: {}",
         f"finetune: {{epochs: 1.5, training: {training}}}",
         "distill: {steps: 3, teacher: 1, prune: {targets: [a, b], exclude: [c]}}",
         "finetune: {steps: 3, prune: {}, prune_heads: {grouped: even}, prune_neurons: {exclude: [c]}}",
         "shrink: {}",
     ]
     prunes = [f"prune: {{method: {name}, pattern: '1:4', sparsity: 0.75, exclude: [a]}}" for name in METHODS["prune"]]
-    for method in METHODS["quantize"]:
-        joint = ", prune: {sparsity: 0.3}" if method == "gptq" else ""
-        group_size = "group_size: null" if method == "gptq" else "group_size: 32"
-        last = f"quantize: {{method: {method}, bits: 3, {group_size}, exclude: [lm_head]{joint}}}"
+    quantizations = {
+        "rtn": "bits: 3, group_size: 32, exclude: [lm_head]",
+        "gptq": "bits: 3, group_size: null, exclude: [lm_head], prune: {sparsity: 0.3}",
+        "bitsandbytes": "bits: 4, kind: fp4, exclude: [lm_head]",
+        "smoothquant": "strength: 0.25, exclude: [lm_head]",
+        "float8": "activations: true, exclude: [lm_head]",
+    }
+    assert quantizations.keys() == METHODS["quantize"].keys()
+    for method, given in quantizations.items():
+        last = f"quantize: {{method: {method}, {given}}}"
         recipe = load_recipe(write(tmp_path, with_stages(*stages, *prunes, last)))
         assert {stage.kind for stage in recipe.stages} == set(STAGES)
         assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
