@@ -213,9 +213,9 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
 
 def test_formats_that_cannot_be_counted_are_refused(bert_dir: Path) -> None:
     config = json.loads((bert_dir / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (bert_dir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="'bitsandbytes'"):
+    with pytest.raises(CheckpointError, match="'awq'"):
         inspect_checkpoint(bert_dir)
 
 
