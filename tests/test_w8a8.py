@@ -13,13 +13,14 @@ import hfcompress
 from hfcompress.errors import ModelError
 from hfcompress.evaluate.size import model_size
 from hfcompress.packed.bytes import ByteLinear, byte_layers, rounded_inputs
-from hfcompress.quantization import RTN, SmoothQuant, quantize
+from hfcompress.quantization import RTN, Float8, SmoothQuant, quantize
 from hfcompress.quantization.folding import find_norm_folds, fold_
 from hfcompress.quantization.smoothquant import smoothing_scale
 from hfcompress.structure.running import watching
 from hfcompress.structure.stack import layer_stacks
 from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.families import FAMILIES, inputs_of
+from tests.uneven import cut_llama, llama
 
 
 def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -125,6 +126,16 @@ def test_what_stock_could_not_run_is_refused() -> None:
         quantize(FAMILIES["t5"].model(), hfcompress.Float8())
     with pytest.raises(ValueError, match="activations=8 goes with bits=8"):
         RTN(bits=4, activations=8)
+
+
+@pytest.mark.parametrize("method", [SmoothQuant(), RTN(activations=8), Float8()])
+def test_uneven_models_are_refused_before_anything_changes(method: object) -> None:
+    """Our loader, which alone reads uneven shapes, reads no 8-bit inputs or float8 codes."""
+    model = cut_llama(llama())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match="shapes that its config cannot say"):
+        quantize(model, method, token_batches() if isinstance(method, SmoothQuant) else None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_nothing_to_smooth_is_said() -> None:

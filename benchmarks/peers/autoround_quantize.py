@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from auto_round import AutoRound
+from peak import peak_mib
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +35,7 @@ def main() -> None:
     rows = load_file(options.tokens)["calibration"]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     started = time.perf_counter()
     rounding = AutoRound(
         model,
@@ -51,8 +51,8 @@ def main() -> None:
     )
     rounding.quantize_and_save(str(options.output), format="auto_gptq")
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    facts = {"seconds": seconds, "loaded_mib": before / 1024, "peak_mib": peak / 1024}
+    peak = peak_mib()
+    facts = {"seconds": seconds, "loaded_mib": before, "peak_mib": peak}
     facts["version"] = f"auto-round {version('auto-round')}, torch {torch.__version__}"
     (options.output / "run.json").write_text(json.dumps(facts))
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
+from peak import peak_mib
 from safetensors.torch import load_file
 
 
@@ -36,13 +36,13 @@ def main() -> None:
     config = QuantizeConfig(bits=options.bits, group_size=options.group_size, sym=True, offload_to_disk=False)
     model = GPTQModel.load(options.model, config, dtype=torch.bfloat16, device="cpu")
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     started = time.perf_counter()
     model.quantize(data, batch_size=1)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_mib()
     model.save(str(options.output))
-    facts = {"seconds": seconds, "loaded_mib": before / 1024, "peak_mib": peak / 1024}
+    facts = {"seconds": seconds, "loaded_mib": before, "peak_mib": peak}
     facts["version"] = f"gptqmodel {version('gptqmodel')}, torch {torch.__version__}"
     (options.output / "run.json").write_text(json.dumps(facts))
 

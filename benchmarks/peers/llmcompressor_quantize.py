@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from peak import peak_mib
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def main() -> None:
     modifier = MODIFIERS[options.method](
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     started = time.perf_counter()
     if options.method == "rtn":
         oneshot(model=model, recipe=modifier)
@@ -63,9 +63,9 @@ def main() -> None:
             shuffle_calibration_samples=False,
         )
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_mib()
     model.save_pretrained(options.output, save_compressed=True)
-    facts = {"seconds": seconds, "loaded_mib": before / 1024, "peak_mib": peak / 1024}
+    facts = {"seconds": seconds, "loaded_mib": before, "peak_mib": peak}
     facts["version"] = f"llmcompressor {version('llmcompressor')}, torch {torch.__version__}"
     (options.output / "run.json").write_text(json.dumps(facts))
 

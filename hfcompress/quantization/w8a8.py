@@ -17,6 +17,7 @@ from hfcompress.quantization.grids import storable_scale
 from hfcompress.quantization.plan import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.quantization.rtn import Scale, round_to_nearest
+from hfcompress.structure.shapes import uneven_shapes
 
 
 def check_bytes(
@@ -28,6 +29,11 @@ def check_bytes(
         raise ModelError(
             f"{other.name} is a {type(other.module).__name__}; 8-bit codes with a scale per output are read back for "
             "Linear only. Exclude it, or use RTN(bits=8)."
+        )
+    if uneven_shapes(model):
+        raise ModelError(
+            f"This {type(model).__name__} has shapes that its config cannot say, which our loader reads with packed "
+            "codes of other methods only. Use RTN(bits=8) or GPTQ."
         )
     if kind == "float" and is_seq2seq(model):
         raise ModelError(
