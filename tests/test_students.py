@@ -31,6 +31,14 @@ def test_layers_are_the_teachers_evenly_spaced(tmp_path: Path) -> None:
     assert equal(weights_of(chosen.bert.encoder.layer[1]), weights_of(teacher.bert.encoder.layer[5]))
 
 
+def test_language_models_keep_their_first_and_last_layer() -> None:
+    teacher = llama(layers=6)
+    student = make_student(teacher, layers=3)
+    kept = [weights_of(layer) for layer in student.model.layers]
+    assert equal(kept[0], weights_of(teacher.model.layers[0]))
+    assert equal(kept[-1], weights_of(teacher.model.layers[5]))
+
+
 def test_a_frozen_teacher_gives_a_student_that_learns() -> None:
     student = make_student(llama().requires_grad_(False), layers=1)
     assert all(weight.requires_grad for weight in student.parameters())

@@ -39,9 +39,10 @@ def make_student(
 ) -> PreTrainedModel:
     """Return a smaller model for the teacher's task.  The teacher stays as it is.
 
-    layers: how many layers of each stack to keep, evenly spaced with the last one last (1, 3, 5 for three of six), or
-    which ones.  heads, neurons: how many query heads of each attention and neurons of each feed-forward block to keep:
-    those with the largest weights, in whole groups where heads share keys.  The kept weights are the teacher's.
+    layers: how many layers of each stack to keep, evenly spaced with the last one last (1, 3, 5 for three of six; a
+    language model, which is ruined without its first layer, keeps that too: 0, 2, 5), or which ones.
+    heads, neurons: how many query heads of each attention and neurons of each feed-forward block to keep: those with
+    the largest weights, in whole groups where heads share keys.  The kept weights are the teacher's.
     config: a model of this config with random weights instead.  pretrained: a model id or folder instead.
     With either, the student has the teacher's kind of head and its labels.
     Raises ModelError for more than the teacher has, and for what its architecture cannot express.
@@ -93,8 +94,12 @@ def _drop(student: PreTrainedModel, layers: int | Sequence[int]) -> None:
         total = len(stack)
         if isinstance(layers, int) and not 1 <= layers <= total:
             raise ModelError(f"layers={layers}: {stack.name} of the teacher has {total} layers.")
-        kept = tuple(spread(layers, total)) if isinstance(layers, int) else tuple(layers)
-        drop_layers(student, DropLayers(layers=kept, stack=stack.name.split(".")[-2] if "." in stack.name else None))
+        place = stack.name.split(".")[-2] if "." in stack.name else None
+        if isinstance(layers, int) and student.get_output_embeddings() is not None:
+            drop_layers(student, DropLayers(keep=layers, stack=place))
+        else:
+            kept = tuple(spread(layers, total)) if isinstance(layers, int) else tuple(layers)
+            drop_layers(student, DropLayers(layers=kept, stack=place))
 
 
 def _close(student: PreTrainedModel, heads: int | None, neurons: int | None) -> None:
