@@ -26,7 +26,8 @@ from hfcompress.errors import DataError, ModelError, OutputError, look_up
 from hfcompress.pruning.oneshot import PruningReport, prune
 from hfcompress.pruning.oneshot.plan import plan_weights
 from hfcompress.quantization import QuantizationReport, quantize
-from hfcompress.quantization.plan import check_joint_pruning, plan_linears
+from hfcompress.quantization.checks import check_joint_pruning
+from hfcompress.quantization.plan import plan_linears
 from hfcompress.recipe import DataSpec, ModelSpec, Prune, Quantize, read_method
 from hfcompress.recipe.faults import Fault, recipe_error
 from hfcompress.structure.lengths import longest_input

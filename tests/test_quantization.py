@@ -21,7 +21,7 @@ import hfcompress
 from hfcompress.errors import DataError, ModelError
 from hfcompress.packed import PackedLinear, packed_layers
 from hfcompress.quantization import GPTQ, METHODS, RTN, QuantizationReport, QuantizedLinear, quantize
-from hfcompress.quantization.plan import fitting_group_size
+from hfcompress.quantization.planned import fitting_group_size
 from hfcompress.structure.stack import stack_linears
 from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.test_calibration import bart_case, t5_case

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import hfcompress
 from hfcompress.errors import CheckpointError, HFCompressError, OutputError
 from hfcompress.packed import packed_layers
-from hfcompress.quantization import apply
+from hfcompress.quantization import calibrated
 from tests.conftest import tiny_llama, token_batches
 from tests.forks import Forks, Spy
 from tests.runs import model_files, run_command, write_text
@@ -45,14 +45,14 @@ def quantize(model: Path, output: Path, *words: object) -> dict[str, Any]:
 def counted_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Note how many linear layers share each call of GPTQ."""
     calls: list[int] = []
-    real = apply.gptq_siblings
+    real = calibrated.gptq_siblings
 
     def counted(weights: Any, *rest: Any, **options: Any) -> Any:
         calls.append(len(weights))
         return real(weights, *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(apply, "gptq_siblings", counted)
+        patched.setattr(calibrated, "gptq_siblings", counted)
         yield calls
 
 

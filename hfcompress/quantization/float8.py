@@ -1,16 +1,16 @@
-"""Eight-bit floats (float8_e4m3fn) for weights, and for inputs too: what recent GPUs multiply at twice the rate."""
+"""Eight-bit floats (float8_e4m3fn) for weights, and for inputs too."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from hfcompress.quantization.options import FORBID_UNKNOWN, WhileLoading
+from hfcompress.quantization.options import FORBID_UNKNOWN, ByteCodes
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
-class Float8(WhileLoading):
+class Float8(ByteCodes):
     """Store weights as float8_e4m3fn with a scale per output row; needs no data.
 
     activations: round the inputs of linear layers too, each token by a scale of its own.
@@ -18,12 +18,6 @@ class Float8(WhileLoading):
     """
 
     needs_calibration: ClassVar[bool] = False
-    package: ClassVar[str] = "compressed_tensors"
-    bits: ClassVar[Literal[8]] = 8
-    group_size: ClassVar[None] = None
-    symmetric: ClassVar[bool] = True
-    embeddings: ClassVar[bool] = False
-    head: ClassVar[bool] = False
 
     activations: bool = False
     exclude: tuple[str, ...] = ()

@@ -37,6 +37,17 @@ def scales(group_size: int | None) -> str:
     return f"a scale per {'row' if group_size is None else f'{group_size} columns'}"
 
 
+class ByteCodes(WhileLoading):
+    """What the methods of eight bits with one scale per row have in common for the plan."""
+
+    package: ClassVar[str] = "compressed_tensors"
+    bits: ClassVar[Literal[8]] = 8
+    group_size: ClassVar[None] = None
+    symmetric: ClassVar[bool] = True
+    embeddings: ClassVar[bool] = False
+    head: ClassVar[bool] = False
+
+
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class RTN(WhileLoading):
     """Round every weight to the nearest point of its group's grid; needs no data.
@@ -83,7 +94,7 @@ class GPTQ(WhileLoading):
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
     quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
-    the layers about four times instead of once; perplexity of SmolLM2-135M at 4 bits rises by 4%, not by 17%.
+    the layers about four times instead of once; ``benchmarks/quantize.py`` measures what that gains.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.

@@ -23,7 +23,7 @@ from hfcompress.calibration.running import Batch, tensors_in
 from hfcompress.checkpoint.atomic import write_tensors, write_text
 from hfcompress.errors import CheckpointError, OutputError
 from hfcompress.packed import packed_twin
-from hfcompress.quantization.plan import PlannedLinear
+from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.structure.offload import stored_tensors
 

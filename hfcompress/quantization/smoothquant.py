@@ -19,8 +19,8 @@ from hfcompress.calibration import LayerVisit
 from hfcompress.calibration.checks import observe_layers
 from hfcompress.calibration.running import watching
 from hfcompress.quantization.folding import Changes, NormFold, find_norm_folds, fold_
-from hfcompress.quantization.options import FORBID_UNKNOWN, WhileLoading
-from hfcompress.quantization.plan import PlannedLinear
+from hfcompress.quantization.options import FORBID_UNKNOWN, ByteCodes
+from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.quantization.w8a8 import byte_layer
 
@@ -28,7 +28,7 @@ SMALLEST, LARGEST = 1e-4, 1e4  # of a scale
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
-class SmoothQuant(WhileLoading):
+class SmoothQuant(ByteCodes):
     """Round weights and inputs to 8 bits, after moving large inputs into the weights (arXiv 2211.10438).
 
     strength: how much of the inputs' range the weights take over; 0 is none of it, 1 is all.
@@ -37,12 +37,6 @@ class SmoothQuant(WhileLoading):
     """
 
     needs_calibration: ClassVar[bool] = True
-    package: ClassVar[str] = "compressed_tensors"
-    bits: ClassVar[Literal[8]] = 8
-    group_size: ClassVar[None] = None
-    symmetric: ClassVar[bool] = True
-    embeddings: ClassVar[bool] = False
-    head: ClassVar[bool] = False
 
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     scale: Literal["absmax", "mse"] = "absmax"

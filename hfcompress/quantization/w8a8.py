@@ -14,7 +14,7 @@ from hfcompress.errors import ModelError
 from hfcompress.packed.bytes import DTYPES, LIMITS, ByteLinear, Kind
 from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.grids import storable_scale
-from hfcompress.quantization.plan import PlannedLinear
+from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.quantization.rtn import Scale, round_to_nearest
 from hfcompress.structure.shapes import uneven_shapes

@@ -16,7 +16,8 @@ from hfcompress.quantization.apply import quantize
 from hfcompress.quantization.aware.layers import FakeQuantized, fake_quantize_, restore_dense_
 from hfcompress.quantization.aware.options import QuantizeAwareOptions
 from hfcompress.quantization.options import RTN
-from hfcompress.quantization.plan import PlannedLinear, plan_linears
+from hfcompress.quantization.plan import plan_linears
+from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizationReport
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.quantization.plan import PlannedLinear
+from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.rtn import Grid, Scale
 
 Layer = TypeVar("Layer", bound="FakeQuantized")
