@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class ProjectionTrainer(Trainer):
         """Return the modules by name."""
         return nn.ModuleDict() if self.matcher is None else self.matcher.projections
 
+    @abstractmethod
     def _bind(self) -> None:
-        raise NotImplementedError
+        """Find out anew how the student compares with its teachers."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as the Trainer does, and give it the projections, too."""
