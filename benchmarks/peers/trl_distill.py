@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from run import peak_mib
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, default_data_collator
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -69,7 +69,7 @@ def main() -> None:
     trainer.model.save_pretrained(options.output)
     facts = {
         "seconds": [after - before for before, after in pairwise(clock.begins)],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "version": f"trl {version('trl')}, torch {torch.__version__}",
     }
     (options.output / "run.json").write_text(json.dumps(facts))
