@@ -129,9 +129,11 @@ class GradualPruneCallback(TrainerCallback, ABC):
             self._watch = self._watching(model, weights, criterion)
         self._masks.update(self._masks_from_zeros(model, weights))
         # The hook runs before DDP averages gradients and before clipping, and again after every accumulation.
+        scratch = masking.Scratch()
         for name, weight in weights.items():
             if weight.requires_grad:
-                self._hooks.append(weight.register_post_accumulate_grad_hook(masking.GradientMask(self._masks, name)))
+                mask = masking.GradientMask(self._masks, name, scratch)
+                self._hooks.append(weight.register_post_accumulate_grad_hook(mask))
         if self.options.schedule == "constant":
             self._prune(weights, self.options.sparsity)
         masking.apply_masks_(weights, self._masks)
