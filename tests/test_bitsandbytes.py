@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, PreTrainedModel, T5Config
 
@@ -23,11 +18,11 @@ from hfcompress.evaluate.size import model_size
 from hfcompress.loading.quantizer import HFCompressQuantizer
 from hfcompress.packed.bitsandbytes import bitsandbytes_layers
 from hfcompress.publish.loading import packages_to_install
-from hfcompress.quantization import BitsAndBytes, QuantizationReport, quantize
+from hfcompress.quantization import BitsAndBytes, quantize
 from hfcompress.recipe.options import Quantize
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama, token_batches
 from tests.families import CLASSIFIER, DECODER, FAMILIES, SEQ2SEQ, inputs_of
-from tests.test_quantized_families import RELOAD, ROOT, outputs, same_logits
+from tests.reloading import Case, outputs, reload_all
 from tests.test_uneven_quantized import blocky
 from tests.uneven import output_of
 
@@ -60,15 +55,6 @@ INT8 = ["bert", "llama", "gpt2", "gpt_neox", "vit", "t5", "whisper", "modernbert
 CASES = [("llama", "fp4"), ("llama", "double"), *((name, "nf4") for name in WIDE), *((one, "int8") for one in INT8)]
 
 
-@dataclass(frozen=True)
-class Case:
-    folder: Path
-    model: PreTrainedModel
-    report: QuantizationReport
-    expected: dict[str, Tensor]
-    after_saving: dict[str, Tensor]
-
-
 def dense_case(family: str, method: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     if method == "int8":
         return FAMILIES[family].model(), inputs_of(FAMILIES[family])
@@ -76,57 +62,40 @@ def dense_case(family: str, method: str) -> tuple[PreTrainedModel, dict[str, Ten
     return WIDE[family]().eval(), inputs_of(FAMILIES[family])
 
 
-def quantized_case(family: str, method: str, folder: Path) -> Case:
+def quantized_case(family: str, method: str, folder: Path) -> tuple[Tensor, Case]:
+    """Return the logits before the model was saved, and the case."""
     model, inputs = dense_case(family, method)
     report = quantize(model, FOUR_BITS.get(method, BitsAndBytes(bits=8)))
-    expected = outputs(model, inputs, "logits", model.can_generate())
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder / "model")  # after calls, which may have rearranged the weights
-    facts = {"class": type(model).__name__, "output": "logits", "generates": model.can_generate()}
-    (folder / "facts.json").write_text(json.dumps(facts))
-    save_file(inputs, folder / "inputs.safetensors")
-    return Case(folder, model, report, expected, outputs(model, inputs, "logits", model.can_generate()))
+    before = outputs(model, inputs)["logits"]  # calls may rearrange the weights
+    return before, Case.write(folder, model, report, inputs)
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Case]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Tensor, Case]]:
     root = tmp_path_factory.mktemp("bitsandbytes")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* stay dense")
-        made = {case: quantized_case(*case, root / "all" / "-".join(case)) for case in CASES}
-    for plugin in ([], ["hfcompress"]):
-        command = [sys.executable, "-c", RELOAD, str(root / "all"), *plugin]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT) if plugin else ""}
-        subprocess.run(command, cwd=tmp_path_factory.mktemp("empty"), env=environment, check=True)
+        made = {case: quantized_case(*case, root / "-".join(case)) for case in CASES}
+    reload_all(root, tmp_path_factory.mktemp("empty"))
     return made
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
-def test_saved_after_calls_it_is_the_same_model(family: str, method: str, cases: dict[tuple[str, str], Case]) -> None:
-    case = cases[family, method]
+def test_saved_after_calls_it_is_the_same_model(
+    family: str, method: str, cases: dict[tuple[str, str], tuple[Tensor, Case]]
+) -> None:
+    before, case = cases[family, method]
     assert {row.name for row in case.report.rows} == set(bitsandbytes_layers(case.model))
+    assert torch.equal(case.expected["logits"], before)
     for plugins in (0, 1):
-        facts = json.loads((case.folder / f"found{plugins}.json").read_text())
-        # Stock Transformers reads the checkpoint; only the process that imported hfcompress has saved it again.
-        assert "error" not in facts, facts["error"]
-        assert facts["loading"] == {}
-        found = load_file(case.folder / f"found{plugins}.safetensors")
-        same_logits(found["logits"], case.expected["logits"])
-        if "tokens" in found:
-            assert torch.equal(found["tokens"], case.expected["tokens"])
-    assert torch.equal(case.after_saving["logits"], case.expected["logits"])
+        case.reloads_alike(plugins)
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_loaded_run_and_saved_again_it_has_the_same_files(
-    family: str, method: str, cases: dict[tuple[str, str], Case]
+    family: str, method: str, cases: dict[tuple[str, str], tuple[Tensor, Case]]
 ) -> None:
-    folder = cases[family, method].folder
-    first, again = (load_file(folder / name / "model.safetensors") for name in ("model", "again"))
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    configs = [json.loads((folder / name / "config.json").read_text()) for name in ("model", "again")]
-    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    cases[family, method][1].saved_again_alike()
 
 
 @pytest.mark.parametrize(("kind", "stored"), [({}, "nf4"), ({"kind": "fp4"}, "fp4"), ({"bits": 8}, "int8")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,7 @@ ONE_OF_EACH: dict[str, Method] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _few_tokens_are_fine_here() -> object:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*calibration tokens are fewer")
-        yield
+pytestmark = pytest.mark.usefixtures("few_tokens_are_fine")
 
 
 def inputs_of(family: str) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -54,12 +53,7 @@ def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         return model.eval()(**batch).logits
 
 
-@pytest.fixture(autouse=True)
-def _few_tokens_are_fine_here() -> object:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*calibration tokens are fewer")
-        warnings.filterwarnings("ignore", message="Group sizes that do not divide")
-        yield
+pytestmark = pytest.mark.usefixtures("few_tokens_are_fine")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

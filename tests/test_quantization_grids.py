@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,7 @@ def values(rounded: Rounded) -> Tensor:
     return ((groups - points.unsqueeze(-1)) * scale.unsqueeze(-1)).view(codes.shape)
 
 
-@pytest.fixture(autouse=True)
-def _few_tokens_are_fine_here() -> object:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*calibration tokens are fewer")
-        warnings.filterwarnings("ignore", message="Group sizes that do not divide")
-        yield
+pytestmark = pytest.mark.usefixtures("few_tokens_are_fine")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
