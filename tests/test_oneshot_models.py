@@ -223,7 +223,7 @@ def test_a_damaged_weight_is_refused_by_name(method: Method) -> None:
 
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT()])
 def test_nan_activations_are_refused_by_name_and_it_is_said_what_was_done(method: Method) -> None:
-    for index, done in ((0, r"and the data\.$"), (1, r"7 of 14 layers are pruned by now, so load the model again\.$")):
+    for index, done in ((0, "4 of 14 layers are pruned by now, so load the model again"), (1, "11 of 14")):
         model = tiny_llama()
         model.model.layers[index].post_attention_layernorm.weight.data.fill_(torch.inf)
         pattern = rf"model\.layers\.{index}: the inputs of mlp\.gate_proj.*{done}"

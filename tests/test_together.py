@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfcompress.calibration import InputHessian, LayerVisit, together, walk_layers
-from hfcompress.calibration.observe import TokenMasks
+from hfcompress.calibration import InputHessian, InputSquares, LayerVisit, together, walk_layers
+from hfcompress.calibration.observe import GRAM, SQUARES, TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.turns import Turns
+from hfcompress.pruning.oneshot import SparseGPT, Wanda, prune
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.stack import linear_weights_of
 from tests.families import FAMILIES
@@ -29,11 +31,11 @@ def batches(model: PreTrainedModel, padding: int = 0) -> Batches:
     return [{"input_ids": ids, "attention_mask": keep} for ids, keep in zip(rows.split(4), mask.split(4))]
 
 
-def halving(visit: LayerVisit, seen: dict[tuple[str, ...], Tensor]) -> Callable[[InputHessian], None]:
+def halving(visit: LayerVisit, seen: dict[tuple[str, ...], Tensor]) -> Callable[[InputHessian | InputSquares], None]:
     """Return what stands for compression: every weight is made coarse in place."""
 
-    def compress(found: InputHessian) -> None:
-        seen[found.names] = found.hessian
+    def compress(found: InputHessian | InputSquares) -> None:
+        seen[found.names] = found.hessian if isinstance(found, InputHessian) else found.squares
         for name in found.names:
             weight = visit.layer.get_submodule(name).weight
             with torch.no_grad():
@@ -52,7 +54,7 @@ def test_one_pass_equals_turn_after_turn(family: str, padding: int) -> None:
     turned: dict[tuple[str, ...], Tensor] = {}
 
     one = next(iter(walk_layers(model, batches(model, padding))))
-    one.compress_(list(linear_weights_of(one.layer)), halving(one, joined))
+    one.compress_(list(linear_weights_of(one.layer)), GRAM, halving(one, joined))
     assert all(one.index not in recorded.calls for recorded in one.batches)  # it has been advanced
 
     two = next(iter(walk_layers(other, batches(other, padding))))
@@ -67,6 +69,29 @@ def test_one_pass_equals_turn_after_turn(family: str, padding: int) -> None:
     for recorded, expected in zip(one.batches, two.batches, strict=True):
         keep = recorded.batch["attention_mask"].bool()
         torch.testing.assert_close(recorded.hidden[keep], expected.hidden[keep], rtol=1e-4, atol=1e-4)
+
+
+def test_squares_are_the_diagonals_of_the_hessians() -> None:
+    """What Wanda prunes by comes from the same pass: the layers before it are pruned by then."""
+    model = FAMILIES["llama"].model()
+    seen: dict[Any, dict[tuple[str, ...], Tensor]] = {GRAM: {}, SQUARES: {}}
+    for statistic, mine in seen.items():
+        visit = next(iter(walk_layers(copied := copy.deepcopy(model), batches(copied, 3))))
+        visit.compress_(list(linear_weights_of(visit.layer)), statistic, halving(visit, mine))
+    assert seen[GRAM].keys() == seen[SQUARES].keys()
+    for names, hessian in seen[GRAM].items():
+        torch.testing.assert_close(seen[SQUARES][names], hessian.diagonal(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])
+def test_pruning_too_takes_one_pass(method: Wanda | SparseGPT) -> None:
+    model = FAMILIES["llama"].model()
+    data = batches(model)
+    calls: list[int] = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    prune(model, method, data)
+    handle.remove()
+    assert calls == [len(data[0]["input_ids"]), sum(len(batch["input_ids"]) for batch in data)]
 
 
 def test_a_layer_runs_once_for_all_and_once_to_learn_its_order() -> None:
@@ -116,5 +141,5 @@ def test_forwards_are_put_back_after_an_error() -> None:
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        visit.compress_(list(linear_weights_of(visit.layer)), fail)
+        visit.compress_(list(linear_weights_of(visit.layer)), GRAM, fail)
     assert all("forward" not in module.__dict__ for module in model.modules())

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hfcompress.calibration.observe import InputHessian, InputSquares, Observed
+from hfcompress.calibration.observe import InputHessian, InputSquares, Observed, Statistic
 from hfcompress.calibration.running import Batch
 from hfcompress.calibration.turns import KnownSites, Turn, Turns
 from hfcompress.calibration.walk import LayerVisit, walk_layers
@@ -65,25 +65,27 @@ def compress_layers(
     model: nn.Module,
     names: Iterable[str],
     batches: Sequence[Batch],
-    compress: Callable[[LayerVisit, InputHessian], None],
+    statistic: Statistic[Observed],
+    compress: Callable[[LayerVisit, Observed], None],
 ) -> Iterator[LayerVisit]:
     """Walk through a model and have its linear layers ``names`` compressed; yield every layer after that.
 
-    compress: gets what some linear layers of a layer see in common, and replaces them; see ``LayerVisit.compress_``.
+    compress: gets the statistic of what some linear layers of a layer see in common, and changes or replaces them;
+    see ``LayerVisit.compress_``.
     Raises ModelError as ``observe_layers`` does.
     """
     wanted = list(names)
     warned = False
     for visit in walk_layers(model, batches):
         inside = _inside(visit, wanted)
-        done: list[InputHessian] = []
+        done: list[Observed] = []
 
-        def one(found: InputHessian, visit: LayerVisit = visit, done: list[InputHessian] = done) -> None:
+        def one(found: Observed, visit: LayerVisit = visit, done: list[Observed] = done) -> None:
             compress(visit, found)
             done.append(found)
 
         if inside:
-            visit.compress_(inside, one)
+            visit.compress_(inside, statistic, one)
         _check_all_seen(visit, inside, done)
         warned = warned or _warn_about_few_tokens(visit, done)
         yield visit

@@ -61,6 +61,10 @@ class Statistic(Generic[Observed]):
     add_: Callable[[Tensor, Tensor], None]
     finish_: Callable[[Tensor], Tensor] = lambda total: total
 
+    def empty(self, inputs: Tensor) -> Tensor:
+        """Return the total before the first of the inputs, (..., in)."""
+        return torch.zeros(inputs.shape[-1:] * self.dimensions, dtype=torch.float32, device=inputs.device)
+
 
 GRAM: Statistic[InputHessian] = Statistic(InputHessian, 2, accumulate_triangle_, mirror_triangle_)
 SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, accumulate_squares_)
@@ -144,8 +148,7 @@ class _Observer(Generic[Observed]):
         self.tokens[name] += len(rows)
         if owner == name:
             if name not in self.totals:
-                shape = inputs.shape[-1:] * self.statistic.dimensions
-                self.totals[name] = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
+                self.totals[name] = self.statistic.empty(inputs)
             self.statistic.add_(self.totals[name], rows)
         elif first != owner:
             raise _DivergedError

@@ -1,21 +1,20 @@
 """One forward pass per layer: all calibration batches in one call that compresses linear layers on its way.
 
 Where every batch calls a layer with the same shapes, the calls are joined into one. When it comes to a linear layer,
-the inputs are there for all tokens: they give its Hessian, it is compressed, and the pass goes on with what is there
-then. So the pass that calibrates a layer also sends the hidden states through the compressed one.
+the inputs are there for all tokens: they give its Hessian or another statistic, it is compressed, and the pass goes on
+with what is there then. So the pass that calibrates a layer also sends the hidden states through the compressed one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.hessian import accumulate_triangle_, mirror_triangle_
-from hfcompress.calibration.observe import InputHessian, TokenMasks, real_tokens
+from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens
 from hfcompress.calibration.record import LayerCall
 from hfcompress.packed import PackedWeight
 from hfcompress.structure.stack import LINEAR_TYPES
@@ -93,11 +92,11 @@ def join_masks(masks: Sequence[TokenMasks], sizes: Sequence[int]) -> TokenMasks 
         return None
 
 
-class JoinedPass:
+class JoinedPass(Generic[Observed]):
     """A forward pass of a layer in which groups of linear layers are compressed when their input is there.
 
-    linears: those that are compressed.  groups: names that share an input.  compress: gets what a group sees, and
-    replaces its linear layers in the layer.
+    linears: those that are compressed.  groups: names that share an input.  compress: gets what a group sees, as the
+    statistic of its inputs, and changes its linear layers or replaces them in the layer.
     """
 
     def __init__(
@@ -106,9 +105,11 @@ class JoinedPass:
         linears: Mapping[str, nn.Module],
         groups: Sequence[Sequence[str]],
         masks: TokenMasks,
-        compress: Callable[[InputHessian], None],
+        statistic: Statistic[Observed],
+        compress: Callable[[Observed], None],
     ) -> None:
-        self.layer, self.linears, self.masks, self.compress = layer, linears, masks, compress
+        self.layer, self.linears, self.masks = layer, linears, masks
+        self.statistic, self.compress = statistic, compress
         self.group_of = {name: tuple(group) for group in groups for name in group}
         self.waiting = set(self.group_of.values())
         self.context: set[int] = set()
@@ -145,9 +146,9 @@ class JoinedPass:
 
         return forward
 
-    def _seen(self, group: tuple[str, ...], inputs: Tensor) -> InputHessian:
+    def _seen(self, group: tuple[str, ...], inputs: Tensor) -> Observed:
         rows = real_tokens(inputs, self.masks.context if inputs.data_ptr() in self.context else self.masks.own)
-        hessian = torch.zeros(rows.shape[-1], rows.shape[-1], dtype=torch.float32, device=rows.device)
+        total = self.statistic.empty(rows)
         for chunk in rows.split(CHUNK):
-            accumulate_triangle_(hessian, chunk)
-        return InputHessian(group, mirror_triangle_(hessian), len(rows))
+            self.statistic.add_(total, chunk)
+        return self.statistic.result(group, self.statistic.finish_(total), len(rows))

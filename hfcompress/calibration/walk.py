@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hfcompress.calibration.observe import (
     GRAM,
     LARGEST_SQUARES,
-    SQUARES,
     InputHessian,
     InputSquares,
     Observed,
@@ -78,32 +77,32 @@ class LayerVisit:
         """
         return self._observe(names, GRAM)
 
-    def input_squares(self, names: Sequence[str] | None = None) -> list[InputSquares]:
-        """Return the diagonals of ``input_hessians`` for a fraction of their cost."""
-        return self._observe(names, SQUARES)
-
     def largest_squares(self, names: Sequence[str] | None = None) -> list[InputSquares]:
-        """Return the largest square of each input of the layer's linear layers, instead of their sum."""
+        """Return the largest square of each input of the linear layers, for a fraction of the Hessians' cost."""
         return self._observe(names, LARGEST_SQUARES)
 
-    def compress_(self, names: Sequence[str], compress: Callable[[InputHessian], None]) -> None:
-        """Hand what linear layers see to ``compress``, which replaces them in the model.
+    def compress_(
+        self, names: Sequence[str], statistic: Statistic[Observed], compress: Callable[[Observed], None]
+    ) -> None:
+        """Hand a statistic of what linear layers see to ``compress``, which changes or replaces them in the model.
 
         Where all batches can be joined into one call whose activations fit, this takes one forward pass, see
         ``together``: the hidden states are advanced then, and linear layers are calibrated on what the compressed ones
         before them give. Otherwise all see the layer as it was. Raises ModelError as ``input_hessians`` does.
         """
 
-        def checked(found: InputHessian) -> None:
+        def checked(found: Observed) -> None:
             refuse_non_finite(self.name, [found])
             compress(found)
 
-        if not self._compress_joined_(names, checked):
-            hessians = self.input_hessians(names)
-            while hessians:
-                compress(hessians.pop(0))
+        if not self._compress_joined_(names, statistic, checked):
+            totals = self._observe(names, statistic)
+            while totals:
+                compress(totals.pop(0))
 
-    def _compress_joined_(self, names: Sequence[str], compress: Callable[[InputHessian], None]) -> bool:
+    def _compress_joined_(
+        self, names: Sequence[str], statistic: Statistic[Observed], compress: Callable[[Observed], None]
+    ) -> bool:
         """Return False, with nothing done, where one joined pass is not possible."""
         linears = {name: module for name, module in linear_weights_of(self.layer).items() if name in names}
         joined = self._joined()
@@ -114,7 +113,7 @@ class LayerVisit:
             if others:
                 return False
             call, masks, hidden = joined
-            self._take_(JoinedPass(self.layer, linears, groups, masks, compress).run(call, hidden))
+            self._take_(JoinedPass(self.layer, linears, groups, masks, statistic, compress).run(call, hidden))
         return True
 
     def _joined(self) -> tuple[LayerCall, TokenMasks, Tensor] | None:

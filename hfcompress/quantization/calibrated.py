@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
 from hfcompress.calibration.checks import compress_in_turn, compress_layers, warn_about_damping
+from hfcompress.calibration.observe import GRAM
 from hfcompress.calibration.turns import Turn
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.quantization.conv1d import gptq_conv1d
@@ -46,7 +47,7 @@ def calibrated(
     if method.quality == "best":
         visits = compress_in_turn(model, by_name, batches, correcting)
     else:
-        visits = compress_layers(model, by_name, batches, as_they_are)
+        visits = compress_layers(model, by_name, batches, GRAM, as_they_are)
     for visit in visits:
         yield visit.name, rows.copy()
         rows.clear()

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import InputHessian, InputSquares, LayerVisit
-from hfcompress.calibration.checks import observe_layers, warn_about_damping
+from hfcompress.calibration.checks import compress_layers, warn_about_damping
 from hfcompress.calibration.hessian import relative_error
+from hfcompress.calibration.observe import GRAM, SQUARES, Statistic
 from hfcompress.calibration.running import Batch
 from hfcompress.calibration.texts import Calibration, batches_for
 from hfcompress.errors import HFCompressError, ModelError
@@ -53,9 +54,10 @@ def prune(
     rows: Rows = []
     try:
         with meter(f"Pruning with {name}", len(planned)) as bar, torch.no_grad():
-            for layer, done in _steps(model, planned, method, batches):
-                rows.extend(done)
-                bar.advance(len(done), note=layer)
+            shown = 0
+            for layer in _steps(model, planned, method, batches, rows):
+                bar.advance(len(rows) - shown, note=layer)
+                shown = len(rows)
     except HFCompressError as error:
         if not rows:
             raise
@@ -68,36 +70,42 @@ def prune(
 
 
 def _steps(
-    model: PreTrainedModel, planned: Planned, method: Magnitude | Wanda | SparseGPT, batches: Sequence[Batch]
-) -> Iterator[tuple[str, Rows]]:
-    """Prune and yield each layer's name and rows."""
+    model: PreTrainedModel,
+    planned: Planned,
+    method: Magnitude | Wanda | SparseGPT,
+    batches: Sequence[Batch],
+    rows: Rows,
+) -> Iterator[str]:
+    """Prune, add the rows, and yield the name of each layer after that."""
     if isinstance(method, Magnitude):
         for name, one in planned.items():
-            yield name, [_prune_by_magnitude_(one, method)]
+            rows.append(_prune_by_magnitude_(one, method))
+            yield name
     elif isinstance(method, Wanda):
-        yield from _walked(model, planned, batches, LayerVisit.input_squares, _prune_by_wanda_, method)
+        yield from _walked(
+            model, planned, batches, SQUARES, lambda some, seen: _prune_by_wanda_(some, seen, method), rows
+        )
     else:
-        yield from _walked(model, planned, batches, LayerVisit.input_hessians, _prune_by_sparsegpt_, method)
+        yield from _walked(
+            model, planned, batches, GRAM, lambda some, seen: _prune_by_sparsegpt_(some, seen, method), rows
+        )
 
 
 def _walked(
     model: PreTrainedModel,
     planned: Planned,
     batches: Sequence[Batch],
-    observe: Callable[[LayerVisit, Sequence[str]], list[Any]],
-    prune_: Callable[[list[PlannedWeight], Any, Any], Rows],
-    method: Wanda | SparseGPT,
-) -> Iterator[tuple[str, Rows]]:
-    """Prune the linear layers of each layer by what they see once the layers before it are pruned."""
-    for visit, found in observe_layers(model, planned, batches, observe):
-        yield (
-            visit.name,
-            [
-                row
-                for one in found
-                for row in prune_([planned[f"{visit.name}.{name}"] for name in one.names], one, method)
-            ],
-        )
+    statistic: Statistic[Any],
+    prune_: Callable[[list[PlannedWeight], Any], Rows],
+    rows: Rows,
+) -> Iterator[str]:
+    """Prune linear layers by what they see once those before them are pruned."""
+
+    def prune_siblings_(visit: LayerVisit, seen: InputHessian | InputSquares) -> None:
+        rows.extend(prune_([planned[f"{visit.name}.{name}"] for name in seen.names], seen))
+
+    for visit in compress_layers(model, planned, batches, statistic, prune_siblings_):
+        yield visit.name
 
 
 def _prune_by_magnitude_(one: PlannedWeight, method: Magnitude) -> PrunedLayer:
