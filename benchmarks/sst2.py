@@ -126,9 +126,10 @@ class Bench:
         """Return where a row's model is kept."""
         return self.folder / "models" / f"{slug(name)}-{self.seed}"
 
-    def open(self, name: str = "dense") -> PreTrainedModel:
-        """Open a kept model in float32."""
-        return AutoModelForSequenceClassification.from_pretrained(str(self.model_folder(name)), dtype=torch.float32)
+    def open(self, name: str = "dense", **config: Any) -> PreTrainedModel:
+        """Open a kept model in float32.  config: fields that are changed."""
+        folder = str(self.model_folder(name))
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **config)
 
     def distil(self, model: PreTrainedModel, callbacks: list[TrainerCallback] | None = None, **changes: Any) -> None:
         """Train a model on its task and on the dense one's answers.  changes: of the DistillationConfig."""
