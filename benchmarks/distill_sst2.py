@@ -14,9 +14,8 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from typing import Any
 
-from sst2 import Bench, Result, Results, arguments, dense, run_rows, spread
+from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, spread
 from table import show
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
@@ -28,10 +27,6 @@ Maker = Callable[[PreTrainedModel], PreTrainedModel]
 LOGITS = ForwardKL(temperature=2.0)
 RELATIONS = Relations(weight=1.0, layers="last")
 HIDDEN = HiddenStates(weight=1.0)
-
-# A teacher's answers leave less to overfit.
-FASTER: dict[str, Any] = {"learning_rate": 3e-4}
-NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def three_layers(teacher: PreTrainedModel) -> PreTrainedModel:

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sst2 import Bench, Result, Results, arguments, dense, run_rows, slug, spread
+from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, slug, spread
 from table import show
 from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import hfcompress
-from hfcompress.distillation.losses import ForwardKL, HiddenStates, Relations
+from hfcompress.distillation.losses import ForwardKL, HiddenStates
 from hfcompress.pruning.masks import prunable_weights, sparsity_of
 from hfcompress.publish.pictures import draw_kept
 
 # Logits at temperature 2, and what the layers hand on: the pruned model has its teacher's shape until it is cut.
 TAUGHT: dict[str, Any] = {
     "alpha": 0.9,
-    "losses": [ForwardKL(temperature=2.0), HiddenStates(weight=1.0), Relations(weight=1.0, layers="auto")],
+    "losses": [ForwardKL(temperature=2.0), HiddenStates(weight=1.0)],
+    **FASTER,
 }
 
 
@@ -41,7 +42,7 @@ def gradual(sparsity: float) -> Callable[[Bench], Result]:
     """Train the dense model's copy from the dense model while its weights are pruned."""
 
     def run(bench: Bench) -> Result:
-        model = bench.open()
+        model = bench.open(**NO_DROPOUT)
         bench.distil(model, [hfcompress.PruneCallback(sparsity=sparsity)], **TAUGHT)
         return model, weights_facts(model)
 
@@ -59,7 +60,7 @@ def without_teacher(bench: Bench) -> Result:
 
 def at_once(bench: Bench) -> Result:
     """Prune 80% at once with torch.nn.utils.prune, then train as long, with the same teacher and fixed masks."""
-    model = bench.open()
+    model = bench.open(**NO_DROPOUT)
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)]
     pairs = [(module, "weight") for module in modules]
     torch_prune.global_unstructured(pairs, pruning_method=torch_prune.L1Unstructured, amount=0.8)
@@ -73,7 +74,7 @@ def structure(neurons: float, **changes: Any) -> Callable[[Bench], Result]:
     """Train the dense model's copy while half of its heads and a share of its neurons close, then cut them out."""
 
     def run(bench: Bench) -> Result:
-        model = bench.open()
+        model = bench.open(**NO_DROPOUT)
         callbacks: list[TrainerCallback] = [
             hfcompress.HeadPruneCallback(sparsity=0.5, **changes),
             hfcompress.NeuronPruneCallback(sparsity=neurons, **changes),

