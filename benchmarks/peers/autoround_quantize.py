@@ -1,7 +1,7 @@
 """Quantize a checkpoint with auto-round; run by the Python of a virtual environment that has it.
 
     python -m venv PEERS/auto_round
-    PEERS/auto_round/bin/pip install auto-round==0.16.1 --extra-index-url https://download.pytorch.org/whl/cpu
+    PEERS/auto_round/bin/pip install torch==2.13.0 auto-round==0.16.1
 
 It imports nothing of hfcompress, and writes the quantized checkpoint and ``run.json`` with seconds and peak memory.
 """

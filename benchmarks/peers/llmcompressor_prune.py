@@ -1,7 +1,7 @@
 """Prune a checkpoint with llm-compressor; run by the Python of a virtual environment that has it.
 
     python -m venv llmcompressor-venv
-    llmcompressor-venv/bin/pip install llmcompressor==0.14.0.1 --extra-index-url https://download.pytorch.org/whl/cpu
+    llmcompressor-venv/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
 
 It imports nothing of hfcompress, and writes the pruned checkpoint and ``run.json`` with seconds and peak memory.
 """

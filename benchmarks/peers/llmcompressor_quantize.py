@@ -1,7 +1,7 @@
 """Quantize a checkpoint with llm-compressor; run by the Python of a virtual environment that has it.
 
     python -m venv PEERS/llmcompressor
-    PEERS/llmcompressor/bin/pip install llmcompressor==0.14.0.1 --extra-index-url https://download.pytorch.org/whl/cpu
+    PEERS/llmcompressor/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
 
 It imports nothing of hfcompress, and writes the quantized checkpoint and ``run.json`` with seconds and peak memory.
 """

@@ -1,7 +1,7 @@
 """Distil a causal language model with TRL's GKDTrainer; run by the Python of a virtual environment that has it.
 
     python -m venv PEERS/trl
-    PEERS/trl/bin/pip install trl==1.16.0 transformers==5.24.0
+    PEERS/trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.24.0
 
 Off-policy (lmbda 0), so that it learns from the same texts.  It imports nothing of hfcompress, and writes the student
 and ``run.json`` with the seconds of its steps and its peak memory.
