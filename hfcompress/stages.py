@@ -145,9 +145,11 @@ def _tokenizers(job: Job, student: PreTrainedModel, teachers: Sequence[PreTraine
 
     It was compared before the first stage.
     """
+    if job.task.name != "causal-lm":  # models of images and sounds have no vocabulary
+        return {}
     sizes = {one.config.get_text_config().vocab_size for one in (student, *teachers) if not isinstance(one, Path)}
     same = {"processing_class": job.processor, "teacher_processing_class": job.processor}
-    return same if job.task.name == "causal-lm" and len(sizes) > 1 else {}
+    return same if len(sizes) > 1 else {}
 
 
 def _pruning(options: Finetune | Distill) -> list[GradualPruneCallback]:

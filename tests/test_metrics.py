@@ -94,6 +94,10 @@ def test_word_error_rate_counts_over_the_whole_corpus() -> None:
         value("wer", ["a"], [""])
 
 
+def test_the_same_text_is_the_same_to_the_letter() -> None:
+    assert value("same_text", ["W AO K", "w ao k", "W AO", ""], ["W AO K", "W AO K", "W AO K", ""]) == 0.5
+
+
 def test_bleu_and_chrf_are_of_the_corpus() -> None:
     wanted = ["the model is small and fast", "the film is good"]
     assert value("bleu", wanted, wanted) == pytest.approx(100)

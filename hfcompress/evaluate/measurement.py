@@ -33,7 +33,7 @@ class Measurement:
     what ``tokens_per_second`` counts, such as ``decode, batch 1``.  peak_memory_bytes: resident memory of the whole
     process while measuring.  continuation: what the model wrote after the prompt.  dtype: what the model ran in while
     it was measured; stored_dtypes: what its weight files hold.  rows, tokens: what the metrics were taken on, padding
-    left out.  correct: which examples ``accuracy`` counts as right, see ``pack_hits``.
+    left out.  correct: which examples ``accuracy`` or ``same_text`` counts as right, see ``pack_hits``.
     """
 
     parameters: int

@@ -16,10 +16,13 @@ from hfcompress.evaluate.readers import Found, Reader
 from hfcompress.outputs import Vectors, outputs_of
 from hfcompress.progress import track
 
+# Metrics that are the share of right answers; the single answers of the first that is asked for are kept.
+SINGLE = ("accuracy", "same_text")
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Each metric's value and, where accuracy is one of them, whether each labelled place was answered rightly."""
+    """Each metric's value and, where one of ``SINGLE`` is among them, whether each answer was right."""
 
     values: dict[str, float]
     hits: list[bool] | None
@@ -45,7 +48,7 @@ def score_model(
     total: int | None = None,
     reader: Reader | None = None,
 ) -> Scores:
-    """Return each metric's value over all batches, and which examples were right where accuracy is a metric.
+    """Return each metric's value over all batches, and which examples were right by one of ``SINGLE``.
 
     batches: dicts of tensors with labels (-100 is ignored).  metrics: names for ``load_metric``.  total: how many
     batches there are, for the progress.  reader: what makes texts of the answers, for metrics that need some.
@@ -58,13 +61,14 @@ def score_model(
         raise ModelError(f"{type(model).__name__} returns no logits. Load the model with a task head.")
     loaded = {name: load_metric(name) for name in metrics}
     forms = {name: _form(name, metric, reader.forms(kind)) for name, metric in loaded.items()}
+    single = next((name for name in SINGLE if name in forms), None)
     hits: list[bool] = []
     with measuring(model):
         for batch in track(batches, description, total):
             found = reader.read(model, batch, kind, set(forms.values()))
             _add(loaded, forms, found)
-            if "accuracy" in forms:
-                columns = found[forms["accuracy"]]
+            if single is not None:
+                columns = found[forms[single]]
                 hits += [one == other for one, other in zip(columns["predictions"], columns["references"])]
     if reader.items == 0:
         raise DataError(f"There is nothing to {description} on: no batches, or every label is -100.")
@@ -73,7 +77,7 @@ def score_model(
     for name, metric in loaded.items():
         result = metric.compute(**({"num_labels": reader.classes} if name == "f1" else {}))
         values.update({key: float(value) for key, value in result.items() if isinstance(value, (int, float))})
-    return Scores(values, hits if "accuracy" in loaded else None)
+    return Scores(values, None if single is None else hits)
 
 
 def refuse_unreadable(metrics: Sequence[str], forms: Sequence[Form]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from hfcompress.evaluate import Measurement, paired_bootstrap, unpack_hits
+from hfcompress.evaluate import SINGLE, Measurement, paired_bootstrap, unpack_hits
 from hfcompress.publish.facts import Facts
 from hfcompress.publish.markdown import table
 from hfcompress.publish.numbers import NOT_MEASURED, metric, signed
@@ -33,10 +33,11 @@ class Change:
 def changes(facts: Facts) -> list[Change]:
     """Compare the first model that could do the task with the final one, metric by metric."""
     before, after = facts.before, facts.after
+    counted = next((name for name in SINGLE if name in after.metrics), None)
     found = []
     for name in facts.metric_names:
         interval, examples = None, None
-        if name == "accuracy" and before is not after:
+        if name == counted and before is not after:
             interval, examples = _interval(before, after)
         found.append(Change(name, before.metrics.get(name), after.metrics.get(name), interval, examples))
     return found

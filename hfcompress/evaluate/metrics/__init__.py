@@ -14,7 +14,7 @@ from hfcompress.evaluate.metrics.classes import F1, Accuracy, MacroF1
 from hfcompress.evaluate.metrics.likelihood import Perplexity
 from hfcompress.evaluate.metrics.numbers import MSE, Cosine, Pearson, Spearman
 from hfcompress.evaluate.metrics.tags import EntityF1
-from hfcompress.evaluate.metrics.texts import BLEU, Chrf, RougeL, Wer
+from hfcompress.evaluate.metrics.texts import BLEU, Chrf, RougeL, SameText, Wer
 
 __all__ = ["METRICS", "Form", "LocalMetric", "load_metric"]
 
@@ -34,6 +34,7 @@ METRICS: dict[str, type[LocalMetric]] = {
     "bleu": BLEU,
     "chrf": Chrf,
     "wer": Wer,
+    "same_text": SameText,
 }
 
 

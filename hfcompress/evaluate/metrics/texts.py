@@ -39,6 +39,15 @@ class Wer(LocalMetric):
         return {"wer": sum(edit_distance(found, wanted) for found, wanted in pairs) / words}
 
 
+class SameText(LocalMetric):
+    """Share of the texts that are the reference, character for character."""
+
+    takes: ClassVar[tuple[Form, ...]] = _TEXTS
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"same_text": sum(one == other for one, other in zip(predictions, references)) / len(predictions)}
+
+
 class _SacreBLEU(LocalMetric):
     """A score of the package sacrebleu over the whole corpus, from 0 to 100."""
 
