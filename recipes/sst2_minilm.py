@@ -5,8 +5,8 @@
 FILE is SST-2's training split as GLUE ships it, tab separated with the columns ``sentence`` and ``label``; without one
 the split is downloaded (``stanfordnlp/sst2`` on the Hub).  Into runs/sst2-data go train.tsv and validation.tsv.
 
-The split's rows are phrases of one treebank, so of a randomly held-out row parts are in training rows, with labels that
-agree.  Here 2,000 whole sentences are held out, and no training row occurs inside one of them.
+The split's rows are phrases of one treebank: parts of a row that is held out at random are training rows, with labels
+that agree.  Here 2,000 whole sentences are held out, and no training row occurs inside one of them.
 """
 
 from __future__ import annotations
