@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfcompress.calibration import InputHessian, InputSquares, LayerVisit, together, walk_layers
+from hfcompress.calibration import InputHessian, InputSquares, LayerVisit, parts, together, walk_layers
 from hfcompress.calibration.observe import GRAM, SQUARES, TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.turns import Turns
 from hfcompress.pruning.oneshot import SparseGPT, Wanda, prune
 from hfcompress.quantization import GPTQ, quantize
+from hfcompress.structure.running import watching
 from hfcompress.structure.stack import linear_weights_of
 from tests.families import FAMILIES
 
@@ -44,10 +45,17 @@ def halving(visit: LayerVisit, seen: dict[tuple[str, ...], Tensor]) -> Callable[
     return compress
 
 
+@pytest.mark.parametrize("part", [parts.PART, 3 * 12])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
-def test_one_pass_equals_turn_after_turn(family: str, padding: int) -> None:
-    """Same Hessians, each with the linear layers before it compressed, and the hidden states of the changed layer."""
+def test_one_pass_equals_turn_after_turn(
+    family: str, padding: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same Hessians, each with the linear layers before it compressed, and the hidden states of the changed layer.
+
+    Ten rows do not divide into parts of three.
+    """
+    monkeypatch.setattr(parts, "PART", part)
     model = FAMILIES[family].model()
     other = copy.deepcopy(model)
     joined: dict[tuple[str, ...], Tensor] = {}
@@ -102,6 +110,42 @@ def test_a_layer_runs_once_for_all_and_once_to_learn_its_order() -> None:
     quantize(model, GPTQ(bits=4, group_size=8), data)
     handle.remove()
     assert calls == [len(data[0]["input_ids"]), sum(len(batch["input_ids"]) for batch in data)]
+
+
+@pytest.mark.parametrize(("family", "network", "inside"), [("llama", "mlp", "act_fn"), ("gpt2", "mlp", "act")])
+def test_what_is_wide_is_never_there_for_all_rows(
+    family: str, network: str, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A feed-forward network gets all rows, and what lies between its linear layers three at a time."""
+    model = FAMILIES[family].model()
+    data = batches(model)
+    monkeypatch.setattr(parts, "PART", 3 * 12)
+    visit = next(iter(walk_layers(model, data)))
+    wide: list[int] = []
+    activation = visit.layer.get_submodule(f"{network}.{inside}")
+    with watching(visit.layer):
+        visit.output(0)
+    activation.register_forward_pre_hook(lambda _, args: wide.append(len(args[0])))
+    visit.compress_(list(linear_weights_of(visit.layer)), GRAM, halving(visit, {}))
+    rows = sum(len(batch["input_ids"]) for batch in data)
+    assert wide[-4:] == [3, 3, 3, 1]
+    assert rows not in wide
+
+
+def test_a_network_that_adds_to_its_last_product_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where the last linear layer's output is the network's own may the rest be left out."""
+    plain = type(FAMILIES["llama"].model().model.layers[0].mlp).forward
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, states: plain(self, states) + states
+    )
+    model = FAMILIES["llama"].model()
+    monkeypatch.setattr(parts, "PART", 3 * 12)
+    visit = next(iter(walk_layers(model, batches(model))))
+    with watching(visit.layer):
+        expected = [visit.output(index) for index in range(3)]
+    visit.compress_(list(linear_weights_of(visit.layer)), GRAM, lambda found: None)
+    for recorded, states in zip(visit.batches, expected, strict=True):
+        torch.testing.assert_close(recorded.hidden, states, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_go_one_by_one_where_all_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

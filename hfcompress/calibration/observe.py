@@ -78,6 +78,11 @@ class TokenMasks:
     own: Tensor | None
     context: Tensor | None
 
+    def of_rows(self, start: int, count: int) -> TokenMasks:
+        """Return the masks of some rows of the batch."""
+        own, context = (None if mask is None else mask[start : start + count] for mask in (self.own, self.context))
+        return TokenMasks(own, context)
+
 
 class _DivergedError(Exception):
     """Linear layers that shared an input in one batch did not in another; never leaves this module."""

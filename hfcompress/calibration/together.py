@@ -7,20 +7,17 @@ with what is there then. So the pass that calibrates a layer also sends the hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Generic
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens
+from hfcompress.calibration.observe import TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.packed import PackedWeight
 from hfcompress.structure.stack import LINEAR_TYPES
 
-# Tokens of a product: what is held in float32 at once.
-CHUNK = 4096
 # What the outputs of all linear layers of a layer may take for all tokens; beyond it, batches go one by one.
 MOST_BYTES = 1 << 30
 
@@ -90,65 +87,3 @@ def join_masks(masks: Sequence[TokenMasks], sizes: Sequence[int]) -> TokenMasks 
         return TokenMasks(*(_joined([getattr(mask, kind) for mask in masks], sizes) for kind in ("own", "context")))
     except _UnlikeError:
         return None
-
-
-class JoinedPass(Generic[Observed]):
-    """A forward pass of a layer in which groups of linear layers are compressed when their input is there.
-
-    linears: those that are compressed.  groups: names that share an input.  compress: gets what a group sees, as the
-    statistic of its inputs, and changes its linear layers or replaces them in the layer.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        linears: Mapping[str, nn.Module],
-        groups: Sequence[Sequence[str]],
-        masks: TokenMasks,
-        statistic: Statistic[Observed],
-        compress: Callable[[Observed], None],
-    ) -> None:
-        self.layer, self.linears, self.masks = layer, linears, masks
-        self.statistic, self.compress = statistic, compress
-        self.group_of = {name: tuple(group) for group in groups for name in group}
-        self.waiting = set(self.group_of.values())
-        self.context: set[int] = set()
-
-    def run(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return the output of the compressed layer.  hidden: (rows, tokens, size), of all batches."""
-        self.context = call.context_pointers()
-        with self._waiting_for_inputs():
-            return call.run(self.layer, hidden)
-
-    @contextmanager
-    def _waiting_for_inputs(self) -> Iterator[None]:
-        """Have each linear layer compressed when it is called, and let the new one answer."""
-        shadowed = {name: module.__dict__.get("forward") for name, module in self.linears.items()}
-        try:
-            for name, module in self.linears.items():
-                module.forward = self._compressing(name, module, module.forward)
-            yield
-        finally:
-            for name, module in self.linears.items():
-                module.__dict__.pop("forward", None)
-                if (before := shadowed[name]) is not None:
-                    module.forward = before
-
-    def _compressing(self, name: str, module: nn.Module, plain: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        def forward(inputs: Tensor) -> Tensor:
-            group = self.group_of[name]
-            if group in self.waiting:
-                self.waiting.discard(group)
-                self.compress(self._seen(group, inputs))
-            now = self.layer.get_submodule(name)
-            output: Tensor = plain(inputs) if now is module else now(inputs)
-            return output
-
-        return forward
-
-    def _seen(self, group: tuple[str, ...], inputs: Tensor) -> Observed:
-        rows = real_tokens(inputs, self.masks.context if inputs.data_ptr() in self.context else self.masks.own)
-        total = self.statistic.empty(rows)
-        for chunk in rows.split(CHUNK):
-            self.statistic.add_(total, chunk)
-        return self.statistic.result(group, self.statistic.finish_(total), len(rows))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hfcompress.calibration.joined import JoinedPass
 from hfcompress.calibration.observe import (
     GRAM,
     LARGEST_SQUARES,
@@ -20,10 +21,11 @@ from hfcompress.calibration.observe import (
     real_tokens,
     refuse_non_finite,
 )
+from hfcompress.calibration.parts import by_parts
 from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
-from hfcompress.calibration.together import JoinedPass, fits_joined, join_calls, join_masks
+from hfcompress.calibration.together import fits_joined, join_calls, join_masks
 from hfcompress.packed import unpacked
 from hfcompress.structure.offload import bring_in_
 from hfcompress.structure.stack import LayerStack, layer_stacks, linear_weights_of
@@ -127,14 +129,21 @@ class LayerVisit:
         tokens = sum(states.shape[:-1].numel() for states in hidden)
         if call is None or masks is None or not fits_joined(self.layer, tokens):
             return None
-        return call, masks, torch.cat(hidden)
+        together = torch.cat(hidden)
+        self._give_(together)  # not kept twice
+        return call, masks, together
 
     def _take_(self, output: Tensor) -> None:
         """Give each batch its part of the output of all as its hidden states."""
-        batches = [one for one in self.batches if self.index in one.calls and one.hidden is not None]
-        for one, states in zip(batches, output.split([len(states) for states in self.hidden_states])):
+        for one in self._give_(output):
             one.calls.pop(self.index)
-            one.hidden = states
+
+    def _give_(self, states: Tensor) -> list[RecordedBatch]:
+        """Give each batch that reaches the layer its part of the hidden states of all."""
+        batches = [one for one in self.batches if self.index in one.calls and one.hidden is not None]
+        for one, part in zip(batches, states.split([len(states) for states in self.hidden_states])):
+            one.hidden = part
+        return batches
 
     def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
         linears = linear_weights_of(self.layer)
@@ -148,7 +157,9 @@ class LayerVisit:
         joined = self._joined()
         with watching(self.layer), unpacked(self.layer):
             if joined is not None:
-                self._take_(joined[0].run(self.layer, joined[2]))
+                inside = [module for module in self.layer.modules() if module is not self.layer]
+                with by_parts(inside, len(joined[2])):
+                    self._take_(joined[0].run(self.layer, joined[2]))
                 return
             for recorded in self.batches:
                 call = recorded.calls.pop(self.index, None)

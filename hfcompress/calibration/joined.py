@@ -1,0 +1,161 @@
+"""A forward pass of a layer in which linear layers are compressed when their input is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens, tensor_key
+from hfcompress.calibration.parts import by_parts, only_states, replaced_forwards, small_modules, split_rows
+from hfcompress.calibration.record import LayerCall
+
+# Tokens of a product: what is held in float32 at once.
+CHUNK = 4096
+
+
+class _SeenError(Exception):
+    """Ends a network's forward pass at its first linear layer; never leaves this module."""
+
+
+class JoinedPass(Generic[Observed]):
+    """A forward pass of a layer in which groups of linear layers are compressed when their input is there.
+
+    linears: those that are compressed.  groups: names that share an input.  compress: gets what a group sees, as the
+    statistic of its inputs, and changes its linear layers or replaces them in the layer.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Module],
+        groups: Sequence[Sequence[str]],
+        masks: TokenMasks,
+        statistic: Statistic[Observed],
+        compress: Callable[[Observed], None],
+    ) -> None:
+        self.layer, self.linears, self.masks = layer, linears, masks
+        self.statistic, self.compress = statistic, compress
+        self.groups = [tuple(group) for group in groups]
+        self.group_of = {name: group for group in self.groups for name in group}
+        self.waiting = set(self.groups)
+        self.context: set[int] = set()
+        self.rows = 0
+        self.instead: Callable[[str, Tensor], Tensor | None] | None = None
+
+    def run(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        """Return the output of the compressed layer.  hidden: (rows, tokens, size), of all batches."""
+        self.context, self.rows = call.context_pointers(), len(hidden)
+        linears = ((module, self._compressing(name, module)) for name, module in self.linears.items())
+        networks = (
+            (module, self._step_by_step(groups, module.forward))
+            for name, module in self.layer.named_modules()
+            if name and len(groups := self._groups_inside(name)) == 2 and len(groups[1]) == 1
+        )
+        small = by_parts(small_modules(self.layer), self.rows)
+        with small, replaced_forwards(networks), replaced_forwards(linears):
+            return call.run(self.layer, hidden)
+
+    def _groups_inside(self, name: str) -> list[tuple[str, ...]]:
+        """Return the groups with linear layers inside a module."""
+        return [group for group in self.groups if any(one.startswith(f"{name}.") for one in group)]
+
+    def _compressing(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+        """Have a linear layer compressed when it is called, and let the new one answer."""
+        plain = module.forward
+
+        def forward(inputs: Tensor) -> Tensor:
+            given = None if self.instead is None else self.instead(name, inputs)
+            if given is not None:
+                return given
+            self._compress_(self.group_of[name], [inputs])
+            now = self.layer.get_submodule(name)
+            output: Tensor = plain(inputs) if now is module else now(inputs)
+            return output
+
+        return forward
+
+    def _step_by_step(self, groups: Sequence[tuple[str, ...]], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Run a network that is a linear layer after a function of its input by parts, as far as that can be seen.
+
+        groups: of the linear layers that see the network's own input, and of the last one.
+        """
+        first, (last,) = groups
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            states = only_states(args, kwargs, self.rows)
+            if states is None or not self._begins_with(first, plain, states):
+                return plain(*args, **kwargs)
+            self._compress_(first, [states])
+            inputs = self._inputs_of(last, plain, states)
+            if inputs is None:
+                return plain(states)
+            self._compress_((last,), inputs)
+            linear = self.layer.get_submodule(last)
+            return torch.cat([linear(inputs.pop(0)) for _ in range(len(inputs))])
+
+        return forward
+
+    @contextmanager
+    def _answering(self, instead: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+        """Let a function answer for linear layers; where it returns None they answer themselves."""
+        self.instead = instead
+        try:
+            yield
+        finally:
+            self.instead = None
+
+    def _begins_with(self, group: tuple[str, ...], plain: Callable[..., Tensor], states: Tensor) -> bool:
+        """Tell whether all that a network does first is to hand its input to a group of linear layers."""
+        row = states[:1]
+        found = False
+
+        def see(name: str, inputs: Tensor) -> None:
+            nonlocal found
+            found = name in group and tensor_key(inputs) == tensor_key(row)
+            raise _SeenError
+
+        with self._answering(see), suppress(_SeenError):
+            plain(row)
+        return found and states.data_ptr() not in self.context
+
+    def _inputs_of(self, last: str, plain: Callable[..., Tensor], states: Tensor) -> list[Tensor] | None:
+        """Run a network as far as its last linear layer; None where that layer's output is not the network's."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        weight = self.linears[last].weight
+        assert isinstance(weight, Tensor)
+        size = weight.shape[1 if isinstance(self.linears[last], Conv1D) else 0]
+
+        def catch(name: str, inputs: Tensor) -> Tensor | None:
+            if name != last:
+                return None
+            seen.append((inputs, inputs.new_empty(*inputs.shape[:-1], size)))
+            return seen[-1][1]
+
+        inputs: list[Tensor] = []
+        with self._answering(catch):
+            for part in split_rows(states):
+                output = plain(part)
+                if len(seen) != 1 or output.data_ptr() != seen[0][1].data_ptr() or output.shape != seen[0][1].shape:
+                    return None
+                inputs.append(seen.pop()[0])
+        return inputs
+
+    def _compress_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
+        """Compress a group if it was not yet.  parts: of its input, (rows, ..., in) each."""
+        if group not in self.waiting:
+            return
+        self.waiting.discard(group)
+        total = self.statistic.empty(parts[0])
+        tokens = start = 0
+        for part in parts:
+            masks = self.masks if len(parts) == 1 else self.masks.of_rows(start, len(part))
+            rows = real_tokens(part, masks.context if part.data_ptr() in self.context else masks.own)
+            for chunk in rows.split(CHUNK):
+                self.statistic.add_(total, chunk)
+            tokens, start = tokens + len(rows), start + len(part)
+        self.compress(self.statistic.result(group, self.statistic.finish_(total), tokens))
