@@ -210,6 +210,11 @@ class Job:
         folder = self.finished.get(name)
         return self.source.open_in(ModelSpec(id=name) if folder is None else self._spec(folder), "fast")
 
+    def teacher_processor(self, name: str) -> Any:
+        """Open the tokenizer of a teacher that is a model; see ``teacher``."""
+        folder = self.finished.get(name)
+        return opening.open_processor(ModelSpec(id=name) if folder is None else self._spec(folder), self.task)
+
     def collator(self, seed: int | None = None) -> Any:
         """Return the function that makes a batch of encoded rows.  seed: of what is random in it."""
         return self.task.collator(self.processor, self.recipe.data, seed)

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
+from hfcompress.distillation.crossing import crossing_loss
+from hfcompress.distillation.losses import named
 from hfcompress.job import Job
 from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
@@ -82,7 +84,7 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
     pruning, aware = _pruning(options), _quantize_aware(options, job)
     trainer = DistillationTrainer(
         model=student, teacher_model=teachers, teacher_weights=options.teacher_weights, args=arguments,
-        **_data_of(job), **_tokenizers(job, student, teachers), callbacks=[*pruning, *aware],
+        **_data_of(job), **_tokenizers(job, options, student, teachers), callbacks=[*pruning, *aware],
     )  # fmt: skip
     train(trainer, name)
     summary = f"teacher {' and '.join(options.teachers)}, {_trained(trainer, pruning)}"
@@ -140,13 +142,19 @@ def _data_of(job: Job) -> dict[str, Any]:
     }
 
 
-def _tokenizers(job: Job, student: PreTrainedModel, teachers: Sequence[PreTrainedModel | Path]) -> dict[str, Any]:
-    """Show the trainer that models whose vocabularies are padded differently have one tokenizer.
+def _tokenizers(
+    job: Job, options: Distill, student: PreTrainedModel, teachers: Sequence[PreTrainedModel | Path]
+) -> dict[str, Any]:
+    """Return the tokenizers that the trainer needs: of teachers that read texts in tokens of their own, theirs.
 
-    It was compared before the first stage.
+    Otherwise they show that models whose vocabularies are padded differently have one tokenizer, which was compared
+    before the first stage.
     """
     if job.task.name != "causal-lm":  # models of images and sounds have no vocabulary
         return {}
+    if crossing_loss(named(options.losses or ())) is not None:
+        theirs = [job.teacher_processor(name) for name in options.teachers]
+        return {"processing_class": job.processor, "teacher_processing_class": theirs}
     sizes = {one.config.get_text_config().vocab_size for one in (student, *teachers) if not isinstance(one, Path)}
     same = {"processing_class": job.processor, "teacher_processing_class": job.processor}
     return same if len(sizes) > 1 else {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfcompress import opening
+from hfcompress.distillation.crossing import crossing_loss, refuse_tokenizers
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.pairs import (
     refuse_other_labels,
@@ -38,12 +39,15 @@ def check_teachers(source: Source, options: Distill) -> None:
     Teachers that are earlier stages of the recipe are its own model, which fits.
     """
     stages = [stage.name for stage in source.recipe.stages]
+    losses = named(options.losses or ())
+    crossing = crossing_loss(losses)
     for name in options.teachers:
-        if is_cache(name):
+        if crossing is not None:
+            _check_other_tokenizer(source, crossing, None if name in (ORIGINAL, *stages) else name)
+        elif is_cache(name):
             _check_cache(source, CachedTeacher(Path(name).expanduser()), options)
         elif name not in (ORIGINAL, *stages):
             _check_model(source, ModelSpec(id=name))
-    losses = named(options.losses or ())
     inside = [name for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
     if inside and (len(options.teachers) > 1 or is_cache(options.teachers[0])):
         raise ModelError(f"{inside[0]} looks inside the teacher: it needs one teacher, which is a model.")
@@ -78,6 +82,21 @@ def _check_model(source: Source, teacher: ModelSpec) -> None:
         refuse_other_labels(label_names(student) if trained else source.labels, label_names(config))
 
 
+def _check_other_tokenizer(source: Source, loss: str, teacher: str | None) -> None:
+    """A teacher that reads texts is a causal language model with a fast tokenizer.  teacher: None for our own."""
+    if source.task.name != "causal-lm":
+        raise ModelError(
+            f"{loss} compares what two causal language models expect next; the task is {source.task.name}."
+        )
+    if teacher is not None and is_cache(teacher):
+        raise ModelError(
+            f"{loss} asks the teacher about a text, but {teacher} holds answers to the student's tokens. Name a model."
+        )
+    spec = None if teacher is None else ModelSpec(id=teacher)
+    other = source.processor if spec is None else opening.open_processor(spec, source.task)
+    refuse_tokenizers(loss, _tokenizer(source.processor), _tokenizer(other))
+
+
 def _predicts_tokens(task: Task) -> bool:
     """Tell whether the task's classes are tokens of a text."""
     return task.head_name is None and task.auto_class != "AutoModel"
@@ -100,8 +119,7 @@ def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None
                 f"{cache.folder} holds the {index.k} most probable classes only; {name} needs all. Use top_k_kl."
             )
     rows, collator = source.encoded("train"), source.task.collator(source.processor, source.recipe.data)
-    for row in sorted({0, len(rows) // 2, len(rows) - 1}):
-        cache.refuse_other_data(collator([rows[row]]))
+    cache.refuse_other_data([collator([rows[row]]) for row in sorted({0, len(rows) // 2, len(rows) - 1})])
 
 
 def _classes(source: Source) -> int | None:

@@ -34,9 +34,14 @@ def readers_names(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str,
         "args": TrainingArguments(
             output_dir=str(folder / "out"), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=8
         ),
-        "dataset": [{name: value[0] for name, value in batch.items()} for batch in token_batches(32, rows=1)],
+        "dataset": [
+            {name: value[0].clamp(max=len(tokenizer) - 1) for name, value in batch.items()}
+            for batch in token_batches(32, rows=1)
+        ],
         "batches": batches,
         "rows": [{**batch, "labels": batch["input_ids"]} for batch in batches],
+        "other_teacher": CASES["llama3"].make()[0],
+        "other_tokenizer": CASES["llama3"].make()[1],
         "multilingual": multilingual,
         "its_tokenizer": its_tokenizer,
         "texts": [" ".join(WORDS)] * 8,

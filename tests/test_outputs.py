@@ -68,7 +68,8 @@ def assert_same(found: tuple[Gradients, float], expected: tuple[Gradients, float
 def losses_for(kind: str) -> list[str | dict[str, Any]]:
     """Return all losses of logits that mean something, each with a weight of its own."""
     outputs = outputs_of(KINDS[kind].make())
-    logits = {name: one.of_distributions for name, one in LOSSES.items() if issubclass(one, LogitLoss)}
+    in_place = {n: one for n, one in LOSSES.items() if issubclass(one, LogitLoss) and not one.across_tokenizers}
+    logits = {name: one.of_distributions for name, one in in_place.items()}
     fitting = [n for n, odds in logits.items() if (outputs.values == "odds" if odds else not outputs.ragged)]
     more = {"top_k_kl": {"k": 2}}
     return [{name: {"weight": 1 + place / 4, **more.get(name, {})}} for place, name in enumerate(fitting)]

@@ -19,7 +19,9 @@ from hfcompress.recipe import Recipe
 from hfcompress.stages import Outcome, run_stage
 from hfcompress.teaching import cache_recipe_teacher
 from tests.conftest import tiny_bert, tiny_llama
+from tests.distilling import llama
 from tests.runs import language_recipe, write_reviews, write_text
+from tests.test_distillation_across import TEACHER
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 
@@ -210,3 +212,56 @@ def test_a_teacher_that_knows_fewer_tokens_than_the_tokenizer_is_refused(
     teacher = padded(tmp_path / "small", tokenizer, len(tokenizer) - 1)
     with pytest.raises(ModelError, match="one of the models knows only"):
         check_before_work(Source(recipe_of(llama_dir, tmp_path, teacher=teacher)))
+
+
+# Tokenizers
+
+
+def reading_bytes(folder: Path) -> str:
+    """Save a causal language model whose tokens are not the recipe's."""
+    llama(vocab_size=len(TEACHER), seed=5, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(folder)
+    TEACHER.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_recipe_distils_across_tokenizers(llama_dir: Path, tmp_path: Path, trainers: list) -> None:
+    teacher = reading_bytes(tmp_path / "teacher")
+    losses = [{"universal_logit": {"top": 8}}]
+    run(recipe_of(llama_dir, tmp_path, teacher=["original", teacher], losses=losses), tmp_path)
+    (trainer,) = trainers
+    labelled, own, other = (trainer.counts[name] for name in ("places", "places of teacher 0", "places of teacher 1"))
+    assert own == labelled > 200  # the student's own tokens, every one of them
+    assert 0.9 * labelled < other < labelled  # whole words; not what stands before the first
+    assert trainer.teachers[1][0].teacher_spans.tokenizer.get_vocab() == TEACHER.get_vocab()
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+@pytest.mark.usefixtures("nothing_opens")
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (None, r"Token 0 is '\[PAD\]' for the student .*losses=\['universal_logit'\]"),
+        (["universal_logit", "reverse_kl"], "reverse_kl compares the same tokens"),
+    ],
+)
+def test_other_tokenizers_are_refused_unless_asked_for(
+    losses: Any, message: str, llama_dir: Path, tmp_path: Path
+) -> None:
+    teacher = reading_bytes(tmp_path / "teacher")
+    with pytest.raises(ModelError, match=message):
+        check_before_work(Source(recipe_of(llama_dir, tmp_path, teacher=teacher, losses=losses)))
+
+
+def test_what_cannot_cross_tokenizers_is_refused_first(
+    llama_dir: Path, bert_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(recipe_of(llama_dir, tmp_path), tmp_path / "answers")
+    monkeypatch.setattr(teaching.opening, "open_model", None)
+    across: dict[str, Any] = {"losses": ["universal_logit"]}
+    with pytest.raises(ModelError, match="holds answers to the student's tokens"):
+        check_before_work(Source(recipe_of(llama_dir, tmp_path, teacher=str(tmp_path / "answers"), **across)))
+    data = {"files": str(write_reviews(tmp_path / "reviews.tsv")), "max_length": 32}
+    changes = {"task": "sequence-classification", "data": data, "evaluate": {}}
+    stages = [{"finetune": {"steps": 1}}, {"distill": {"steps": 2, "teacher": "finetune", **across}}]
+    with pytest.raises(ModelError, match=r"two causal language models.* the task is sequence-classification"):
+        check_before_work(Source(language_recipe(bert_dir, Path("none"), tmp_path / "out", stages=stages, **changes)))

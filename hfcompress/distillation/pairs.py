@@ -37,7 +37,7 @@ def shared_vocabulary(student: int, teacher: int, tokenizer: Any, teacher_tokeni
         raise ModelError(
             f"The student has {student} classes or tokens and the teacher {teacher}, so their logits cannot be "
             "compared, unless both have the same tokenizer: give processing_class and teacher_processing_class to "
-            "show that they have."
+            "show that they have. Across tokenizers, language models have losses=['universal_logit']."
         )
     if student != teacher and len(tokenizer) > min(student, teacher):
         raise ModelError(
@@ -78,5 +78,5 @@ def refuse_other_vocabulary(student: Mapping[str, int], teacher: Mapping[str, in
     said = [repr(tokens[first]) if first in tokens else "not there" for tokens in (one, other)]
     raise ModelError(
         f"Token {first} is {said[0]} for the student and {said[1]} for the teacher, so their logits cannot be "
-        "compared. Use a teacher with the same tokenizer."
+        "compared. Use a teacher with the same tokenizer, or, of language models, losses=['universal_logit']."
     )

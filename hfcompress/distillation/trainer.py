@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from hfcompress.distillation.checks import check_pair, check_run, logit_losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
+from hfcompress.distillation.crossing import crossing_loss, reading_texts
 from hfcompress.distillation.head import run_for_logits
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.on_policy import OnPolicy, write_completions
 from hfcompress.distillation.projections import ProjectionTrainer
-from hfcompress.distillation.teachers import Answer, CachedTeacher, LiveTeacher, forward_arguments
+from hfcompress.distillation.teachers import AcrossTokenizers, Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_task_loss
 from hfcompress.distillation.tokens import real_tokens
 from hfcompress.outputs import row_count
@@ -38,7 +39,8 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
     teacher_model: a model, a cache that ``cache_teacher`` wrote (its folder), or a list of models.
     teacher_weights: shares of several teachers; equal unless given.
     teacher_processing_class: the teacher's tokenizer, to show that it is the student's where vocabularies differ in
-    size.  Raises ModelError before the first step for models that cannot be compared.
+    size; or, with ``losses=["universal_logit"]``, one of its own, and of several teachers a list.
+    Raises ModelError before the first step for models that cannot be compared.
     """
 
     args: DistillationConfig
@@ -60,6 +62,10 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         self.teacher_processing_class = teacher_processing_class
         # The Trainer's own constructor reads the columns that either model takes.
         self.teachers = teachers_of(teacher_model, teacher_weights)
+        if (crossing := crossing_loss(named(args.chosen))) is not None:
+            self.teachers = reading_texts(
+                crossing, self.teachers, kwargs.get("processing_class"), teacher_processing_class
+            )
         super().__init__(model=model, args=args, **kwargs)
         self._bind()
         for teacher, _ in self.teachers:
@@ -103,15 +109,14 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """Return the Trainer's batches; a cache that was made from other data is refused before the first."""
+        """Return the Trainer's batches; data that a teacher has no answer to are refused before the first."""
         loader: Any = super().get_train_dataloader()
-        caches = [teacher for teacher, _ in self.teachers if isinstance(teacher, CachedTeacher)]
-        if caches and hasattr(loader.dataset, "__len__"):
+        choosy = [one for one, _ in self.teachers if isinstance(one, (CachedTeacher, AcrossTokenizers))]
+        if choosy and hasattr(loader.dataset, "__len__"):
             last = len(loader.dataset) - 1
-            for row in sorted({0, last // 2, last}):
-                batch = loader.collate_fn([loader.dataset[row]])
-                for cache in caches:
-                    cache.refuse_other_data(batch)
+            batches = [loader.collate_fn([loader.dataset[row]]) for row in sorted({0, last // 2, last})]
+            for teacher in choosy:
+                teacher.refuse_other_data(batches, self.kind)
         return loader
 
     def get_batch_samples(
@@ -138,6 +143,11 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
     def counted_in(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Return how much of a batch the losses are means of: labelled items, compared places, rows."""
         found = super().counted_in(batch)
+        found |= {
+            f"places of teacher {index}": teacher.comparable(batch, self.kind)
+            for index, (teacher, _) in enumerate(self.teachers)
+            if isinstance(teacher, AcrossTokenizers)
+        }
         return {**found, "places": int(self.kind.compared(batch).sum()), "rows": row_count(batch)}
 
     def compute_loss(
@@ -194,7 +204,9 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
             return zero, zero, zero
         logits = self.kind.logits(outputs, inputs)
         terms = LogitTerms(logits, rows, self.shared_classes, self._progress)
-        for answer, share in told:
+        for index, (answer, share) in enumerate(told):
+            if (own := self.counts.get(f"places of teacher {index}")) is not None:
+                share *= float(self.counts["places"] / own)  # a mean over the places that this teacher knows
             terms.add_teacher(answer, self.logit_losses, share, self.alpha)
         if self.own_task_loss and not self._written:
             terms.add_task(self.kind.labels(inputs).reshape(-1)[rows], 1 - self.alpha)

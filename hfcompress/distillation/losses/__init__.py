@@ -21,6 +21,7 @@ from hfcompress.distillation.losses.relations import Relations
 from hfcompress.distillation.losses.reverse_kl import ReverseKL
 from hfcompress.distillation.losses.sentence_embedding import SentenceEmbedding
 from hfcompress.distillation.losses.top_k_kl import TopKKL
+from hfcompress.distillation.losses.universal_logit import UniversalLogit
 from hfcompress.errors import HFCompressError, look_up
 
 LOSSES: dict[str, type[Loss]] = {
@@ -30,6 +31,7 @@ LOSSES: dict[str, type[Loss]] = {
     "top_k_kl": TopKKL,
     "logit_mse": LogitMSE,
     "logit_cosine": LogitCosine,
+    "universal_logit": UniversalLogit,
     "hidden_states": HiddenStates,
     "relations": Relations,
     "feed_forward": FeedForward,

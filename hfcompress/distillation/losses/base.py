@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.losses.targets import Targets
 
 FORBID = ConfigDict(extra="forbid")
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,13 +36,15 @@ class LogitLoss(Loss):
 
     of_distributions: it compares the softmax of the two, so it means nothing for regression or independent labels.
     takes_top_k: it can do with the teacher's most probable classes alone.
+    across_tokenizers: the teacher reads a row's text in tokens of its own.
     """
 
     of_distributions: ClassVar[bool] = True
     takes_top_k: ClassVar[bool] = False
+    across_tokenizers: ClassVar[bool] = False
 
     @abstractmethod
-    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+    def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return the loss of each row, (rows,), and its gradient with respect to ``student``, (rows, classes).
 
         student, teacher: (rows, classes) logits in float32 or better, which must not be changed.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
 from hfcompress.distillation.losses.forward_kl import forward_kl
 from hfcompress.distillation.losses.reverse_kl import reverse_kl
-from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.losses.targets import Targets
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -28,7 +28,7 @@ class JensenShannon(LogitLoss):
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
     temperature: Temperature = 1.0
 
-    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+    def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return ``jensen_shannon``, or the KL that stands for an end of its range."""
         assert isinstance(teacher, Tensor)
         if self.beta == 0:

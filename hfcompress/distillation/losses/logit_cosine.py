@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss
-from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.losses.targets import Targets
 
 SMALLEST_NORM = 1e-8
 
@@ -23,7 +23,7 @@ class LogitCosine(LogitLoss):
 
     of_distributions: ClassVar[bool] = False
 
-    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+    def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return ``logit_cosine``."""
         assert isinstance(teacher, Tensor)
         return logit_cosine(student, teacher)

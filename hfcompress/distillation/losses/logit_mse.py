@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss
-from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.losses.targets import Targets
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -20,7 +20,7 @@ class LogitMSE(LogitLoss):
 
     of_distributions: ClassVar[bool] = False
 
-    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+    def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return ``logit_mse``."""
         assert isinstance(teacher, Tensor)
         return logit_mse(student, teacher)

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
-from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.losses.targets import Targets
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -20,7 +20,7 @@ class ReverseKL(LogitLoss):
 
     temperature: Temperature = 1.0
 
-    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+    def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return ``reverse_kl``."""
         assert isinstance(teacher, Tensor)
         return reverse_kl(student, teacher, self.temperature)

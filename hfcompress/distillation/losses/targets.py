@@ -1,4 +1,4 @@
-"""The part of a teacher's distribution that a cache keeps: its most probable classes and the mass of all others."""
+"""What a teacher says of some places: all its logits, the most probable classes, or logits at places of its own."""
 
 from __future__ import annotations
 
@@ -41,6 +41,29 @@ class TopK:
         columns = zip(*((one.classes, one.log_probabilities, one.log_tail) for one in parts))
         classes, log, tail = (torch.cat(column) for column in columns)
         return TopK(classes, log, tail, parts[0].temperature)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """The logits of a teacher that reads a text in tokens of its own.
+
+    logits: (the teacher's places, its classes).  places: (rows,) integers, the place that answers each row, -1 where
+    none does.
+    """
+
+    logits: Tensor
+    places: Tensor
+
+    def part(self, rows: slice) -> Elsewhere:
+        """Return what is said of some of the rows."""
+        return Elsewhere(self.logits, self.places[rows])
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Return the logits, (rows, classes), for rows that have a place.  rows: their indices."""
+        return self.logits.index_select(0, self.places[rows])
+
+
+Targets = Tensor | TopK | Elsewhere
 
 
 def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
-from hfcompress.distillation.losses.targets import TopK, top_k_of
+from hfcompress.distillation.losses.targets import Targets, TopK, top_k_of
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -26,10 +26,11 @@ class TopKKL(LogitLoss):
     k: Annotated[int, Field(ge=1)] = 64
     temperature: Temperature = 1.0
 
-    def rows(self, student: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
+    def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return ``top_k_kl``; a teacher with all its classes is cut to ``k`` first."""
         if isinstance(teacher, Tensor):
             teacher = top_k_of(teacher, self.k, self.temperature)
+        assert isinstance(teacher, TopK)
         return top_k_kl(student, teacher)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hfcompress.distillation.teachers.across import AcrossTokenizers
 from hfcompress.distillation.teachers.base import Answer, Teacher
 from hfcompress.distillation.teachers.cache import (
     INDEX,
@@ -16,6 +17,7 @@ from hfcompress.distillation.teachers.live import LiveTeacher, forward_arguments
 
 __all__ = [
     "INDEX",
+    "AcrossTokenizers",
     "Answer",
     "CacheReport",
     "CachedTeacher",

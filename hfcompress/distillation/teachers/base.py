@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hfcompress.distillation.losses.taps import Tap
-from hfcompress.distillation.losses.targets import TopK
+from hfcompress.distillation.losses.targets import Elsewhere, Targets, TopK
 from hfcompress.outputs import Outputs
 
 
@@ -19,19 +19,19 @@ from hfcompress.outputs import Outputs
 class Answer:
     """A teacher's answer to one batch, at the places that count.
 
-    targets: logits, (answers, classes), with ``rows`` the indices of the places that count; or a ``TopK`` of exactly
-    those places.  shape: of the logits without their last dimension, None where it is not known.
-    features: what was asked for from inside the teacher.
+    targets: logits, (answers, classes), with ``rows`` the indices of the places that count; or a ``TopK`` or an
+    ``Elsewhere`` of exactly those places.  shape: of the logits without their last dimension, None where it is not
+    known.  features: what was asked for from inside the teacher.
     """
 
-    targets: Tensor | TopK | None
+    targets: Targets | None
     rows: Tensor | None
     shape: tuple[int, ...] | None
     features: Mapping[Tap, Tensor]
 
-    def part(self, part: slice, classes: int, like: Tensor) -> Tensor | TopK:
+    def part(self, part: slice, classes: int, like: Tensor) -> Targets:
         """Return the targets of some of the counted places, on the device and in the dtype of ``like``."""
-        if isinstance(self.targets, TopK):
+        if isinstance(self.targets, (TopK, Elsewhere)):
             return self.targets.part(part)
         assert self.targets is not None
         assert self.rows is not None

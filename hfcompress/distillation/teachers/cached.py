@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hfcompress.distillation.teachers.cache import CacheIndex, read_index, shard
 from hfcompress.distillation.teachers.keys import keys_of
 from hfcompress.distillation.teachers.shards import Shard, Stored, joined
 from hfcompress.errors import CheckpointError, DataError
-from hfcompress.outputs import Outputs
+from hfcompress.outputs import Batch, Outputs
 
 
 class CachedTeacher(Teacher):
@@ -67,7 +67,8 @@ class CachedTeacher(Teacher):
         shard, row = self.places[key]
         return self.shards[shard].read(row, self.index.temperature)
 
-    def refuse_other_data(self, inputs: Mapping[str, Any]) -> None:
-        """Raise DataError unless all rows of a batch are there."""
-        for key in keys_of(inputs, self.columns):
-            self._read(key)
+    def refuse_other_data(self, batches: Iterable[Batch], kind: Outputs | None = None) -> None:
+        """Raise DataError unless all rows of some batches are there."""
+        for batch in batches:
+            for key in keys_of(batch, self.columns):
+                self._read(key)
