@@ -70,6 +70,7 @@ class Row:
 ROWS = [
     Row(None, "dense", 16),
     *(Row("hfcompress", "gptq", bits, {"quality": quality}) for bits in (4, 3, 2) for quality in ("fast", "best")),
+    *(Row("hfcompress", "awq", bits) for bits in (4, 3)),
     *(Row("hfcompress", "rtn", bits) for bits in (4, 3, 2)),
     Row("bitsandbytes", "nf4"),
     Row("bitsandbytes", "int8", 8),

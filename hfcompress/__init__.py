@@ -29,6 +29,7 @@ _HOME_OF = {
     "GPTQ": "hfcompress.quantization",
     "RTN": "hfcompress.quantization",
     "Float8": "hfcompress.quantization",
+    "AWQ": "hfcompress.quantization",
     "SmoothQuant": "hfcompress.quantization",
     "quantize": "hfcompress.quantization",
     "calibration_batches": "hfcompress.calibration",

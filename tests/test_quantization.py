@@ -319,6 +319,7 @@ def test_methods_are_named_and_the_door_is_open() -> None:
     assert {
         "rtn": RTN,
         "gptq": GPTQ,
+        "awq": hfcompress.AWQ,
         "bitsandbytes": hfcompress.BitsAndBytes,
         "smoothquant": hfcompress.SmoothQuant,
         "float8": hfcompress.Float8,

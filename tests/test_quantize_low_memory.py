@@ -19,6 +19,7 @@ from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.runs import model_files, run_command, write_text
 
 GPTQ = hfcompress.GPTQ(group_size=32)
+METHODS = [GPTQ, hfcompress.RTN(bits=4, group_size=32), hfcompress.AWQ(bits=4, group_size=32)]
 CASES: dict[str, Any] = {
     "llama": (tiny_llama, AutoModelForCausalLM, "model.layers"),
     "bert": (tiny_bert, AutoModelForSequenceClassification, "bert.encoder.layer"),
@@ -42,7 +43,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": batch["input_ids"]} for batch in token_batches(8)]
 
 
-@pytest.mark.parametrize("method", [GPTQ, hfcompress.RTN(bits=4, group_size=32)], ids=["gptq", "rtn"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("case", CASES)
 def test_layers_on_disk_give_the_same_bits(case: str, method: Any, tmp_path: Path) -> None:
     folder = saved(case, tmp_path)

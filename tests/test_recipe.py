@@ -200,6 +200,7 @@ def test_every_stage_and_method_survives_a_round_trip(tmp_path: Path) -> None:
     quantizations = {
         "rtn": "bits: 3, group_size: 32, exclude: [lm_head]",
         "gptq": "bits: 3, group_size: null, exclude: [lm_head], prune: {sparsity: 0.3}",
+        "awq": "bits: 3, group_size: 32, grid: 10, clip: false, exclude: [lm_head]",
         "bitsandbytes": "bits: 4, kind: fp4, exclude: [lm_head]",
         "smoothquant": "strength: 0.25, exclude: [lm_head]",
         "float8": "activations: true, exclude: [lm_head]",

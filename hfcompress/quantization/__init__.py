@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hfcompress.quantization.apply import Method, quantize
 from hfcompress.quantization.aware import QuantizeAwareCallback, QuantizeAwareOptions
+from hfcompress.quantization.awq import AWQ
 from hfcompress.quantization.bitsandbytes import BitsAndBytes
 from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.gptq import GPTQResult, gptq
@@ -15,12 +16,14 @@ from hfcompress.quantization.smoothquant import SmoothQuant
 METHODS: dict[str, type[Method]] = {
     "rtn": RTN,
     "gptq": GPTQ,
+    "awq": AWQ,
     "bitsandbytes": BitsAndBytes,
     "smoothquant": SmoothQuant,
     "float8": Float8,
 }
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "METHODS",
     "RTN",

@@ -19,6 +19,7 @@ from hfcompress.loading.record import record_uneven
 from hfcompress.packed import compressed_tensors_config
 from hfcompress.packed.bytes import byte_config, byte_layers
 from hfcompress.progress import meter
+from hfcompress.quantization.awq import AWQ
 from hfcompress.quantization.bitsandbytes import BitsAndBytes, finish_, plan_bitsandbytes, replaced
 from hfcompress.quantization.calibrated import calibrated
 from hfcompress.quantization.checks import check_joint_pruning, warn_about_other_grid
@@ -30,13 +31,14 @@ from hfcompress.quantization.plan import plan_linears
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import Scale
+from hfcompress.quantization.scaled import scaled
 from hfcompress.quantization.shards import kept_layers
 from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
 from hfcompress.quantization.w8a8 import byte_layer, check_bytes
 from hfcompress.structure.offload import is_offloaded, settle_
 from hfcompress.structure.stack import layer_stacks, stack_linears
 
-Method = RTN | GPTQ | BitsAndBytes | SmoothQuant | Float8
+Method = RTN | GPTQ | AWQ | BitsAndBytes | SmoothQuant | Float8
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 
 
@@ -109,6 +111,9 @@ def _steps(
             lambda rest: calibrated(model, rest, method, batches, prune),
         )  # fmt: skip
         return chain(steps, _outside(model, outside, "mse"))
+    if isinstance(method, AWQ):
+        rest = [one for one in planned if one.name in inside]
+        return chain(scaled(model, rest, method, batches, changes), _outside(model, outside, "mse"))
     if isinstance(method, SmoothQuant):
         check_bytes(model, planned, activations=True)
         return smoothed(model, planned, method, batches, changes, put)
@@ -144,6 +149,7 @@ def _run(
                 bar.advance(note=name)
                 if streamed:
                     release_layer_(planned, done)
+                    changes.clear()  # nothing is put back, so nothing is kept for that
                 if on_layer is not None and done:
                     on_layer(name, done)
     except BaseException:

@@ -1,26 +1,55 @@
-"""Scales moved from the inputs of linear layers into the norm before them, only where that changes nothing.
+"""Scales moved from the inputs of linear layers into what is before them, only where that changes nothing.
 
 ``norm(x) / s`` read by ``weight * s`` is what it was.  Which norm feeds which linear layers is seen while a layer
 runs; whether something else reads the norm too (a residual, a router), and what its weight means (Gemma's stands for
-one more), is tried out: the layer is run with random scales, and a fold that changes its output is none.
+one more), is tried out: the layer is run with random scales, and a fold that changes its output is none.  Folds into
+a linear layer before are found in ``linear_folds``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hfcompress.calibration import LayerVisit
+from hfcompress.calibration.running import watching
 from hfcompress.structure.stack import linear_weights_of
 
 Run = Callable[[], Tensor]
 Changes = dict[nn.Parameter, Tensor]
 OFFSETS = (0.0, 1.0)  # what a norm adds to its weight: nothing, or one
 EXACT = 1e-6  # powers of two change no bit where the weight is the factor itself
+
+
+class Fold(Protocol):
+    """What makes the inputs of some linear layers, and can make them smaller.
+
+    A unit is a feature of what is before; each column of its readers is made of one.
+    """
+
+    @property
+    def readers(self) -> dict[str, nn.Linear]:
+        """All linear layers that read it, by their names in the layer."""
+
+    @property
+    def units(self) -> int:
+        """How many units it has."""
+
+    @property
+    def unit_of_column(self) -> Tensor | None:
+        """The unit of each of the readers' columns; None where column i is unit i."""
+
+    @property
+    def tolerance(self) -> float:
+        """How much a layer's output may change, relatively, when scales are powers of two."""
+
+    def divide_(self, scale: Tensor, changes: Changes) -> Tensor:
+        """Divide each unit by its scale and return the scales as the dtype lets them be.  scale: (units,) float32."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,51 @@ class NormFold:
     norm: nn.Module
     readers: dict[str, nn.Linear]
     offset: float
+    unit_of_column: None = None
+
+    @property
+    def units(self) -> int:
+        """How many features the norm has."""
+        return len(_weight(self.norm))
+
+    @property
+    def tolerance(self) -> float:
+        """What a weight of one more loses."""
+        return EXACT if self.offset == 0 else max(1e-5, 4 * torch.finfo(_weight(self.norm).dtype).eps)
+
+    def divide_(self, scale: Tensor, changes: Changes) -> Tensor:
+        """Divide the norm's weight and bias; a scale that its dtype cannot take is 1."""
+        weight = _weight(self.norm)
+        factor = weight.detach().float() + self.offset
+        stored = (factor / scale - self.offset).to(weight.dtype)
+        realised = factor / (stored.float() + self.offset)
+        usable = torch.isfinite(realised) & (realised > 0)
+        realised = torch.where(usable, realised, 1.0)
+        set_(weight, torch.where(usable, stored, weight.detach()), changes)
+        bias = self.norm._parameters.get("bias")
+        if isinstance(bias, nn.Parameter):
+            set_(bias, (bias.detach().float() / realised).to(bias.dtype), changes)
+        return realised
+
+
+Find = Callable[[nn.Module, Run, set[str], set[str]], Sequence[Fold]]
+
+
+def folds_of(visit: LayerVisit, wanted: set[str], find: Find | None = None) -> list[Fold]:
+    """Return what can be folded in a layer, of which all readers are ``wanted``: norms, and what ``find`` finds.
+
+    find: given the layer, how to run it, what is wanted, and which of it no norm feeds.
+    """
+    if not visit.hidden_states:
+        return []
+
+    def run() -> Tensor:
+        return visit.output(0)
+
+    with watching(visit.layer):
+        norms = [fold for fold in find_norm_folds(visit.layer, run) if fold.readers.keys() <= wanted]
+        fed = {name for fold in norms for name in fold.readers}
+        return [*norms, *(find(visit.layer, run, wanted, wanted - fed) if find is not None else ())]
 
 
 def find_norm_folds(layer: nn.Module, run: Run) -> list[NormFold]:
@@ -45,7 +119,7 @@ def find_norm_folds(layer: nn.Module, run: Run) -> list[NormFold]:
     for norm, readers in fed.items():
         if not all(type(one) is nn.Linear for one in readers.values()):
             continue
-        fits = (offset for offset in OFFSETS if _changes_nothing(NormFold(norm, readers, offset), run, expected))
+        fits = (offset for offset in OFFSETS if changes_nothing(NormFold(norm, readers, offset), run, expected))
         offset = next(fits, None)
         if offset is not None:
             folds.append(NormFold(norm, readers, offset))
@@ -92,39 +166,33 @@ def _weight(norm: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _changes_nothing(fold: NormFold, run: Run, expected: Tensor) -> bool:
+def changes_nothing(fold: Fold, run: Run, expected: Tensor) -> bool:
+    """Tell whether a layer's output stays with random powers of two for scales.  expected: the output without."""
     random = torch.Generator().manual_seed(0)
-    powers = torch.randint(-1, 2, (len(_weight(fold.norm)),), generator=random).float()
+    powers = torch.randint(-1, 2, (fold.units,), generator=random).float()
     changes: Changes = {}
     with undone(changes):
         fold_(fold, 2.0 ** powers.to(expected.device), changes)
         found = run()
     difference = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12))
-    return difference <= (EXACT if fold.offset == 0 else max(1e-5, 4 * torch.finfo(expected.dtype).eps))
+    return difference <= fold.tolerance
 
 
-def fold_(fold: NormFold, scale: Tensor, changes: Changes) -> Tensor:
-    """Divide the norm's output by a scale for each feature, multiply its readers' columns by it.
+def fold_(fold: Fold, scale: Tensor, changes: Changes) -> Tensor:
+    """Divide what is read by a scale for each unit, multiply the readers' columns by it.
 
-    scale: (features,) float32, positive.  changes: takes the values from before.  Returns the scale as the
-    norm's dtype lets it be.
+    scale: (units,) float32, positive.  changes: takes the values from before.  Returns the scale as the
+    dtype of what is divided lets it be.
     """
-    weight = _weight(fold.norm)
-    factor = weight.detach().float() + fold.offset
-    stored = (factor / scale - fold.offset).to(weight.dtype)
-    realised = factor / (stored.float() + fold.offset)
-    usable = torch.isfinite(realised) & (realised > 0)
-    realised = torch.where(usable, realised, 1.0)
-    _set_(weight, torch.where(usable, stored, weight.detach()), changes)
-    bias = fold.norm._parameters.get("bias")
-    if isinstance(bias, nn.Parameter):
-        _set_(bias, (bias.detach().float() / realised).to(bias.dtype), changes)
+    realised = fold.divide_(scale, changes)
+    factor = realised if fold.unit_of_column is None else realised[fold.unit_of_column]
     for reader in fold.readers.values():
-        _set_(reader.weight, (reader.weight.detach().float() * realised).to(reader.weight.dtype), changes)
+        set_(reader.weight, (reader.weight.detach().float() * factor).to(reader.weight.dtype), changes)
     return realised
 
 
-def _set_(parameter: Any, value: Tensor, changes: Changes) -> None:
+def set_(parameter: Any, value: Tensor, changes: Changes) -> None:
+    """Give a parameter another value; what it was goes into ``changes`` once."""
     changes.setdefault(parameter, parameter.data)
     parameter.data = value
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from hfcompress.calibration import LayerVisit
 from hfcompress.calibration.checks import observe_layers
-from hfcompress.calibration.running import watching
-from hfcompress.quantization.folding import Changes, NormFold, find_norm_folds, fold_
+from hfcompress.quantization.folding import Changes, fold_, folds_of
 from hfcompress.quantization.options import FORBID_UNKNOWN, ByteCodes
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
@@ -95,20 +94,3 @@ def smoothed(
             "RTN(bits=8, activations=8).",
             stacklevel=5,
         )
-
-
-def folds_of(visit: LayerVisit, wanted: set[str]) -> list[NormFold]:
-    """Return the norms of a layer that can be folded into its linear layers, all of which are ``wanted``."""
-    recorded = next((one for one in visit.batches if visit.index in one.calls and one.hidden is not None), None)
-    if recorded is None:
-        return []
-    call, hidden = recorded.calls[visit.index], recorded.hidden
-    assert hidden is not None
-
-    def run() -> Tensor:
-        assert hidden is not None
-        return call.run(visit.layer, hidden)
-
-    with watching(visit.layer):
-        folds = find_norm_folds(visit.layer, run)
-    return [fold for fold in folds if fold.readers.keys() <= wanted]
