@@ -282,6 +282,11 @@ def test_quantize_prunes_in_the_same_pass(prune_: SparseGPT, tmp_path: Path) -> 
         (GPTQ(group_size=32), Wanda(), "Wanda does not prune column by column"),
         (GPTQ(group_size=32), SparseGPT(damping=0.1), r"damping is 0\.1 for pruning and 0\.01 for GPTQ"),
         (
+            GPTQ(group_size=32, order="groups"),
+            SparseGPT(),
+            r"order='groups' takes columns apart that SparseGPT chooses",
+        ),
+        (
             GPTQ(group_size=32),
             SparseGPT(0.5, "3:6"),
             "groups of 6 columns of the pruning pattern do not divide its 64",

@@ -60,6 +60,10 @@ STAGE_FAULTS = [
      "stages[0].quantize.prune.sparsity: must be less than 1, not 1"),
     ("quantize: {method: gptq, damping: 0.1, prune: {sparsity: 0.5}}",
      "stages[0].quantize: one Hessian serves both, but damping is 0.1 here and 0.01 in prune; give both the same"),
+    ("quantize: {method: gptq, order: groups, prune: {sparsity: 0.5}}",
+     "stages[0].quantize: order: groups takes columns apart that prune chooses from together; remove it, or prune "
+     "in a stage before this one"),
+    ("quantize: {method: gptq, sweeps: 21}", "stages[0].quantize.sweeps: must be at most 20, not 21"),
     ("prune: {method: wnda}", f"stages[0].prune.method: 'wnda' is not one of {', '.join(PRUNERS)} (wanda?)"),
     ("prune: {method: magnitude, calibration_rows: 8}",
      "stages[0].prune.calibration_rows: method magnitude needs no calibration data: remove this"),

@@ -75,7 +75,9 @@ def _round_siblings_(
         grid = (alike[0].bits, alike[0].group_size)
         try:
             goals = [correct_drift(one.weight, found.hessian, (missing or {}).get(one.name)) for one in alike]
-            results = round_all(weights, found.hessian, *grid, method.damping, prune, method.symmetric, goals)
+            results = round_all(
+                weights, found.hessian, *grid, method.damping, prune, method.symmetric, goals, method.steps
+            )
         except HFCompressError as error:
             raise ModelError(f"{', '.join(one.name for one in alike)}: {error}") from error
         warn_about_damping([one.name for one in alike], method.damping, results[0].damping_used)

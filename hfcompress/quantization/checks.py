@@ -87,6 +87,11 @@ def check_joint_pruning(method: object, prune: ColumnPruning, planned: Iterable[
             f"One Hessian serves both, but damping is {prune.damping:g} for pruning and {method.damping:g} for GPTQ; "
             "give both the same."
         )
+    if method.order != "stored":
+        raise ModelError(
+            f"order={method.order!r} takes columns apart that {type(prune).__name__} chooses from together. Use "
+            "order='stored', or call hfcompress.prune first: quantize keeps its zeros."
+        )
     period = prune.period or 1
     for one in planned:
         in_features = one.weight.shape[1]

@@ -15,7 +15,8 @@ from hfcompress.calibration import ColumnPruning, compress_columns, factor_hessi
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.quantization.gptq import GPTQResult
 from hfcompress.quantization.grids import dequantized
-from hfcompress.quantization.rtn import round_to_nearest
+from hfcompress.quantization.options import PLAIN, Steps
+from hfcompress.quantization.rtn import Scale, round_to_nearest
 
 
 def gptq_conv1d(
@@ -27,17 +28,21 @@ def gptq_conv1d(
     prune: ColumnPruning | None = None,
     symmetric: bool = True,
     goals: Sequence[Tensor] | None = None,
+    steps: Steps = PLAIN,
 ) -> list[GPTQResult]:
     """Quantize weights that see the same input; see ``gptq_siblings``.
 
     weights: (out_i, in) each.  group_size: outputs that share a scale, a divisor of each ``out_i``; None is all.
+    steps: of which the scale counts alone; one column has one importance, so ``hessian`` is ``mse``.
     Returns codes (in, out_i) and scales and zero points (in, groups): as they are stored.
     """
     factor = factor_hessian(hessian, damping)
     results = []
     for weight, goal in zip(weights, goals or weights):
         dense = weight.detach().float()
-        rounding = _OutputGroups(weight.dtype, bits, group_size, symmetric)
+        rounding = _OutputGroups(
+            weight.dtype, bits, group_size, symmetric, "absmax" if steps.scale == "absmax" else "mse"
+        )
         selection = None if prune is None else prune.selection([dense], factor)
         values = compress_columns(goal.detach().float(), factor, None, rounding, selection, dense == 0)
         error = relative_error(dense, values, hessian)
@@ -50,8 +55,9 @@ def gptq_conv1d(
 class _OutputGroups:
     """Rounds each column to the grids of its groups of outputs.  codes, scales, points: (1, ...) per column so far."""
 
-    def __init__(self, dtype: torch.dtype, bits: int, group_size: int | None, symmetric: bool) -> None:
-        self.dtype, self.bits, self.group_size, self.symmetric = dtype, bits, group_size, symmetric
+    def __init__(self, dtype: torch.dtype, bits: int, group_size: int | None, symmetric: bool, scale: Scale) -> None:
+        self.dtype, self.bits, self.group_size = dtype, bits, group_size
+        self.symmetric, self.scale = symmetric, scale
         self.codes: list[Tensor] = []
         self.scales: list[Tensor] = []
         self.points: list[Tensor] = []
@@ -63,7 +69,7 @@ class _OutputGroups:
         """Return the values (out,) that a column gets, and note how they are stored."""
         kept = target if pruned is None else target.masked_fill(pruned, 0)
         found = round_to_nearest(
-            kept.to(torch.float32).unsqueeze(0), self.bits, self.group_size, self.symmetric, "mse", self.dtype
+            kept.to(torch.float32).unsqueeze(0), self.bits, self.group_size, self.symmetric, self.scale, self.dtype
         )
         codes, scale, points = found
         self.codes.append(codes)

@@ -16,7 +16,10 @@ from torch import Tensor
 from hfcompress.calibration import ColumnPruning, HessianFactor, Selection, compress_columns, factor_hessian
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import Rounded, dequantized, search_affine, search_scale
+from hfcompress.quantization.grids import Rounded, absmax_scale, affine_grid, dequantized, search_affine, search_scale
+from hfcompress.quantization.options import PLAIN, Order, ScaleSearch, Steps
+from hfcompress.quantization.order import group_order
+from hfcompress.quantization.refine import refine
 
 
 @dataclass(frozen=True)
@@ -56,30 +59,62 @@ def gptq_siblings(
     prune: ColumnPruning | None = None,
     symmetric: bool = True,
     goals: Sequence[Tensor] | None = None,
+    steps: Steps = PLAIN,
 ) -> list[GPTQResult]:
     """Quantize weights that see the same input, stacked into one: rows do not depend on each other.
 
     weights: (out_i, in) each, of one dtype.  hessian: (in, in) float32, not changed.  group_size: input columns that
     share a scale, a divisor of ``in``; None is all.  prune: prunes each weight in the same pass, or before it where
     the error is smaller so.  symmetric: code 0 stands for 0; otherwise each group has a zero point.  goals: what to
-    come near to instead of the weights, (out_i, in) float32 each.  Zero weights
-    stay zero and their rounding error is compensated.  Raises ModelError when the Hessian cannot be factored.
+    come near to instead of the weights, (out_i, in) float32 each.  steps: the loop's order and scales, and what comes
+    after it; ``prune`` goes with the stored order only.  Zero weights stay zero and their rounding error is
+    compensated.  Raises ModelError when the Hessian cannot be factored.
     """
     dtype = weights[0].dtype
     dense = [weight.detach().float() for weight in weights]
-    factor = factor_hessian(hessian, damping)
-    grid, stacked = _Grid(bits, group_size, dtype, symmetric), torch.cat(list(goals or dense))
+    grid, stacked = _Grid(bits, group_size, dtype, symmetric, steps.scale), torch.cat(list(goals or dense))
     zeros = torch.cat(dense) == 0
     if prune is None:
-        passes = [_rounded(stacked, factor, grid, zeros)]
+        ordered, damping = _in_order(stacked, hessian, damping, grid, zeros, steps.order)
+        passes = [ordered]
     else:
+        assert steps.order == "stored", "columns of a pruning pattern stay together"
+        factor = factor_hessian(hessian, damping)
+        damping = factor.damping
         passes = [_rounded(stacked, factor, grid, zeros, prune.selection(dense, factor))]
         # A choice that knows the rounding errors is the better one mostly, not always.
         sparse = compress_columns(stacked, factor, selection=prune.selection(dense, factor), zeros=zeros)
         passes.append(_rounded(sparse, factor, grid, sparse == 0))
+    if steps.sweeps:
+        gone = [zeros if prune is None else values == 0 for _, values in passes]
+        passes = [
+            refine(stacked, hessian, rounded, bits, dtype, mask, steps.sweeps)
+            for (rounded, _), mask in zip(passes, gone)
+        ]
     sizes = [len(weight) for weight in weights]
-    results = [_results(dense, sizes, one, dtype, hessian, factor.damping) for one in passes]
+    results = [_results(dense, sizes, one, dtype, hessian, damping) for one in passes]
     return [min(choices, key=lambda result: result.relative_error) for choices in zip(*results)]
+
+
+def _in_order(
+    weight: Tensor, hessian: Tensor, damping: float, grid: _Grid, zeros: Tensor, order: Order
+) -> tuple[tuple[Rounded, Tensor], float]:
+    """Round a weight with its columns in another order than they are stored in; see ``_rounded``.
+
+    Groups stay whole, so each is contiguous again once the order is undone. Returns the damping, too.
+    """
+    if order == "stored":
+        factor = factor_hessian(hessian, damping)
+        return _rounded(weight, factor, grid, zeros), factor.damping
+    columns, groups = group_order(hessian.diagonal(), grid.group_size)
+    factor = factor_hessian(hessian[columns][:, columns], damping)
+    rounded, values = _rounded(weight[:, columns], factor, grid, zeros[:, columns])
+    back, groups_back = columns.argsort(), groups.argsort()
+    codes, scale, points = rounded
+    stored = Rounded(
+        codes[:, back], scale[:, groups_back], None if points is None else points[:, groups_back].contiguous()
+    )
+    return (stored, values[:, back]), factor.damping
 
 
 def _results(
@@ -126,9 +161,16 @@ class _Grid:
     group_size: int | None
     dtype: torch.dtype
     symmetric: bool = True
+    scale: ScaleSearch = "hessian"
 
     def search(self, columns: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point (out,) for columns (in, out); see ``search_scale``."""
+        if self.scale == "absmax":
+            if self.symmetric:
+                return absmax_scale(columns, self.bits, self.dtype, dim=0).squeeze(0), None
+            return affine_grid(columns, self.bits, self.dtype)
+        if self.scale == "mse":
+            importance = torch.ones_like(importance)
         if self.symmetric:
             return search_scale(columns, importance, self.bits, self.dtype), None
         return search_affine(columns, importance, self.bits, self.dtype)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Bits = Literal[2, 3, 4, 8]
+Order = Literal["stored", "groups"]
+ScaleSearch = Literal["absmax", "mse", "hessian"]
 
 
 class WhileLoading:
@@ -87,6 +89,18 @@ class RTN(WhileLoading):
         return f"RTN, {self.bits} bits, {scales(self.group_size)}" + ", inputs in 8 bits" * bool(self.activations)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How GPTQ's loop over columns goes, and what comes after it; the options of ``GPTQ`` with these names."""
+
+    order: Order = "stored"
+    scale: ScaleSearch = "hessian"
+    sweeps: int = 0
+
+
+PLAIN = Steps()
+
+
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class GPTQ(WhileLoading):
     """Round column by column and let later columns absorb the error (Frantar et al., arXiv 2210.17323).
@@ -98,6 +112,11 @@ class GPTQ(WhileLoading):
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.
+    scale: ``absmax`` takes a group's scale from its largest values, ``mse`` the one with the smallest squared error,
+    ``hessian`` the one with the smallest error of the layer's output, as far as the Hessian's factor tells.
+    order: ``groups`` rounds groups, and columns inside them, in the order of the Hessian's diagonal, largest first;
+    they are stored where they were.  sweeps: how often every code and scale is set to the best one given all others
+    once the loop is done.  Order and sweeps do not concern Conv1D, whose groups lie across columns.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -111,8 +130,16 @@ class GPTQ(WhileLoading):
     symmetric: bool = True
     embeddings: bool = False
     head: bool = False
+    scale: ScaleSearch = "hessian"
+    order: Order = "stored"
+    sweeps: Annotated[int, Field(ge=0, le=20)] = 0
 
     @property
     def summary(self) -> str:
         """What the method does, for people."""
         return f"GPTQ, {self.bits} bits, {scales(self.group_size)}"
+
+    @property
+    def steps(self) -> Steps:
+        """Return how the loop goes."""
+        return Steps(self.order, self.scale, self.sweeps)

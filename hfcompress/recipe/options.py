@@ -153,6 +153,11 @@ class Quantize:
     prune: SparseGPT | None = None
 
     def __post_init__(self) -> None:
+        if self.prune is not None and isinstance(self.method, GPTQ) and self.method.order != "stored":
+            raise ValueError(
+                f"order: {self.method.order} takes columns apart that prune chooses from together; remove it, or "
+                "prune in a stage before this one"
+            )
         if self.prune is not None and isinstance(self.method, GPTQ) and self.prune.damping != self.method.damping:
             raise ValueError(
                 f"one Hessian serves both, but damping is {self.method.damping:g} here and {self.prune.damping:g} in "
