@@ -72,7 +72,10 @@ def stack(rows: Rows) -> dict[str, Tensor]:
 def distiller(
     student: PreTrainedModel | None, teacher: Any, folder: Path, rows: Any = None, **options: Any
 ) -> DistillationTrainer:
-    others = ("callbacks", "compute_metrics", "data_collator", "model_init", "teacher_weights")
+    others = (
+        "callbacks", "compute_metrics", "data_collator", "model_init", "teacher_weights", "processing_class",
+        "teacher_processing_class",
+    )  # fmt: skip
     extra = {name: options.pop(name) for name in others if name in options}
     defaults = {
         "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.1, "lr_scheduler_type": "constant",

@@ -16,6 +16,8 @@ from transformers import Trainer, TrainingArguments
 from hfcompress.distillation import DistillationConfig
 from hfcompress.distillation.head import head_gives_logits
 from hfcompress.distillation.losses import chunks
+from hfcompress.distillation.losses.chunks import sum_over_rows
+from hfcompress.distillation.losses.forward_kl import forward_kl
 from hfcompress.distillation.terms import takes_logits
 from tests.distilling import (
     distiller,
@@ -91,6 +93,16 @@ def test_a_cap_or_a_scale_after_the_head_counts(tmp_path: Path) -> None:
 
 
 def test_small_gradients_in_float16_meet_the_loss_scale_first(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(4, VOCABULARY, generator=generator).half().requires_grad_()
+    teacher = half.detach().float() + 0.01 * torch.randn(4, VOCABULARY, generator=generator)
+    exact = half.detach().double().requires_grad_()
+    # float32 copies of what float16 autocast gives, as the Trainer hands them on, and its GradScaler's first scale
+    for logits, scale in ((half.float(), 2.0**16), (exact, 1.0)):
+        terms = [lambda own, part: forward_kl(own, teacher[part].to(own.dtype), 1.0)]
+        (scale * 1e-6 * sum_over_rows(logits, torch.arange(4), [1.0], terms)[0]).backward()
+    assert not exact.grad.half().any()  # without the scale float16 would have nothing of it
+    torch.testing.assert_close(half.grad.double() / 2**16, exact.grad, rtol=1e-2, atol=1e-12)
     arguments = DistillationConfig(tmp_path, use_cpu=True)
     assert takes_logits(arguments, llama())
     arguments.fp16 = True

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers as hf
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.errors import HFCompressError, ModelError
@@ -74,6 +74,32 @@ def test_pairs_that_cannot_be_compared_are_refused(
 def test_liger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="use_liger_kernel leaves no logits"):
         distiller(llama(), llama(), tmp_path, use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_policy": {"prompt_tokens": 2}}, "on_policy lets the student write in one process or with DDP"),
+        ({"losses": ["hidden_states"], "temperature": None}, "Losses of features work in one process or with DDP"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_accelerate_shards_them(
+    kind: str, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # accelerate launch --use_fsdp: the arguments say nothing of it, the Trainer's Accelerator does
+    make = Trainer.create_accelerator_and_postprocess
+
+    def sharded(trainer: Trainer) -> None:
+        make(trainer)
+        setattr(trainer, f"is_{kind}_enabled", True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ModelError, match=message):
+        distiller(llama(), llama(seed=1), tmp_path, **options)
+    trainer = distiller(llama(), llama(seed=1), tmp_path)  # logits need no hook inside of the student
+    assert trainer.own_task_loss
+    assert not trainer.takes_logits
 
 
 def test_plain_training_arguments_are_refused(tmp_path: Path) -> None:

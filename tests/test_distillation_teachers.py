@@ -148,6 +148,27 @@ def test_a_quantized_teacher_teaches_what_it_says(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "how", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=["nf4", "int8"]
+)
+def test_a_bitsandbytes_teacher_teaches_what_it_says(how: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    dense = llama(seed=1, hidden_size=64, intermediate_size=128)
+    dense.save_pretrained(tmp_path / "teacher")
+    teacher = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", quantization_config=hf.BitsAndBytesConfig(**how), dtype=torch.float32
+    )
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    expected = reference_kd(llama(), teacher, text_rows()[:8])
+    found, moved = kd_of(teacher, tmp_path)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found != pytest.approx(kd_of(dense, tmp_path)[0], rel=1e-4)
+    assert all(step.isfinite().all() for step in moved.values())
+    inside = {"temperature": None, "losses": ["hidden_states"]}
+    assert kd_of(teacher, tmp_path, **inside)[0] == pytest.approx(kd_of(dense, tmp_path, **inside)[0], rel=0.2)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
 def reference_kd(student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows) -> float:
     """Return the mean forward KL over labelled places, of whole batches."""
     batch = stack(rows)

@@ -29,8 +29,7 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
         raise ModelError(f"DistillationTrainer takes a DistillationConfig as args, not a {type(args).__name__}.")
     if args.use_liger_kernel:
         raise ModelError("use_liger_kernel leaves no logits to distil from; turn it off for distillation.")
-    if args.on_policy is not None and (args.fsdp or args.deepspeed):
-        raise ModelError("on_policy lets the student write in one process or with DDP, not with FSDP or DeepSpeed.")
+    check_sharding(args, bool(args.fsdp or args.deepspeed))
     if not any(isinstance(loss, FeatureLoss) for loss in args.chosen):
         return
     if args.torch_compile:
@@ -38,14 +37,23 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
             "torch_compile does not run the hooks that losses of features read a model by. Turn it off, or distil "
             "logits alone."
         )
-    if args.fsdp or args.deepspeed:
-        raise ModelError("Losses of features work in one process or with DDP, not with FSDP or DeepSpeed.")
     how: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and how.get("use_reentrant", False):
         raise ModelError(
             "Reentrant gradient checkpointing cuts what layers compute off the gradient: set "
             "gradient_checkpointing_kwargs={'use_reentrant': False} for losses of features."
         )
+
+
+def check_sharding(args: DistillationConfig, sharded: bool) -> None:
+    """Raise ModelError for what reads or runs the student from outside where its weights lie in shards.
+
+    sharded: by FSDP or DeepSpeed, of the arguments or of ``accelerate launch``, of which only the Trainer knows.
+    """
+    if sharded and args.on_policy is not None:
+        raise ModelError("on_policy lets the student write in one process or with DDP, not with FSDP or DeepSpeed.")
+    if sharded and any(isinstance(loss, FeatureLoss) for loss in args.chosen):
+        raise ModelError("Losses of features work in one process or with DDP, not with FSDP or DeepSpeed.")
 
 
 def teachers_of(given: Any, weights: Sequence[float] | None) -> WeightedTeachers:

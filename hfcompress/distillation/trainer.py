@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.distillation.checks import check_pair, check_run, logit_losses_of, teachers_of
+from hfcompress.distillation.checks import check_pair, check_run, check_sharding, logit_losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.crossing import crossing_loss, reading_texts
 from hfcompress.distillation.head import run_for_logits
@@ -67,6 +67,8 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
                 crossing, self.teachers, kwargs.get("processing_class"), teacher_processing_class
             )
         super().__init__(model=model, args=args, **kwargs)
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_sharding(args, self.sharded)
         self._bind()
         for teacher, _ in self.teachers:
             teacher.place_on(self.args.device)
@@ -84,7 +86,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         )
         self.alpha = self.args.alpha if self.kind.label_columns else 1.0
         self.own_task_loss = takes_own_task_loss(self, self.kind)
-        self.takes_logits = self.own_task_loss and takes_logits(self.args, student)
+        self.takes_logits = self.own_task_loss and not self.sharded and takes_logits(self.args, student)
         self.logit_losses = logit_losses_of(self.args, self.kind, self.teachers)
         features = {name: loss for name, loss in named(self.args.chosen).items() if isinstance(loss, FeatureLoss)}
         self.matcher: FeatureMatcher | None = None
