@@ -11,21 +11,39 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.distilling import (
+    Rows,
     distiller,
     equal,
     llama,
     weights_of,
 )
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.test_distillation_across import STUDENT, TEACHER, models_of, rows
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 
 
 # A relation or a hidden state of rows whose numbers of tokens differ; projections between two widths.
+# Texts that the student writes and a teacher of another tokenizer scores: sampled so that every draw is the most
+# probable token, as two processes draw other numbers than one.
 LOSSES: dict[str, dict[str, Any]] = {
     "logits": {},
+    "written": {
+        "temperature": None,
+        "losses": [{"universal_logit": {"top": None}}],
+        "on_policy": {"fraction": 1.0, "max_new_tokens": 4, "temperature": 1e-6, "prompt_tokens": 3},
+        "processing_class": STUDENT,
+        "teacher_processing_class": TEACHER,
+    },
     "features": {"temperature": None, "losses": ["forward_kl", "hidden_states", "relations"]},
 }
+
+
+def models_for(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, Rows | None]:
+    """Return student, teacher and rows."""
+    if kind == "written":
+        return *models_of(), rows() * 2
+    return student_for(kind), llama(seed=1), None
 
 
 def student_for(kind: str) -> PreTrainedModel:
@@ -42,8 +60,9 @@ def logs_of(trainer: Any) -> list[dict[str, float]]:
 
 
 def _distil_in_one_process(folder: str, kind: str) -> None:
+    student, teacher, data = models_for(kind)
     trainer = distiller(
-        student_for(kind), llama(seed=1), Path(folder), max_steps=2, per_device_train_batch_size=2,
+        student, teacher, Path(folder), data, max_steps=2, per_device_train_batch_size=2,
         ddp_backend="gloo", gradient_accumulation_steps=2, **LOSSES[kind],
     )  # fmt: skip
     initial = state_of(trainer)
@@ -62,9 +81,8 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(kind: str, tmp
     (_, moved, logs), (_, other, _) = results
     assert equal(moved, other)
 
-    trainer = distiller(
-        student_for(kind), llama(seed=1), tmp_path, max_steps=2, per_device_train_batch_size=8, **LOSSES[kind]
-    )
+    student, teacher, data = models_for(kind)
+    trainer = distiller(student, teacher, tmp_path, data, max_steps=2, per_device_train_batch_size=8, **LOSSES[kind])
     initial = state_of(trainer)
     trainer.train()
     assert any("projection" in name for name in moved) == (kind == "features")
@@ -72,6 +90,7 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(kind: str, tmp
         torch.testing.assert_close(
             moved[name], value - initial[name], rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
         )
+    assert max(float(value.abs().max()) for value in moved.values()) > 1e-4
     for entry, expected in zip(logs, logs_of(trainer)):
         assert entry.keys() == expected.keys()
         for term, value in entry.items():
