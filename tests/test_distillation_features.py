@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hfcompress.distillation.logged import LoggedTerms
 from hfcompress.distillation.losses import LOSSES, FeatureLoss
 from hfcompress.distillation.projections import FILE
 from hfcompress.errors import CheckpointError, ModelError
@@ -240,11 +241,13 @@ def test_run_with_projections_resumes_bit_for_bit(tmp_path: Path) -> None:
         run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
-def test_weights_follow_their_line(tmp_path: Path) -> None:
+def test_weights_follow_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = run(tmp_path, losses=[{"logit_mse": {"weight": 0, "final_weight": 8}}], alpha=1.0)
     losses: list[tuple[float, float]] = []
-    add = trainer._add_terms
-    trainer._add_terms = lambda **terms: (losses.append(terms.get("kd_loss")), add(**terms))  # type: ignore[method-assign]
+    add = LoggedTerms.add
+    monkeypatch.setattr(
+        LoggedTerms, "add", lambda self, **terms: (losses.append(terms.get("kd_loss")), add(self, **terms))
+    )
     trainer.train()
     assert losses[0] == losses[1] == 0  # the two micro-batches of the first step
     assert all(loss > 0 for loss in losses[2:])

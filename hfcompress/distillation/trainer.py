@@ -13,6 +13,7 @@ from hfcompress.distillation.checks import check_pair, check_run, check_sharding
 from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.crossing import crossing_loss, reading_texts
 from hfcompress.distillation.head import run_for_logits
+from hfcompress.distillation.logged import LoggedTerms
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
@@ -72,9 +73,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         self._bind()
         for teacher, _ in self.teachers:
             teacher.place_on(self.args.device)
-        self._terms: dict[str, Tensor] = {}
-        self._terms_steps = 0
-        self._written_steps = 0
+        self._logged = LoggedTerms()
         self._written = False  # the student wrote the texts of this step
 
     def _bind(self) -> None:
@@ -97,7 +96,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer; what an earlier training has not logged is none of this one's."""
-        self._terms, self._terms_steps = {}, 0
+        self._logged = LoggedTerms()
         return super().create_optimizer(model)
 
     @property
@@ -125,14 +124,14 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Collect one optimizer step's batches and count what their losses are means of, over all processes."""
-        self._terms_steps += 1
+        self._logged.steps += 1
         self.zero_projections()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         options, step = self.args.on_policy, self.state.global_step
         self._written = False
         if isinstance(options, OnPolicy) and batches and options.is_due(self.args.seed, step):
             self._written = True
-            self._written_steps += 1
+            self._logged.written += 1
             place = self.args.seed, step, self.args.process_index
             batches = [
                 write_completions(self._student, batch, options, self.args.device, *place, index)
@@ -185,7 +184,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         if self.matcher is not None:
             more = self.scale("rows") * self._feature_loss(own, told[0][0], inputs)
             loss, kd = loss + self.alpha * more, kd + more
-        self._add_terms(kd_loss=kd, **({} if self._written else {"task_loss": task}))
+        self._logged.add(kd_loss=kd, **({} if self._written else {"task_loss": task}))
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any]:
@@ -215,7 +214,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         total, by_name = terms.sums()
         if len(self.logit_losses) + (self.matcher is not None) > 1:
             for name in self.logit_losses:
-                self._add_terms(**{name: by_name[name] * self.scale("places")})
+                self._logged.add(**{name: by_name[name] * self.scale("places")})
         return total, terms.weighted_kd(by_name), by_name.get("task", zero)
 
     def _feature_loss(self, own: Any, answer: Answer, inputs: dict[str, Any]) -> Tensor:
@@ -229,7 +228,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         for name, loss in self.matcher.row_losses(own, answer.features, counted).items():
             share = loss.sum() * row_count(inputs) / len(loss)  # rows of several choices are one row
             total = total + self.matcher.losses[name].weight_at(self._progress) * share
-            self._add_terms(**{name: share * self.scale("rows")})
+            self._logged.add(**{name: share * self.scale("rows")})
         return total
 
     @property
@@ -255,17 +254,11 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         assert isinstance(self.model, nn.Module)
         return set().union(*(teacher.columns for teacher, _ in self.teachers)) - forward_arguments(self._student)
 
-    def _add_terms(self, **terms: Tensor) -> None:
-        for name, value in terms.items():
-            self._terms[name] = self._terms.get(name, torch.zeros_like(value.detach())) + value.detach()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the mean of each loss term since the last time."""
-        if "loss" in logs and self._terms_steps:
-            for name, total in self._terms.items():
-                steps = self._terms_steps - (self._written_steps if name == "task_loss" else 0)
-                logs[name] = float(self.accelerator.gather(total.reshape(1)).mean()) / steps
+        if "loss" in logs and self._logged.steps:
+            logs |= self._logged.means(self.accelerator.gather)
             if self.args.on_policy is not None:
-                logs["on_policy"] = self._written_steps / self._terms_steps
-            self._terms, self._terms_steps, self._written_steps = {}, 0, 0
+                logs["on_policy"] = self._logged.written / self._logged.steps
+            self._logged = LoggedTerms()
         super().log(logs, start_time)
