@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 import hfcompress
 from hfcompress.cli import app
 from hfcompress.commands import one_shot_command
+from hfcompress.evaluate import Measurement
 from hfcompress.publish import load_facts
 from hfcompress.publish.markdown import fenced
 from hfcompress.publish.markdown import table as markdown_table
@@ -253,11 +254,16 @@ def gallery(technique: str | None = None) -> str:
         rows.append([
             f"[{facts.name}](cards/{folder.name}/index.md)", stages,
             f"{megabytes(first.bytes_on_disk)}, then {megabytes(after.bytes_on_disk)}", quality,
-            percent(1 - after.nonzero / first.nonzero),
+            percent(1 - after.nonzero / first.nonzero), f"{_latency(before)}, then {_latency(after)}",
         ])  # fmt: skip
     if not rows:
         return "No model card of this repository shows it yet."
-    return table(["model", "stages", "size on disk", "quality", "fewer non-zeros"], rows)
+    return table(["model", "stages", "size on disk", "quality", "fewer non-zeros", "latency"], rows)
+
+
+def _latency(measured: Measurement) -> str:
+    found = measured.latency
+    return "not measured" if found is None else f"{found.median_ms:.3g} ms"
 
 
 def _techniques(recipe: dict[str, Any]) -> set[str]:

@@ -152,3 +152,19 @@ def test_every_section_has_something_to_say(tmp_path: Path) -> None:
         text = write_model_card(tmp_path).read_text()
         assert not re.search(r"\n## [^\n]+\n+(?=## |\Z)", text)
         assert "\n\n\n" not in text
+
+
+def test_measured_rows_are_of_the_held_out_file(tmp_path: Path) -> None:
+    values = classifier()
+    values["data"] = {"files": {"train": ["data/train.tsv"], "validation": ["data/validation.tsv"]}}
+    text = card_of(tmp_path, values)
+    assert "held-out rows of `validation.tsv`" in text
+    assert "Data: `train.tsv, validation.tsv`" in text
+
+
+def test_layers_without_zeros_have_no_picture_of_them(tmp_path: Path) -> None:
+    values = classifier()
+    values["layers"] = [{**one, "nonzero": one["parameters"] - 3} for one in values["layers"]]
+    card_of(tmp_path, values)
+    assert next(iter(layer_panels(load_facts(tmp_path)))) == "bits per weight"
+    assert "sparsity" not in layer_panels(load_facts(tmp_path))

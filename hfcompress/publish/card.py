@@ -147,7 +147,7 @@ def technique_tags(facts: Facts) -> list[str]:
 
 
 def _eval_results(facts: Facts, task_type: str, dataset: str | None) -> list[EvalResult]:
-    data_name = sections.data_name(facts) or "held-out data"
+    data_name = sections.data_name(facts, held_out=True) or "held-out data"
     split = (facts.data.get("splits") or {}).get("held_out")
     return [
         EvalResult(

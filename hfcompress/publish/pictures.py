@@ -84,13 +84,14 @@ def _share(counts: tuple[int, int] | None) -> float:
 
 
 def layer_panels(facts: Facts) -> dict[str, Points]:
-    """Return what is drawn of each layer: bits and sparsity of the checkpoint, errors of single linear layers."""
+    """Return what is drawn of each layer: bits and zeros, if there are any, and errors of single linear layers."""
     stacks = {_NUMBER.sub(".N", one["name"], count=1) for one in facts.layers}
     panels: dict[str, Points] = {}
     if len(stacks) == 1:
         counted = [(layer_of(one["name"]) or 0, one) for one in facts.layers if one["parameters"]]
         panels["bits per weight"] = [(at, 8 * one["bytes"] / one["parameters"]) for at, one in counted]
-        panels["sparsity"] = [(at, 1 - one["nonzero"] / one["parameters"]) for at, one in counted]
+        if any(one["nonzero"] < 0.999 * one["parameters"] for _, one in counted):  # a few zeros are no picture
+            panels["sparsity"] = [(at, 1 - one["nonzero"] / one["parameters"]) for at, one in counted]
     for title, report in (("pruning error", facts.pruning_report), ("quantization error", facts.quantization_report)):
         errors = [(layer_of(row["name"]), row.get("relative_error")) for row in report]
         points = [(at, error) for at, error in errors if at is not None and error is not None]

@@ -40,14 +40,19 @@ def _change(where: str, before: int | None, after: int | None) -> str:
     return f"{times(before, after)} times smaller {where} {sizes}"
 
 
-def data_name(facts: Facts) -> str:
-    """Return what the recipe calls its data: an id with its configuration, or the names of the files."""
+def data_name(facts: Facts, held_out: bool = False) -> str:
+    """Return what the recipe calls its data: an id with its configuration, or the names of the files.
+
+    held_out: of the rows that were measured on alone, where they have files of their own.
+    """
     data = facts.data
     if data.get("id"):
         return " ".join(str(part) for part in (data["id"], data.get("name")) if part)
     files = data.get("files") or []
-    listed = [path for paths in files.values() for path in paths] if isinstance(files, dict) else files
-    return ", ".join(str(path).rpartition("/")[2] for path in ([listed] if isinstance(listed, str) else listed))
+    if isinstance(files, dict):
+        own = [paths for split, paths in files.items() if split != "train"] if held_out else []
+        files = [path for paths in (own or files.values()) for path in ([paths] if isinstance(paths, str) else paths)]
+    return ", ".join(str(path).rpartition("/")[2] for path in ([files] if isinstance(files, str) else files))
 
 
 def description(facts: Facts) -> str:
@@ -67,7 +72,7 @@ def _measured_on(facts: Facts) -> str:
     if facts.training and not after.metrics:
         return f"No metrics are given: {facts.training.get('evaluated', 'none were measured')}."
     tokens = f" ({after.tokens:,} tokens)" if after.tokens else ""
-    data = data_name(facts)
+    data = data_name(facts, held_out=True)
     source = f"held-out rows of {code(data)}" if data else "held-out rows"
     reloaded = "those of the last stage were taken after reloading the checkpoint."
     if facts.training:
@@ -152,7 +157,7 @@ def not_measured(facts: Facts) -> list[str]:
         if (missing := _gaps(facts, stage.measurement))
     ]
     metrics = ", ".join(facts.metric_names) or "the numbers above"
-    data = data_name(facts)
+    data = data_name(facts, held_out=True)
     return [
         *gaps,
         f"Any quality other than {metrics}{f' on {code(data)}' if data else ''}: other tasks, domains and languages, "
