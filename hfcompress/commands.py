@@ -24,6 +24,7 @@ from hfcompress.recipe.faults import members, shown
 # Beside the recipe's name of an option, the short one of the command line.
 _SHORT = {"calibration_rows": "--rows", "calibration_length": "--length", "targets": "--target"}
 _ONE_METHOD, _STAGE = "Options of the methods", "Options of the stage"
+_WIDEST = 10  # what a list of choices may take of 80 columns; names of options need the rest
 
 
 class _Choice(NamedTuple):
@@ -109,6 +110,8 @@ def _annotation(name: str, found: list[_Choice], methods: int) -> Any:
         return Annotated[list[str] | None, typer.Option(flag, *words, metavar="TEXT", **option)]
     literals = dict.fromkeys(str(value) for kind in _in_order(found) for value in get_args(kind))
     metavar = "|".join(literals) if literals else "TEXT" if kinds == {str} else "VALUE"
+    if len(metavar) > _WIDEST:
+        metavar, option["help"] = "WORD", f"{option['help']} One of {', '.join(literals)}."
     return Annotated[str | None, typer.Option(flag, *words, metavar=metavar, **option)]
 
 
