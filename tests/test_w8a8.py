@@ -13,7 +13,7 @@ import hfcompress
 from hfcompress.errors import ModelError
 from hfcompress.evaluate.size import model_size
 from hfcompress.packed.bytes import ByteLinear, byte_layers, rounded_inputs
-from hfcompress.quantization import RTN, Float8, SmoothQuant, quantize
+from hfcompress.quantization import AWQ, RTN, Float8, SmoothQuant, quantize
 from hfcompress.quantization.folding import find_norm_folds, fold_
 from hfcompress.quantization.smoothquant import smoothing_scale
 from hfcompress.structure.running import watching
@@ -103,7 +103,8 @@ def test_inputs_are_rounded_token_by_token_and_let_gradients_pass() -> None:
     assert not rounded_inputs(torch.zeros(1, 2, 4), "int").any()
 
 
-def test_a_failure_brings_norms_and_weights_back() -> None:
+@pytest.mark.parametrize("method", [SmoothQuant(), AWQ(group_size=16)], ids=["smoothquant", "awq"])
+def test_a_failure_brings_norms_and_weights_back(method: SmoothQuant | AWQ) -> None:
     model = with_outliers(tiny_llama())
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -112,7 +113,7 @@ def test_a_failure_brings_norms_and_weights_back() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, SmoothQuant(), calibration=token_batches(count=1), on_layer=stop)
+        quantize(model, method, calibration=token_batches(count=1), on_layer=stop)
     now = model.state_dict()
     assert now.keys() == before.keys()
     assert all(torch.equal(now[name], before[name]) for name in now)

@@ -17,11 +17,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.packed import values_of
+from hfcompress.quantization.folding import around_one
 from hfcompress.quantization.grids import Rounded
 from hfcompress.quantization.options import FORBID_UNKNOWN, Bits, WhileLoading, scales
 from hfcompress.quantization.rtn import round_to_nearest
 
-SMALLEST, LARGEST = 1e-4, 1e4  # of a scale
 SAMPLED_ROWS = 512  # of a weight, on which scales are compared; the winner has to be better on all
 
 
@@ -101,7 +101,7 @@ def search_scale_of_inputs(
     none = torch.ones(units, device=hessian.device)
     candidates = [none]
     for exponent in (index / grid for index in range(1, grid)):
-        candidates += [_around_one(inputs**exponent), _around_one(inputs**exponent / weights ** (1 - exponent))]
+        candidates += [around_one(inputs**exponent), around_one(inputs**exponent / weights ** (1 - exponent))]
 
     def loss(scale: Tensor, some: Sequence[Reader]) -> float:
         of_column = scale[columns]
@@ -117,11 +117,3 @@ def _root_mean_square(squares: Tensor, columns: Tensor, units: int) -> Tensor:
     total = torch.zeros(units, device=squares.device).index_add_(0, columns, squares.clamp_min(0))
     count = torch.bincount(columns, minlength=units).clamp_min(1)
     return (total / count).sqrt()
-
-
-def _around_one(scale: Tensor) -> Tensor:
-    """Divide by the geometric mean, which rounding does not see; units that are dead stay 1."""
-    usable = torch.isfinite(scale) & (scale > 0)
-    logs = torch.where(usable, scale, 1.0).log()
-    mean = logs.sum() / usable.sum().clamp_min(1)
-    return torch.where(usable, (logs - mean).exp(), 1.0).clamp(SMALLEST, LARGEST)

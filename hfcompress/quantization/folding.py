@@ -24,6 +24,7 @@ Run = Callable[[], Tensor]
 Changes = dict[nn.Parameter, Tensor]
 OFFSETS = (0.0, 1.0)  # what a norm adds to its weight: nothing, or one
 EXACT = 1e-6  # powers of two change no bit where the weight is the factor itself
+SMALLEST, LARGEST = 1e-4, 1e4  # of a scale
 
 
 class Fold(Protocol):
@@ -166,6 +167,22 @@ def _weight(norm: nn.Module) -> nn.Parameter:
     return weight
 
 
+def around_one(scale: Tensor) -> Tensor:
+    """Divide scales by their geometric mean, which rounding does not see; those of dead units are 1.
+
+    Around 1 what is divided stays in the middle of its dtype's range.  Dead: not positive, or not finite.
+    """
+    usable = torch.isfinite(scale) & (scale > 0)
+    logs = torch.where(usable, scale, 1.0).log()
+    mean = logs.sum() / usable.sum().clamp_min(1)
+    return torch.where(usable, (logs - mean).exp(), 1.0).clamp(SMALLEST, LARGEST)
+
+
+def per_column(fold: Fold, scale: Tensor) -> Tensor:
+    """Return the scale of each of the readers' columns, (in,).  scale: (units,)."""
+    return scale if fold.unit_of_column is None else scale[fold.unit_of_column]
+
+
 def changes_nothing(fold: Fold, run: Run, expected: Tensor) -> bool:
     """Tell whether a layer's output stays with random powers of two for scales.  expected: the output without."""
     random = torch.Generator().manual_seed(0)
@@ -185,7 +202,7 @@ def fold_(fold: Fold, scale: Tensor, changes: Changes) -> Tensor:
     dtype of what is divided lets it be.
     """
     realised = fold.divide_(scale, changes)
-    factor = realised if fold.unit_of_column is None else realised[fold.unit_of_column]
+    factor = per_column(fold, realised)
     for reader in fold.readers.values():
         set_(reader.weight, (reader.weight.detach().float() * factor).to(reader.weight.dtype), changes)
     return realised

@@ -16,7 +16,7 @@ from hfcompress.calibration import InputHessian, LayerVisit
 from hfcompress.calibration.checks import observe_layers
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.quantization.awq import AWQ, Reader, search_scale_of_inputs
-from hfcompress.quantization.folding import Changes, Fold, fold_, folds_of
+from hfcompress.quantization.folding import Changes, Fold, fold_, folds_of, per_column
 from hfcompress.quantization.linear_folds import LinearFold, LinearFolds
 from hfcompress.quantization.placing import Rows, pack_, row_of
 from hfcompress.quantization.planned import PlannedLinear
@@ -95,7 +95,7 @@ def _search(fold: Fold, linears: Mapping[str, _Linear], grid: int) -> Tensor:
 
 def _fold_(fold: Fold, scale: Tensor, linears: dict[str, _Linear], changes: Changes) -> None:
     realised = fold_(fold, scale, changes)
-    columns = realised if fold.unit_of_column is None else realised[fold.unit_of_column]
+    columns = per_column(fold, realised)
     for name in fold.readers:
         linears[name] = replace(linears[name], columns=columns)
     if isinstance(fold, LinearFold):

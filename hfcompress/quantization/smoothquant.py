@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from hfcompress.calibration import LayerVisit
 from hfcompress.calibration.checks import observe_layers
-from hfcompress.quantization.folding import Changes, fold_, folds_of
+from hfcompress.quantization.folding import Changes, around_one, fold_, folds_of
 from hfcompress.quantization.options import FORBID_UNKNOWN, ByteCodes
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.quantization.w8a8 import byte_layer
-
-SMALLEST, LARGEST = 1e-4, 1e4  # of a scale
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
@@ -54,10 +52,7 @@ def smoothing_scale(largest: Tensor, weights: Sequence[Tensor], strength: float)
     """
     columns = torch.stack([weight.detach().float().abs().amax(0) for weight in weights]).amax(0)
     scale = largest.clamp_min(1e-8).pow(strength) / columns.clamp_min(1e-8).pow(1 - strength)
-    scale = torch.where((largest > 0) & (columns > 0), scale, torch.nan)
-    # The common factor is free; around 1 the norm's weights stay in the middle of their dtype's range.
-    scale = scale / scale.log().nanmean().exp()
-    return scale.nan_to_num(1.0).clamp(SMALLEST, LARGEST)
+    return around_one(torch.where((largest > 0) & (columns > 0), scale, torch.nan))
 
 
 def smoothed(
