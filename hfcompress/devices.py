@@ -31,9 +31,9 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
 def keep_freed_memory() -> None:
     """Let the C library keep freed blocks for the next tensor instead of giving them back to the kernel.
 
-    Logits of a large vocabulary come and go by the 100 MB, and clearing their pages anew each time takes a third of a
-    training step on a CPU.  Kept blocks count as memory in use, so ``release_freed_memory``
-    comes before a peak is measured.  Only on Linux with glibc; elsewhere it does nothing.
+    Logits of a large vocabulary come and go whole, and clearing their pages anew each time slows a training step on a
+    CPU.  Kept blocks count as memory in use, so ``release_freed_memory`` comes before a peak is measured.  Only on Linux
+    with glibc; elsewhere it does nothing.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:

@@ -35,7 +35,7 @@ def masks_from_zeros(weights: Mapping[str, Tensor]) -> Masks:
 
 
 def factors(mask: Tensor) -> Tensor:
-    """Return a mask's bytes as integers 0 and 1, which CPUs multiply by about twice as fast as by booleans."""
+    """Return a mask's bytes as integers 0 and 1, which CPUs multiply by faster than by booleans."""
     return mask.view(torch.int8)
 
 
@@ -81,7 +81,7 @@ class _Units:
             # A block with dead weights is worth what lives in it; one without life goes first.
             live = block_scores(scores * factors(mask), self.pattern)
             return live.where(block_scores(mask, self.pattern) > 0, LOWEST)
-        # Dead weights go first.  An arithmetic penalty is several times faster than `where`.
+        # Dead weights go first.  An arithmetic penalty is faster than `where`.
         scores = scores.sub(factors(~mask), alpha=-LOWEST)
         if isinstance(self.pattern, NofM):
             return scores.where(nofm_pruned(scores, self.pattern), torch.inf)
