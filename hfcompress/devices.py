@@ -32,8 +32,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed blocks for the next tensor instead of giving them back to the kernel.
 
     Logits of a large vocabulary come and go whole, and clearing their pages anew each time slows a training step on a
-    CPU.  Kept blocks count as memory in use, so ``release_freed_memory`` comes before a peak is measured.  Only on Linux
-    with glibc; elsewhere it does nothing.
+    CPU.  Kept blocks count as memory in use, so ``release_freed_memory`` comes before a peak is measured.  Only on
+    Linux with glibc; elsewhere it does nothing.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
