@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, spread
 from table import show
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hfcompress.distillation import make_student
 from hfcompress.distillation.losses import ForwardKL, HiddenStates, Loss, Relations
@@ -64,8 +64,7 @@ def alone(student: Maker, as_taught: bool = False) -> Callable[[Bench], Result]:
     def run(bench: Bench) -> Result:
         set_seed(bench.seed)
         model = student(bench.open(**(NO_DROPOUT if as_taught else {})))
-        arguments = TrainingArguments(**bench.arguments("alone", **(FASTER if as_taught else {})))
-        Trainer(model=model, args=arguments, **bench.common()).train()
+        bench.fit(model, **(FASTER if as_taught else {}))
         return model, {"layers": model.config.num_hidden_layers}
 
     return run

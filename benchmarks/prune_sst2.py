@@ -18,7 +18,7 @@ import torch
 from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, slug, spread
 from table import show
 from torch.nn.utils import prune as torch_prune
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 import hfcompress
 from hfcompress.distillation.losses import ForwardKL, HiddenStates
@@ -53,8 +53,7 @@ def without_teacher(bench: Bench) -> Result:
     """Prune 80% gradually with the task loss alone."""
     model = bench.open()
     callback = hfcompress.PruneCallback(sparsity=0.8)
-    arguments = TrainingArguments(**bench.arguments("without"))
-    Trainer(model=model, args=arguments, callbacks=[callback], **bench.common()).train()
+    bench.fit(model, [callback])
     return model, weights_facts(model)
 
 
