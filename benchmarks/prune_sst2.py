@@ -3,7 +3,8 @@
     python benchmarks/prune_sst2.py --data sst2_train.tsv --output runs/prune_sst2 --seeds 0 1 2
 
 The file is SST-2's training split, see ``sst2.py``, of which whole sentences are held out.  Every row of the table is
-kept as JSON and every model as a checkpoint, so a killed run goes on where it was; ``--only`` runs some rows.
+kept as JSON and every model as a checkpoint, so a killed run goes on where it was; ``--only`` runs some rows.  What
+was measured so far is in ``results/sst2``: copied to the output folder, it is shown beside what is run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, slug, spread
-from table import show
+from table import machine, once, show
 from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--no-speed", action="store_true", help="do not time forward passes")
     given = parser.parse_args()
     benches, results = run_rows(given, ROWS)
-    speed = {} if given.no_speed else _speed(benches[0], list(results))
+    speed = {} if given.no_speed else _speed(benches, list(results), given.output / "speed.json")
     header = [
         "row",
         "parameters (M)",
@@ -151,14 +152,19 @@ def _draw(name: str, kept: dict[str, dict[str, list[int]]], folder: Path) -> Pat
     return draw_kept(rows, f"{name} (first seed)", folder / f"{slug(name)}.png")
 
 
-def _speed(bench: Bench, names: list[str]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        models = {name: bench.open(name) for name in names}
-        seconds = forward_seconds(models, dtype)
-        for name in names:
-            found.setdefault(name, []).append(seconds["dense"] / seconds[name])
-    return found
+def _speed(benches: list[Bench], names: list[str], file: Path) -> dict[str, list[float]]:
+    """Return how many times as fast as dense each is, in float32 and bfloat16, of the first seed with all models."""
+    whole = [bench for bench in benches if all(bench.model_folder(name).is_dir() for name in names)]
+
+    def make() -> dict[str, Any]:
+        found: dict[str, Any] = {name: [] for name in names}
+        for dtype in (torch.float32, torch.bfloat16):
+            seconds = forward_seconds({name: whole[0].open(name) for name in names}, dtype)
+            for name in names:
+                found[name].append(seconds["dense"] / seconds[name])
+        return {"machine": machine(), "seed": whole[0].seed, "times": found}
+
+    return dict(once(file, make)["times"]) if whole or file.is_file() else {}
 
 
 def _cells(name: str, results: Results, speed: list[float] | None) -> list[str]:
