@@ -20,9 +20,9 @@ def group_order(importance: Tensor, group_size: int | None) -> tuple[Tensor, Ten
 
 
 def column_order(importance: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Return the order of columns in which important ones come first, whatever their groups; those stay where they are.
+    """Return the order of columns in which important ones come first, and that of groups, which is as it was.
 
-    So groups are met in parts, and their scales have to be there before the loop.  importance: (in,), the Hessian's
+    Groups are met in parts, so their scales have to be there before the loop.  importance: (in,), the Hessian's
     diagonal.
     """
     groups = torch.arange(len(importance) // (group_size or len(importance)), device=importance.device)
