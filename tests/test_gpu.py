@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hfcompress
+from hfcompress.packed import packed_layers
 from hfcompress.pruning.masks import prunable_weights, sparsity_of
+from hfcompress.quantization import rounding
 from tests.conftest import tiny_llama, token_batches
+from tests.test_column_kernel import run_twins
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +35,44 @@ def test_quantized_on_the_gpu_reloads_on_the_cpu(method: hfcompress.RTN, tmp_pat
         model.save_pretrained(tmp_path)
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=inputs).logits
     assert torch.allclose(logits, reloaded, atol=1e-4)
+
+
+def test_gptqs_kernel_is_its_twin_on_the_gpu() -> None:
+    run_twins(TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize("switch", ["1", "0"], ids=["kernel", "loop"])
+@pytest.mark.parametrize("options", [{}, {"quality": "best"}, {"order": "columns"}, {"symmetric": False}], ids=str)
+def test_gptq_gives_on_the_gpu_what_it_gives_on_the_cpu(
+    options: dict[str, Any], switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in another order may put a weight on the other side of a tie."""
+    monkeypatch.setenv(rounding.KERNEL_SWITCH, switch)
+    assert rounding.kernel_runs_on(torch.device("cuda")) is (switch == "1")
+    method = hfcompress.GPTQ(bits=4, group_size=32, **options)
+    reports, codes = [], []
+    for device in ("cpu", "cuda"):
+        model = tiny_llama().to(device)
+        batches = [{name: value.to(device) for name, value in batch.items()} for batch in token_batches()]
+        reports.append(hfcompress.quantize(model, method, calibration=batches))
+        codes.append({name: one.codes().cpu() for name, one in packed_layers(model).items()})
+    for name, ours in codes[1].items():
+        assert float((ours != codes[0][name]).float().mean()) < 0.05
+    for cpu, gpu in zip(*(report.rows for report in reports), strict=True):
+        assert gpu.relative_error == pytest.approx(cpu.relative_error, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [4, 8], ids=["nf4", "int8"])
+def test_bitsandbytes_on_the_gpu_reloads_there(bits: int, tmp_path: Path) -> None:
+    model, inputs = tiny_llama().cuda(), token_batches(count=1)[0]["input_ids"].cuda()
+    with torch.no_grad():
+        dense = model(input_ids=inputs).logits
+        hfcompress.quantize(model, hfcompress.BitsAndBytes(bits=bits))
+        logits = model(input_ids=inputs).logits
+        model.save_pretrained(tmp_path)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": 0})(input_ids=inputs).logits
+    assert 0 < float((logits - dense).norm()) < 0.2 * float(dense.norm())
+    assert torch.allclose(logits.float(), reloaded.float(), atol=1e-2 * float(dense.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfcompress.calibration import factor_hessian
 from hfcompress.packed import code_range, packed_layers
 from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.quantization.gptq import gptq_siblings
-from hfcompress.quantization.grids import Rounded, absmax_scale
+from hfcompress.quantization.grids import Rounded, absmax_scale, search_affine, search_scale
 from hfcompress.quantization.options import Steps
-from hfcompress.quantization.order import group_order
+from hfcompress.quantization.order import column_order, group_order
 from hfcompress.quantization.refine import refine
 from tests.families import FAMILIES, inputs_of
-from tests.test_gptq import hessian_error, problem
+from tests.test_gptq import hessian_error, problem, textbook_gptq
 from tests.test_quantization_grids import values
 
 pytestmark = pytest.mark.usefixtures("few_tokens_are_fine")
@@ -116,15 +117,24 @@ def test_important_groups_and_columns_come_first_and_groups_stay_whole() -> None
     assert columns.tolist() == [2, 3, 5, 4, 1, 0]
     assert groups.tolist() == [1, 2, 0]
     assert group_order(importance, None)[0].tolist() == [2, 5, 3, 1, 4, 0]
+    for size in (2, None):
+        assert column_order(importance, size)[0].tolist() == [2, 5, 3, 1, 4, 0]
+
+
+def uneven_problem() -> tuple[Tensor, Tensor]:
+    """Return a weight, in whose last rows some are zero, and a Hessian of inputs of very different size."""
+    weight, hessian = problem()
+    scales = torch.linspace(0.2, 3, 192)[torch.randperm(192, generator=torch.Generator().manual_seed(2))]
+    weight[16:] = pruned(weight[16:], 0.2)
+    return weight, hessian * scales * scales.unsqueeze(1)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, None])
 def test_another_order_is_undone_in_what_is_stored(group_size: int | None, symmetric: bool) -> None:
     """The same as a layer whose columns are stored in that order; zeros stay where they were."""
-    weight, hessian = problem()
-    scales = torch.linspace(0.2, 3, 192)[torch.randperm(192, generator=torch.Generator().manual_seed(2))]
-    weight, hessian = pruned(weight, 0.2), hessian * scales * scales.unsqueeze(1)
+    weight, hessian = uneven_problem()
+    weight = pruned(weight, 0.2)
     (ordered,) = gptq_siblings([weight], hessian, 3, group_size, symmetric=symmetric, steps=Steps(order="groups"))
     columns, groups = group_order(hessian.diagonal(), group_size)
     (moved,) = gptq_siblings([weight[:, columns]], hessian[columns][:, columns], 3, group_size, symmetric=symmetric)
@@ -133,6 +143,35 @@ def test_another_order_is_undone_in_what_is_stored(group_size: int | None, symme
     torch.testing.assert_close(values(ordered.rounded)[:, columns], values(moved.rounded))
     assert not values(ordered.rounded)[weight == 0].any()
     assert ordered.relative_error == pytest.approx(moved.relative_error, rel=1e-4)
+    (plain,) = gptq_siblings([weight], hessian, 3, group_size, symmetric=symmetric)
+    assert ordered.relative_error < plain.relative_error
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, None])
+def test_columns_by_importance_are_the_textbooks_with_the_scales_of_their_groups(
+    group_size: int | None, symmetric: bool
+) -> None:
+    """GPTQ's act-order with static groups: nothing but codes, scales and zero points has to be stored."""
+    weight, hessian, size = *uneven_problem(), group_size or 192
+    (ordered,) = gptq_siblings([weight], hessian, 3, group_size, symmetric=symmetric, steps=Steps(order="columns"))
+    columns, _ = column_order(hessian.diagonal(), group_size)
+    importance = torch.empty(192).index_put_((columns,), factor_hessian(hessian[columns][:, columns], 0.01).strength)
+    for group in range(192 // size):
+        block = slice(group * size, (group + 1) * size)
+        search = search_scale if symmetric else search_affine
+        found = search(weight.T[block].contiguous(), importance[block], 3, torch.float32)
+        scale = found if symmetric else found[0]
+        torch.testing.assert_close(ordered.scale[:, group], scale)
+    if symmetric:
+        of_column = ordered.scale.repeat_interleave(size, 1)[:, columns]
+        expected = textbook_gptq(weight[:, columns], hessian[columns][:, columns], 3, of_column, 1, damping=0.01)
+        kept = (weight != 0)[:, columns].all(1)
+        assert int(kept.sum()) > 10
+        same = (ordered.codes[:, columns] == expected)[kept].all(1)
+        # A row's largest weight may lie just between two codes, where float32 and float64 part ways.
+        assert float(same.float().mean()) > 0.7, same
+    assert not values(ordered.rounded)[weight == 0].any()
     (plain,) = gptq_siblings([weight], hessian, 3, group_size, symmetric=symmetric)
     assert ordered.relative_error < plain.relative_error
 
@@ -161,7 +200,7 @@ def test_what_is_pruned_in_the_same_pass_stays_pruned(pattern: str | None) -> No
         assert bool(((swept.codes.view(24, -1, 4) == 0).sum(-1) >= 2).all())
 
 
-@pytest.mark.parametrize("options", [{"sweeps": 2}, {"order": "groups"}, {"scale": "absmax"}])
+@pytest.mark.parametrize("options", [{"sweeps": 2}, {"order": "groups"}, {"order": "columns"}, {"scale": "absmax"}])
 def test_a_model_is_rounded_by_these_options(options: dict[str, Any]) -> None:
     """GPT-2's Conv1D has neither order nor sweeps, but a scale."""
     rows: dict[tuple[str, bool], list[float]] = {}

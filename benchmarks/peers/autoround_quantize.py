@@ -33,7 +33,7 @@ def main() -> None:
             dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows],
             nsamples=len(rows),
             seqlen=rows.shape[1],
-            device_map="cpu",
+            device_map=options.device,
         )
         rounding.quantize_and_save(str(options.output), format="auto_gptq")
     run.write(options.output, "auto-round")

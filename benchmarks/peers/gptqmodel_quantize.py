@@ -19,7 +19,7 @@ def main() -> None:
     options = grid_arguments(__doc__, ["gptq"]).parse_args()
     rows = calibration_rows(options.tokens)
     config = QuantizeConfig(bits=options.bits, group_size=options.group_size, sym=True, offload_to_disk=False)
-    model = GPTQModel.load(options.model, config, dtype=torch.bfloat16, device="cpu")
+    model = GPTQModel.load(options.model, config, dtype=torch.bfloat16, device=options.device)
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows]
     with Run() as run:
         model.quantize(data, batch_size=1)

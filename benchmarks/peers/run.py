@@ -29,6 +29,7 @@ def grid_arguments(about: str | None, methods: Iterable[str]) -> argparse.Argume
     parser = arguments(about, methods)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--device", default="cpu", help="a tool that looks for a GPU by itself is not told")
     return parser
 
 
@@ -47,19 +48,24 @@ def peak_mib() -> float:
 
 
 class Run:
-    """Seconds and peak memory of what runs inside ``with Run() as run:``."""
+    """Seconds and peak memory of what runs inside ``with Run() as run:``; on a GPU, of the whole process."""
 
     def __enter__(self) -> Run:
         self.loaded_mib = peak_mib()
+        self.on_gpu = torch.cuda.is_available()
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started
         self.peak_mib = peak_mib()
 
     def write(self, folder: Path, package: str) -> None:
         """Write ``run.json`` beside the checkpoint."""
         facts = {"seconds": self.seconds, "loaded_mib": self.loaded_mib, "peak_mib": self.peak_mib}
+        if self.on_gpu:
+            facts["cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
         tool = f"{package} {version(package)}, torch {torch.__version__}"
         (folder / "run.json").write_text(json.dumps({**facts, "version": tool}))

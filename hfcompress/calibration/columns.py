@@ -29,6 +29,25 @@ class Rounding(Protocol):
         """Return the values that a column gets.  target: (out,).  pruned: (out,) bool, the values that must be 0."""
 
 
+@runtime_checkable
+class RunRounding(Rounding, Protocol):
+    """A rounding that can take many columns in one call, where nothing has to be chosen between them."""
+
+    @property
+    def run_length(self) -> int | None:
+        """How many columns at the most; None where columns have to be taken one by one."""
+
+    def round_run_(
+        self, start: int, target: Tensor, unit: Tensor, values: Tensor, error: Tensor, pruned: Tensor | None
+    ) -> None:
+        """Round columns ``start`` and on; each one's error reaches those after it.
+
+        target, values, error: (columns, out), what to round without the errors of these columns, what was there, and
+        room for what was minus what is; values become what is.  unit: (columns, columns), rows as in the factor.
+        pruned: (columns, out) bool, the values that must be 0.
+        """
+
+
 class Selection(Protocol):
     """Chooses weights to prune among columns as they are once the errors of earlier ones have reached them."""
 
@@ -75,7 +94,7 @@ def compress_columns(
     assert width % period == 0, f"blocks of {width} columns cut groups of {period}"
     columns = _Columns(weight, factor, rounding, selection, zeros)
     for start in range(0, weight.shape[1], width):
-        columns.compress_block_(start, min(start + width, weight.shape[1]), _multiple(period, INNER_BLOCK))
+        columns.compress_block_(start, min(start + width, weight.shape[1]))
     return columns.values.T
 
 
@@ -85,7 +104,10 @@ def _multiple(period: int, size: int) -> int:
 
 
 class _Columns:
-    """A weight on its way through the loop.  values, error, pruned: (in, out); error is what was minus what is."""
+    """A weight on its way through the loop.  values, error, pruned: (in, out); error is what was minus what is.
+
+    runs: takes ``step`` columns in one call, where there is such a rounding.
+    """
 
     def __init__(
         self,
@@ -97,27 +119,41 @@ class _Columns:
     ) -> None:
         self.values = weight.T.clone(memory_format=torch.contiguous_format)
         self.error = torch.zeros_like(self.values)
-        zeros = self.values == 0 if zeros is None else zeros.T.clone()
+        zeros = self.values == 0 if zeros is None else zeros.T.clone(memory_format=torch.contiguous_format)
         self.pruned = zeros if selection is not None or bool(zeros.any()) else None
         self.unit, self.rounding, self.selection = factor.unit, rounding, selection
+        period = 1 if selection is None or selection.period is None else selection.period
+        between = selection is not None and selection.period is not None
+        self.runs = rounding if isinstance(rounding, RunRounding) and rounding.run_length and not between else None
+        self.step = _multiple(period, INNER_BLOCK if self.runs is None else self.runs.run_length or INNER_BLOCK)
 
-    def compress_block_(self, start: int, stop: int, step: int) -> None:
+    def compress_block_(self, start: int, stop: int) -> None:
         """Compress columns ``start`` to ``stop``; the columns before them are done.
 
-        Errors reach the next ``step`` columns one by one and the others in one product, for less memory traffic.
+        Errors reach the next columns one by one and the others in one product, for less memory traffic.
         """
         target = self.values[start:stop].addmm(self.unit[:start, start:stop].T, self.error[:start])
         self._begin_block_(start, target)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            for column in range(first, last):
-                rest = target[column - start : last - start]
-                self._choose_group_(column, rest)
-                self._compress_column_(column, rest[0])
-                if column + 1 < last:
-                    rest[1:].addr_(self.unit[column, column + 1 : last], self.error[column])
+        for first in range(start, stop, self.step):
+            last = min(first + self.step, stop)
+            self._compress_run_(first, target[first - start : last - start])
             if last < stop:
                 target[last - start :].addmm_(self.unit[first:last, last:stop].T, self.error[first:last])
+
+    def _compress_run_(self, first: int, target: Tensor) -> None:
+        """Compress columns ``first`` and on, whose errors reach each other only."""
+        last = first + len(target)
+        if self.runs is not None:
+            run = slice(first, last)
+            gone = None if self.pruned is None else self.pruned[run]
+            self.runs.round_run_(first, target, self.unit[run, run], self.values[run], self.error[run], gone)
+            return
+        for column in range(first, last):
+            rest = target[column - first :]
+            self._choose_group_(column, rest)
+            self._compress_column_(column, rest[0])
+            if column + 1 < last:
+                rest[1:].addr_(self.unit[column, column + 1 : last], self.error[column])
 
     def _begin_block_(self, start: int, target: Tensor) -> None:
         """Choose what goes from a whole block, and let the rounding look at what stays of it."""

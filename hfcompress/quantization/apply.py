@@ -34,7 +34,7 @@ from hfcompress.quantization.rtn import Scale
 from hfcompress.quantization.scaled import scaled
 from hfcompress.quantization.shards import kept_layers
 from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
-from hfcompress.quantization.w8a8 import byte_layer, check_bytes
+from hfcompress.quantization.w8a8 import byte_layer, byte_twin, check_bytes
 from hfcompress.structure.offload import is_offloaded, settle_
 from hfcompress.structure.stack import layer_stacks, stack_linears
 
@@ -59,8 +59,8 @@ def quantize(
     what ``calibration_batches`` makes them of: texts, a ``Dataset``, a file, a dataset's id.  processor: the tokenizer
     for texts; None is the one in the model's folder.  on_layer: called after each layer with its name and rows.
     prune: ``SparseGPT(...)`` prunes the same layers in the pass in which GPTQ rounds them, so that later columns
-    absorb both errors.  shards: a folder that keeps each layer as soon as GPTQ is done with it, until you remove it; a
-    run that was killed goes on after those it finds there, to the same bits.
+    absorb both errors.  shards: a folder that keeps each layer as soon as a method that needs data is done with it,
+    until you remove it; a run that was killed goes on after those it finds there, to the same bits.
     Layers that ``device_map`` left on disk are loaded one at a time, so only the packed model has to fit into memory.
     Raises ModelError, DataError, or OutputError for shards of another run; the model is then as it was before, for
     which the dense weights are kept until the end, unless layers were on disk: then load it again.
@@ -108,15 +108,21 @@ def _steps(
     if isinstance(method, GPTQ):
         steps = kept_layers(
             shards, model, planned, (method, prune), batches,
-            lambda rest: calibrated(model, rest, method, batches, prune),
+            lambda rest: calibrated(model, rest, method, batches, prune), changes,
         )  # fmt: skip
         return chain(steps, _outside(model, outside, "mse"))
     if isinstance(method, AWQ):
-        rest = [one for one in planned if one.name in inside]
-        return chain(scaled(model, rest, method, batches, changes), _outside(model, outside, "mse"))
+        steps = kept_layers(
+            shards, model, [one for one in planned if one.name in inside], (method, prune), batches,
+            lambda rest: scaled(model, rest, method, batches, changes), changes,
+        )  # fmt: skip
+        return chain(steps, _outside(model, outside, "mse"))
     if isinstance(method, SmoothQuant):
         check_bytes(model, planned, activations=True)
-        return smoothed(model, planned, method, batches, changes, put)
+        return kept_layers(
+            shards, model, planned, (method, prune), batches,
+            lambda rest: smoothed(model, rest, method, batches, changes, put), changes, byte_twin,
+        )  # fmt: skip
     if isinstance(method, Float8):
         check_bytes(model, planned, method.activations, "float")
         return by_layers(model, planned, lambda one: _put_bytes_(put, *byte_layer(one, "float", method.activations)))

@@ -98,7 +98,7 @@ def folds_of(visit: LayerVisit, wanted: set[str], find: Find | None = None) -> l
 
     find: given the layer, how to run it, what is wanted, and which of it no norm feeds.
     """
-    if not visit.hidden_states:
+    if not visit.hidden_states or not wanted:
         return []
 
     def run() -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hfcompress.calibration import ColumnPruning, HessianFactor, Selection, compress_columns, factor_hessian
 from hfcompress.calibration.hessian import relative_error
-from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import Rounded, absmax_scale, affine_grid, dequantized, search_affine, search_scale
-from hfcompress.quantization.options import PLAIN, Order, ScaleSearch, Steps
-from hfcompress.quantization.order import group_order
+from hfcompress.quantization.grids import Rounded
+from hfcompress.quantization.options import PLAIN, Order, Steps
+from hfcompress.quantization.order import column_order, group_order
 from hfcompress.quantization.refine import refine
+from hfcompress.quantization.rounding import ColumnGrid, FixedScales, GroupRounding
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def gptq_siblings(
     """
     dtype = weights[0].dtype
     dense = [weight.detach().float() for weight in weights]
-    grid, stacked = _Grid(bits, group_size, dtype, symmetric, steps.scale), torch.cat(list(goals or dense))
+    grid, stacked = ColumnGrid(bits, group_size, dtype, symmetric, steps.scale), torch.cat(list(goals or dense))
     zeros = torch.cat(dense) == 0
     if prune is None:
         ordered, damping = _in_order(stacked, hessian, damping, grid, zeros, steps.order)
@@ -97,18 +97,23 @@ def gptq_siblings(
 
 
 def _in_order(
-    weight: Tensor, hessian: Tensor, damping: float, grid: _Grid, zeros: Tensor, order: Order
+    weight: Tensor, hessian: Tensor, damping: float, grid: ColumnGrid, zeros: Tensor, order: Order
 ) -> tuple[tuple[Rounded, Tensor], float]:
     """Round a weight with its columns in another order than they are stored in; see ``_rounded``.
 
-    Groups stay whole, so each is contiguous again once the order is undone. Returns the damping, too.
+    Every column keeps the group that it is stored in, so the order is undone in the end. Returns the damping, too.
     """
     if order == "stored":
         factor = factor_hessian(hessian, damping)
         return _rounded(weight, factor, grid, zeros), factor.damping
-    columns, groups = group_order(hessian.diagonal(), grid.group_size)
+    arrange = group_order if order == "groups" else column_order
+    columns, groups = arrange(hessian.diagonal(), grid.group_size)
     factor = factor_hessian(hessian[columns][:, columns], damping)
-    rounded, values = _rounded(weight[:, columns], factor, grid, zeros[:, columns])
+    moved, gone, fixed = weight[:, columns], zeros[:, columns], None
+    if order == "columns":
+        places = columns // (grid.group_size or len(columns))
+        fixed = FixedScales.search(moved.masked_fill(gone, 0), factor.strength, grid, places)
+    rounded, values = _rounded(moved, factor, grid, gone, fixed=fixed)
     back, groups_back = columns.argsort(), groups.argsort()
     codes, scale, points = rounded
     stored = Rounded(
@@ -150,99 +155,32 @@ def round_columns(
     on the weights as they are.  weight: (out, in) float32.  dtype: of the stored scales.  scale: (out, groups) float32
     to use instead.  Returns codes (out, in) int8 and scale (out, groups) float32.
     """
-    return _rounded(weight, factor, _Grid(bits, group_size, dtype), weight == 0, scale=scale)[0][:2]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The points that a group of columns rounds to: ``bits`` wide codes times a scale that is stored in ``dtype``."""
-
-    bits: int
-    group_size: int | None
-    dtype: torch.dtype
-    symmetric: bool = True
-    scale: ScaleSearch = "hessian"
-
-    def search(self, columns: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero point (out,) for columns (in, out); see ``search_scale``."""
-        if self.scale == "absmax":
-            if self.symmetric:
-                return absmax_scale(columns, self.bits, self.dtype, dim=0).squeeze(0), None
-            return affine_grid(columns, self.bits, self.dtype)
-        if self.scale == "mse":
-            importance = torch.ones_like(importance)
-        if self.symmetric:
-            return search_scale(columns, importance, self.bits, self.dtype), None
-        return search_affine(columns, importance, self.bits, self.dtype)
+    fixed = None
+    if scale is not None:
+        groups = list(scale.T.contiguous())
+        places = torch.arange(weight.shape[1], device=weight.device) // (group_size or weight.shape[1])
+        fixed = FixedScales(groups, [None] * len(groups), places)
+    return _rounded(weight, factor, ColumnGrid(bits, group_size, dtype), weight == 0, fixed=fixed)[0][:2]
 
 
 def _rounded(
     weight: Tensor,
     factor: HessianFactor,
-    grid: _Grid,
+    grid: ColumnGrid,
     zeros: Tensor,
     selection: Selection | None = None,
-    scale: Tensor | None = None,
+    fixed: FixedScales | None = None,
 ) -> tuple[Rounded, Tensor]:
-    """Return codes, float32 scales and zero points, and the values (out, in) float32."""
-    rounding = _GroupRounding(weight, factor, grid, zeros, selection, scale)
-    values = compress_columns(weight, factor, grid.group_size, rounding, selection, zeros)
+    """Return codes, float32 scales and zero points, and the values (out, in) float32.
+
+    fixed: scales to use; None finds one per row before the loop, and those of groups in it.
+    """
+    if fixed is None and grid.group_size is None:
+        gone = zeros if selection is None else zeros | selection.choose(0, weight.T).T
+        places = torch.zeros(weight.shape[1], dtype=torch.long, device=weight.device)
+        fixed = FixedScales.search(weight.masked_fill(gone, 0), factor.strength, grid, places)
+    rounding = GroupRounding(weight, factor.strength, grid, fixed)
+    values = compress_columns(weight, factor, grid.group_size if fixed is None else None, rounding, selection, zeros)
     found = [zero.to(torch.int8) for zero in rounding.zeros if zero is not None]
     points = torch.stack(found, dim=1) if found else None
     return Rounded(rounding.codes.T.contiguous(), torch.stack(rounding.scales, dim=1), points), values
-
-
-class _GroupRounding:
-    """Rounds columns to the grid of their group.
-
-    codes: (in, out) int8.  scales, zeros: one (out,) per group so far; the zero points are None on symmetric grids.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        factor: HessianFactor,
-        grid: _Grid,
-        zeros: Tensor,
-        selection: Selection | None,
-        scale: Tensor | None,
-    ) -> None:
-        rows, columns = weight.shape
-        self.grid, self.strength = grid, factor.strength
-        self.range = code_range(grid.bits)
-        self.codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
-        self.rounded = torch.empty(rows, dtype=torch.float32, device=weight.device)
-        self.given = scale
-        self.given_zero: Tensor | None = None
-        self.scales: list[Tensor] = []
-        self.zeros: list[Tensor | None] = []
-        if grid.group_size is None and scale is None:
-            gone = zeros.T if selection is None else zeros.T | selection.choose(0, weight.T)
-            kept = weight.T.masked_fill(gone, 0)
-            found, self.given_zero = grid.search(kept.contiguous(), self.strength)
-            self.given = found.unsqueeze(1)
-
-    def begin(self, start: int, target: Tensor) -> None:
-        """Find the scale of the group that begins here; one scale per row is found before the first column."""
-        if self.given is None:
-            importance = self.strength[start : start + len(target)]
-            scale, zero = self.grid.search(target, importance)
-            self.scales.append(scale)
-            self.zeros.append(zero)
-        elif start == 0 or self.grid.group_size is not None:
-            group = 0 if self.grid.group_size is None else start // self.grid.group_size
-            self.scales.append(self.given[:, group].contiguous())
-            self.zeros.append(self.given_zero)
-
-    def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
-        """Return the values (out,) that a column gets, and note their codes."""
-        scale, zero = self.scales[-1], self.zeros[-1]
-        torch.div(target, scale, out=self.rounded)
-        if zero is None:
-            self.rounded.round_().clamp_(*self.range)
-        else:
-            self.rounded.add_(zero).round_().clamp_(*self.range).sub_(zero)
-        if pruned is not None:
-            self.rounded.masked_fill_(pruned, 0)
-        self.codes[column] = self.rounded if zero is None else self.rounded + zero
-        return dequantized(self.rounded, scale, self.grid.dtype)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Bits = Literal[2, 3, 4, 8]
-Order = Literal["stored", "groups"]
+Order = Literal["stored", "groups", "columns"]
 ScaleSearch = Literal["absmax", "mse", "hessian"]
 
 
@@ -115,8 +115,9 @@ class GPTQ(WhileLoading):
     scale: ``absmax`` takes a group's scale from its largest values, ``mse`` the one with the smallest squared error,
     ``hessian`` the one with the smallest error of the layer's output, as far as the Hessian's factor tells.
     order: ``groups`` rounds groups, and columns inside them, in the order of the Hessian's diagonal, largest first;
-    they are stored where they were.  sweeps: how often every code and scale is set to the best one given all others
-    once the loop is done.  Order and sweeps do not concern Conv1D, whose groups lie across columns.
+    ``columns`` does so with all columns, whatever their group, by scales chosen on the weights as they are. Both store
+    columns where they were, with no index.  sweeps: how often every code and scale is set to the best one given all
+    others once the loop is done.  Order and sweeps do not concern Conv1D, whose groups lie across columns.
     """
 
     needs_calibration: ClassVar[bool] = True

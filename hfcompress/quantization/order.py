@@ -17,3 +17,13 @@ def group_order(importance: Tensor, group_size: int | None) -> tuple[Tensor, Ten
     inside = grouped.argsort(dim=1, descending=True, stable=True)
     starts = torch.arange(len(grouped), device=importance.device).unsqueeze(1) * grouped.shape[1]
     return (inside + starts)[groups].flatten(), groups
+
+
+def column_order(importance: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Return the order of columns in which important ones come first, and that of groups, which is as it was.
+
+    Groups are met in parts, so their scales have to be there before the loop.  importance: (in,), the Hessian's
+    diagonal.
+    """
+    groups = torch.arange(len(importance) // (group_size or len(importance)), device=importance.device)
+    return importance.argsort(descending=True, stable=True), groups

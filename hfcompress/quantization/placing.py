@@ -61,9 +61,14 @@ def round_one_(model: nn.Module, one: PlannedLinear, scale: Scale) -> QuantizedL
     return row_of(one, error, None, 0, time.perf_counter() - started)
 
 
+def empty_twin(one: PlannedLinear) -> PackedWeight:
+    """Return a packed layer for a dense one, without its codes."""
+    return packed_twin(one.module, one.bits, one.group_size, one.symmetric)
+
+
 def pack_(model: nn.Module, one: PlannedLinear, rounded: Rounded) -> PackedWeight:
     """Put a packed layer in the place of a dense one, and of those that share its weight."""
-    packed = packed_twin(one.module, one.bits, one.group_size, one.symmetric)
+    packed = empty_twin(one)
     packed.fill_(*rounded)
     put_(model, one.name, packed)
     for name, module in one.also.items():

@@ -40,7 +40,7 @@ def scaled(
         done = _rounded_layer_(model, visit, inside, found, method, changes, find)
         rows.extend(done)
         yield visit.name, done
-    if not any(row.scaled for row in rows):
+    if rows and not any(row.scaled for row in rows):
         warnings.warn(
             f"No norm or linear layer of {type(model).__name__} can take the scales of the linear layers after it, "
             "so nothing was scaled: this is RTN.",

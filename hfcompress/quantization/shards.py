@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from hfcompress.calibration.running import Batch, tensors_in
 from hfcompress.checkpoint.atomic import write_tensors, write_text
 from hfcompress.errors import CheckpointError, OutputError
-from hfcompress.packed import packed_twin
+from hfcompress.quantization.folding import Changes, set_
+from hfcompress.quantization.placing import empty_twin, put_
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.structure.offload import stored_tensors
@@ -116,11 +117,15 @@ def kept_layers(
     options: Sequence[Any],
     batches: Sequence[Batch],
     quantize_: Callable[[Sequence[PlannedLinear]], Iterator[tuple[str, Rows]]],
+    changes: Changes,
+    twin: Callable[[PlannedLinear], nn.Module] = empty_twin,
 ) -> Iterator[tuple[str, Rows]]:
     """Return the steps of ``quantize_``, whose layers are kept in a folder; those that it has already are not redone.
 
     folder: None keeps nothing.  quantize_: given the linear layers that are left, does a layer of the stack at each
-    step and yields its name and rows, none for a layer that has nothing left.  See ``LayerShards.open`` for the rest.
+    step and yields its name and rows, none for a layer that has nothing left.  changes: takes the values of what a
+    kept layer changes beside its linear layers.  twin: makes an empty layer for what is kept of a linear one.
+    See ``LayerShards.open`` for the rest.
     """
     if folder is None:
         return quantize_(planned)
@@ -128,29 +133,36 @@ def kept_layers(
     done = store.finished()
     finished = {row.name for rows in done.values() for row in rows}
     rest = quantize_([one for one in planned if one.name not in finished])
-    return _through(store, model, {one.name: one for one in planned}, done, rest)
+    by_name = {one.name: one for one in planned}
+
+    def bring_(name: str) -> None:
+        for row in done[name]:
+            as_done = replace(by_name[row.name], bits=row.bits, group_size=row.group_size)
+            put_(model, row.name, twin(as_done))
+        layer = model.get_submodule(name)
+        for parameter in layer.parameters():  # loading writes into norms and biases, which a failure brings back
+            set_(parameter, parameter.data.clone(), changes)
+        store.load_(name, layer)
+
+    return _through(store, model, done, rest, bring_)
 
 
 def _through(
     store: LayerShards,
     model: nn.Module,
-    planned: Mapping[str, PlannedLinear],
     done: Mapping[str, Rows],
     steps: Iterator[tuple[str, Rows]],
+    bring_: Callable[[str], None],
 ) -> Iterator[tuple[str, Rows]]:
-    """Pass steps on; write what each finishes, or put in its place what an earlier run has finished.
+    """Pass steps on; write what each finishes, or bring what an earlier run has finished.
 
     Calibration sends its inputs through a layer when the next step is asked for: the layer is in its place by then.
     """
     for name, rows in steps:
-        layer = model.get_submodule(name)
         if name in done:
-            for row in done[name]:
-                one = planned[row.name]
-                model.set_submodule(row.name, packed_twin(one.module, row.bits, row.group_size, one.symmetric))
-            store.load_(name, layer)
+            bring_(name)
         elif rows:
-            store.write(name, layer, rows)
+            store.write(name, model.get_submodule(name), rows)
         yield name, done.get(name, rows)
 
 

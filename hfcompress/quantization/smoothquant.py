@@ -72,7 +72,7 @@ def smoothed(
     for visit, found in observe_layers(model, by_name, batches, LayerVisit.largest_squares):
         largest = {name: one.squares.sqrt() for one in found for name in one.names}
         tokens = {name: one.tokens for one in found for name in one.names}
-        for fold in folds_of(visit, {name.removeprefix(f"{visit.name}.") for name in by_name}):
+        for fold in folds_of(visit, set(tokens)):
             name = next(iter(fold.readers))
             weights = [reader.weight for reader in fold.readers.values()]
             fold_(fold, smoothing_scale(largest[name], weights, method.strength), changes)
@@ -83,7 +83,7 @@ def smoothed(
             put(row.name, layer)
             rows.append(row)
         yield visit.name, rows
-    if not count:
+    if by_name and not count:
         warnings.warn(
             f"No norm of {type(model).__name__} feeds linear layers alone, so nothing was smoothed: this is "
             "RTN(bits=8, activations=8).",

@@ -61,6 +61,12 @@ def byte_codes(weight: Tensor, kind: Kind, scale: Scale = "absmax") -> tuple[Ten
     return (values / found).clamp_(low, high).to(DTYPES[kind]), found.to(weight.dtype)
 
 
+def byte_twin(one: PlannedLinear) -> ByteLinear:
+    """Return a layer of int8 codes and rounded inputs for a dense one, without its codes."""
+    assert isinstance(one.module, nn.Linear)
+    return ByteLinear.twin_of(one.module, "int", activations=True)
+
+
 def byte_layer(
     one: PlannedLinear, kind: Kind, activations: bool, scale: Scale = "absmax", tokens: int = 0
 ) -> tuple[ByteLinear, QuantizedLinear]:

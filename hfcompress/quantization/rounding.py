@@ -1,0 +1,135 @@
+"""What GPTQ rounds a column to: the grid of its group, whose scale is found when the loop gets there or before it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hfcompress.packed.packing import code_range
+from hfcompress.quantization.grids import absmax_scale, affine_grid, dequantized, search_affine, search_scale
+from hfcompress.quantization.options import ScaleSearch
+
+KERNEL_COLUMNS = 128  # that one call of the kernel takes; a tile of so many has to fit into registers
+KERNEL_SWITCH = "HFCOMPRESS_TRITON"
+
+
+@dataclass(frozen=True)
+class ColumnGrid:
+    """The points that a group of columns rounds to: ``bits`` wide codes times a scale that is stored in ``dtype``."""
+
+    bits: int
+    group_size: int | None
+    dtype: torch.dtype
+    symmetric: bool = True
+    scale: ScaleSearch = "hessian"
+
+    def search(self, columns: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero point (out,) for columns (in, out); see ``search_scale``."""
+        if self.scale == "absmax":
+            if self.symmetric:
+                return absmax_scale(columns, self.bits, self.dtype, dim=0).squeeze(0), None
+            return affine_grid(columns, self.bits, self.dtype)
+        if self.scale == "mse":
+            importance = torch.ones_like(importance)
+        if self.symmetric:
+            return search_scale(columns, importance, self.bits, self.dtype), None
+        return search_affine(columns, importance, self.bits, self.dtype)
+
+
+class FixedScales(NamedTuple):
+    """Scales that are there before the first column is rounded.
+
+    scales, zeros: one (out,) float32 per group; the zero points are None on symmetric grids.  places: (in,), the group
+    of each column in the order of the loop.
+    """
+
+    scales: list[Tensor]
+    zeros: list[Tensor | None]
+    places: Tensor
+
+    @classmethod
+    def search(cls, weight: Tensor, importance: Tensor, grid: ColumnGrid, places: Tensor) -> FixedScales:
+        """Find each group's scale on the weights as they are.
+
+        weight: (out, in) float32, with zeros where they stay.  importance: (in,), the weight of an error in a column.
+        """
+        groups = [(places == group).nonzero().squeeze(1) for group in range(int(places.max()) + 1)]
+        columns = weight.T
+        found = [grid.search(columns[group].contiguous(), importance[group]) for group in groups]
+        return cls([scale for scale, _ in found], [zero for _, zero in found], places)
+
+
+def kernel_runs_on(device: torch.device) -> bool:
+    """Tell whether the Triton kernel rounds columns there: on GPUs, where it is installed and not switched off.
+
+    ``HFCOMPRESS_TRITON=0`` in the environment switches it off.
+    """
+    return device.type == "cuda" and os.environ.get(KERNEL_SWITCH) != "0" and find_spec("triton") is not None
+
+
+class GroupRounding:
+    """Rounds columns to the grid of their group.
+
+    codes: (in, out) int8.  scales, zeros: one (out,) per group so far; the zero points are None on symmetric grids.
+    """
+
+    def __init__(self, weight: Tensor, strength: Tensor, grid: ColumnGrid, fixed: FixedScales | None = None) -> None:
+        """Start with no column rounded.  weight: (out, in).  strength: (in,), see ``HessianFactor``."""
+        rows, columns = weight.shape
+        self.grid, self.strength = grid, strength
+        self.range = code_range(grid.bits)
+        self.codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+        self.rounded = torch.empty(rows, dtype=torch.float32, device=weight.device)
+        self.scales: list[Tensor] = [] if fixed is None else fixed.scales
+        self.zeros: list[Tensor | None] = [] if fixed is None else fixed.zeros
+        self.places: list[int] | None = None if fixed is None else fixed.places.tolist()
+
+    def begin(self, start: int, target: Tensor) -> None:
+        """Find the scale of the group that begins here, if it is not there yet."""
+        if self.places is None:
+            scale, zero = self.grid.search(target, self.strength[start : start + len(target)])
+            self.scales.append(scale)
+            self.zeros.append(zero)
+
+    def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
+        """Return the values (out,) that a column gets, and note their codes."""
+        place = -1 if self.places is None else self.places[column]
+        scale, zero = self.scales[place], self.zeros[place]
+        torch.div(target, scale, out=self.rounded)
+        if zero is None:
+            self.rounded.round_().clamp_(*self.range)
+        else:
+            self.rounded.add_(zero).round_().clamp_(*self.range).sub_(zero)
+        if pruned is not None:
+            self.rounded.masked_fill_(pruned, 0)
+        self.codes[column] = self.rounded if zero is None else self.rounded + zero
+        return dequantized(self.rounded, scale, self.grid.dtype)
+
+    @property
+    def run_length(self) -> int | None:
+        """How many columns ``round_run_`` takes; None where there is no kernel."""
+        return KERNEL_COLUMNS if kernel_runs_on(self.codes.device) else None
+
+    def round_run_(
+        self, start: int, target: Tensor, unit: Tensor, values: Tensor, error: Tensor, pruned: Tensor | None
+    ) -> None:
+        """Round columns ``start`` and on by the kernel; see ``RunRounding``."""
+        from hfcompress.quantization.column_kernel import round_run_
+
+        stop = start + len(target)
+        scale, zero = self._of_columns(self.scales, start, stop), None
+        zeros = [one for one in self.zeros if one is not None]
+        if zeros:
+            zero = self._of_columns(zeros, start, stop)
+        round_run_(target, unit, values, error, self.codes[start:stop], scale, zero, pruned, self.grid)
+
+    def _of_columns(self, found: list[Tensor], start: int, stop: int) -> Tensor:
+        """Return what belongs to each column, (columns, out); one row in memory where all share it."""
+        if self.places is None:
+            return found[-1].expand(stop - start, -1)
+        return torch.stack([found[place] for place in self.places[start:stop]])
