@@ -23,6 +23,7 @@ from hfcompress.loading.record import is_ours, record_uneven
 from hfcompress.packed import packed_layers
 from hfcompress.packed.bitsandbytes import bitsandbytes_layers, dense_shape
 from hfcompress.packed.bytes import byte_layers
+from hfcompress.packed.experts import with_fused_experts
 from hfcompress.packed.weight import PARTS
 from hfcompress.progress import busy, quiet_bars
 from hfcompress.structure.shapes import Shapes, meta_twin, resize_
@@ -162,7 +163,7 @@ def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         own = {key for key in shapes if key.startswith(f"{name}.") and key != f"{name}.bias"}
         shapes = {key: shape for key, shape in shapes.items() if key not in own}
         shapes[f"{name}.weight"] = dense_shape(layer)
-    return shapes
+    return with_fused_experts(model, shapes)
 
 
 def _bytes_of(model: nn.Module) -> int:
