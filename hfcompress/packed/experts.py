@@ -86,15 +86,15 @@ def with_fused_experts(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Return the modules that stand beside experts and decide over them, which always stay dense.
+    """Return the layers that decide over experts, which always stay dense: the router, the gate of a shared expert.
 
-    They have a weight with at most as many rows as there are experts: the router, or the gate of a shared expert.
+    Beside the experts stands a module with one matrix, which has at most as many rows as there are experts.
     """
     found = []
     for name, experts in split_experts(model).items():
         parent = name.rpartition(".")[0]
-        for leaf, module in model.get_submodule(parent).named_children():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() == 2 and len(weight) <= experts.count:
-                found.append(f"{parent}.{leaf}".lstrip("."))
+        for leaf, beside in model.get_submodule(parent).named_children():
+            matrices = [(inner, one) for inner, one in beside.named_parameters() if one.dim() == 2]
+            if beside is not experts and len(matrices) == 1 and len(matrices[0][1]) <= experts.count:
+                found.append(f"{parent}.{leaf}.{matrices[0][0]}".lstrip(".").rpartition(".")[0])
     return found
