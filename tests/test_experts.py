@@ -95,6 +95,28 @@ def test_other_widths_reload(bits: int, tmp_path: Path) -> None:
     torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-6)
 
 
+def test_float8_experts_are_read_and_saved_again(tmp_path: Path) -> None:
+    model = mixture("mixtral")
+    hfcompress.quantize(model, hfcompress.Float8())
+    saved = hfcompress.save_compressed(model, tmp_path / "one", verify=True)
+    assert saved.format == "compressed-tensors float-quantized"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key].float(), two[key].float()) for key in one)
+    assert one["model.layers.0.block_sparse_moe.experts.3.w2.weight"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), hfcompress.Float8()], ids=lambda one: type(one).__name__)
+def test_bfloat16_experts_reload(method: Any, tmp_path: Path) -> None:
+    model = mixture("qwen2_moe").bfloat16()
+    report = hfcompress.quantize(model, method, calibration=batches())
+    assert max(row.relative_error for row in report.rows) < 0.2
+    model.save_pretrained(tmp_path)
+    found, expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-2 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_packed_experts_compute_what_the_fused_module_does(name: str) -> None:
     fused, split = mixture(name), mixture(name)

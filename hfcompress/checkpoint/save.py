@@ -102,7 +102,10 @@ def save_compressed(
 def refuse_nan(model: nn.Module) -> None:
     """Raise ModelError, naming the tensor, when a weight is NaN or infinite."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not know float8
+        if not bool(torch.isfinite(values).all()):
             raise ModelError(
                 f"Weight '{name}' holds NaN or infinite values; such a model is neither compressed nor saved. "
                 "Nothing was changed."

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import ModelError
 from hfcompress.packed.experts import SplitExperts, expert_linears
+from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.placing import put_
 from hfcompress.structure.experts import ExpertMatrix, fused_experts, stored_matrices
@@ -93,7 +94,7 @@ def _refuse_unreadable(model: PreTrainedModel, method: Any, name: str) -> None:
     reason = ""
     if getattr(method, "activations", None) or kind == "SmoothQuant":
         reason = "Transformers unpacks experts while it loads them, and would not round their inputs"
-    elif not isinstance(method, (RTN, GPTQ)):
+    elif not isinstance(method, (RTN, GPTQ, Float8)):
         reason = f"{kind} does not know how to go past their router"
     elif not method.symmetric:
         reason = "Transformers stops at experts with zero points; symmetric=True has none"
