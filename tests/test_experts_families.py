@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hfcompress
@@ -15,7 +15,9 @@ from hfcompress.errors import ModelError
 from hfcompress.packed import packed_layers
 from hfcompress.packed.experts import expert_linears
 from hfcompress.structure.experts import fused_experts, stored_matrices
+from hfcompress.structure.offload import is_offloaded, places_on_disk
 from tests.conftest import token_batches
+from tests.runs import model_files, run_command, write_text
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -98,3 +100,65 @@ def test_gptq_calibrates_them_too(family: str) -> None:
     assert all(row.tokens > 0 for row in report.rows)
     errors = [float((one(**data[0]).logits.detach() - logits).norm()) for one in (first, second)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("method", [hfcompress.GPTQ(group_size=16), hfcompress.RTN(bits=4, group_size=16)])
+def test_layers_on_disk_give_the_same_bits(method: Any, tmp_path: Path) -> None:
+    tiny("olmoe", num_hidden_layers=3).save_pretrained(tmp_path / "dense")
+    places = places_on_disk(tiny("olmoe", num_hidden_layers=3), ["model.layers"])
+    whole, streamed = (
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", device_map=one, offload_folder=tmp_path / "merged" if one else None
+        )
+        for one in (None, places)
+    )
+    assert is_offloaded(streamed)
+    data = token_batches(count=8)
+
+    def look(name: str, rows: Any) -> None:
+        index = int(name.rpartition(".")[2])
+        held = [one for one in streamed.model.layers[: index + 1].parameters() if one.dim() > 1 and len(one) > 4]
+        assert held == []
+        assert all(one.is_meta for one in streamed.model.layers[index + 1 :].parameters())
+
+    reports = [
+        hfcompress.quantize(model, method, calibration=data, on_layer=on_layer)
+        for model, on_layer in ((whole, None), (streamed, look))
+    ]
+    assert [row.relative_error for row in reports[0].rows] == [row.relative_error for row in reports[1].rows]
+    one, two = whole.state_dict(), streamed.state_dict()
+    assert list(one) == list(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.equal(whole(**data[0]).logits, streamed(**data[0]).logits)
+
+
+def test_a_run_in_memory_is_taken_up_from_disk(tmp_path: Path) -> None:
+    tiny("olmoe", num_hidden_layers=3).save_pretrained(tmp_path / "dense")
+    places = places_on_disk(tiny("olmoe", num_hidden_layers=3), ["model.layers"])
+    whole, stopped, resumed = (
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", device_map=one, offload_folder=tmp_path / "merged" if one else None
+        )
+        for one in (None, None, places)
+    )
+    method, data = hfcompress.GPTQ(group_size=16), token_batches(count=8)
+
+    def stop(name: str, rows: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hfcompress.quantize(stopped, method, calibration=data, on_layer=stop, shards=tmp_path / "shards")
+    hfcompress.quantize(resumed, method, calibration=data, shards=tmp_path / "shards")
+    hfcompress.quantize(whole, method, calibration=data)
+    assert all(torch.equal(resumed.state_dict()[name], one) for name, one in whole.state_dict().items())
+
+
+def test_the_command_takes_experts_from_disk(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    dense, text = tmp_path / "dense", write_text(tmp_path / "text.jsonl")
+    tiny("olmoe", vocab_size=len(tokenizer)).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    words = [dense, "--data", text, "--rows", 8, "--length", 32, "--group-size", 16]
+    for name, more in (("plain", []), ("small", ["--low-memory"])):
+        run_command("quantize", *words, *more, "-o", tmp_path / name)
+    assert model_files(tmp_path / "small") == model_files(tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "plain", "small", "text.jsonl"]

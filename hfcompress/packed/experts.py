@@ -15,11 +15,13 @@ class SplitExperts(nn.Module):
 
     It takes the place of a module of Transformers that holds all experts as slices of 3-D parameters, which is its
     plain twin. The children have the names of dense checkpoints, such as ``3.gate_proj``, so with packed layers in it
-    the state dict is what stock Transformers reads.
+    the state dict is what stock Transformers reads.  on_disk: answers while the layers' weights are not in memory.
     fused: the module that is replaced, without buffers; its activation and gate are used on.  linears: by name.
     first: the last parts of the names of the layers that see the tokens, in the order in which their outputs stand
     side by side; last: of the one that sees what the gate leaves of them.
     """
+
+    on_disk: nn.Module | None
 
     def __init__(self, fused: nn.Module, linears: Mapping[str, nn.Module], first: Sequence[str], last: str) -> None:
         super().__init__()
@@ -31,7 +33,8 @@ class SplitExperts(nn.Module):
             self.add_module(str(index), nn.ModuleDict(parts))
         between: Any = copy.copy(fused)
         between._parameters = {}
-        self.__dict__["between"] = between  # not among the children: it holds no weights
+        # Not among the children: the one holds no weights, the other those of layers that are not brought in yet.
+        self.__dict__["between"], self.__dict__["on_disk"] = between, None
         self.train(fused.training)
 
     def run(self, index: int, tokens: Tensor) -> Tensor:
@@ -50,6 +53,9 @@ class SplitExperts(nn.Module):
         hidden_states: (tokens, hidden).  top_k_index, top_k_weights: (tokens, k); an index beyond the experts is none.
         Returns (tokens, hidden).
         """
+        if self.on_disk is not None and self.on_disk._parameters:
+            values: Tensor = self.on_disk(hidden_states, top_k_index, top_k_weights)
+            return values
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             if index < self.count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.errors import ModelError
-from hfcompress.packed.experts import SplitExperts, expert_linears
+from hfcompress.packed.experts import SplitExperts, expert_linears, split_experts
 from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.placing import put_
 from hfcompress.structure.experts import ExpertMatrix, fused_experts, stored_matrices
 from hfcompress.structure.offload import is_offloaded
+from hfcompress.structure.parts_on_disk import PartOnDisk, WholeOnDisk
 from hfcompress.structure.shapes import uneven_shapes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -31,10 +32,13 @@ def with_split_experts(function: Function) -> Function:
     def run(model: PreTrainedModel, method: Any, *args: Any, **kwargs: Any) -> Any:
         fused = split_experts_(model, method) if method.package == "compressed_tensors" else {}
         try:
-            return function(model, method, *args, **kwargs)
+            result = function(model, method, *args, **kwargs)
         except BaseException:
             join_experts_(model, fused)
             raise
+        for split in split_experts(model).values():
+            split.__dict__["on_disk"] = None
+        return result
 
     return cast(Function, run)
 
@@ -98,8 +102,6 @@ def _refuse_unreadable(model: PreTrainedModel, method: Any, name: str) -> None:
         reason = f"{kind} does not know how to go past their router"
     elif not method.symmetric:
         reason = "Transformers stops at experts with zero points; symmetric=True has none"
-    elif is_offloaded(model):
-        reason = "they are taken apart in memory only; load the model without leaving layers on disk"
     elif uneven_shapes(model):
         reason = "the model's shapes are uneven, and our loader for such models knows no packed experts"
     if reason:
@@ -107,20 +109,25 @@ def _refuse_unreadable(model: PreTrainedModel, method: Any, name: str) -> None:
         raise ModelError(f"{name} holds its experts as slices of one tensor: {reason}.{instead}")
 
 
-def _split(fused: nn.Module, matrices: Iterable[ExpertMatrix]) -> SplitExperts:
+def _split(fused: nn.Module, matrices: Sequence[ExpertMatrix]) -> SplitExperts:
     """Return the same experts with a linear layer per matrix, which is a view of the slice."""
     linears: dict[str, nn.Linear] = {}
     leaves: dict[str, list[str]] = {}
+    whole = WholeOnDisk(fused, len(matrices)) if is_offloaded(fused) else None
     for one in matrices:
         values = one.of(fused)
         linear = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta", dtype=values.dtype)
         linear.weight = nn.Parameter(values, requires_grad=fused.get_parameter(one.parameter).requires_grad)
+        if whole is not None:
+            linear._hf_hook = PartOnDisk(whole, one)  # type: ignore[assignment]
         linears[one.name] = linear.train(fused.training)
         if one.expert == 0:
             leaves.setdefault(one.parameter, []).append(one.leaf)
     (last,) = leaves.pop("down_proj")
     (first,) = leaves.values()
-    return SplitExperts(fused, linears, first, last)
+    split = SplitExperts(fused, linears, first, last)
+    split.__dict__["on_disk"] = fused if whole is not None else None
+    return split
 
 
 @torch.no_grad()

@@ -37,7 +37,11 @@ class ExpertMatrix(NamedTuple):
 
     def of(self, fused: nn.Module) -> Tensor:
         """Return the matrix (out, in) as a view of the parameter that holds it."""
-        return fused._parameters[self.parameter].detach()[self.expert, self.start : self.stop]  # type: ignore[union-attr]
+        return self.within(fused.get_parameter(self.parameter).detach())
+
+    def within(self, parameter: Tensor) -> Tensor:
+        """Return the matrix (out, in) as a view of the parameter's values (experts, rows, in)."""
+        return parameter[self.expert, self.start : self.stop]
 
 
 def fused_experts(model: nn.Module) -> dict[str, list[str]]:
