@@ -37,7 +37,8 @@ from hfcompress.tasks import TASKS, Task, batches
 from hfcompress.tasks.lengths import refuse_longer
 
 BATCH_SIZE = 8
-LAYERS, LOCK = "layers", "lock"  # in the folder beside the output: finished layers, and who is working
+# In the folder beside the output: finished layers, who is working, and what Transformers merged to leave it on disk.
+LAYERS, LOCK, MERGED = "layers", "lock", "merged"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class OneShot:
             processor = opening.open_processor(self._spec, self._task)
             places = self._check_plan(stage)
             calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
-            model = opening.open_model(self._spec, self._task, places=places if self.low_memory else None)
+            on_disk = places if self.low_memory else None
+            model = opening.open_model(self._spec, self._task, places=on_disk, merged=shards.with_name(MERGED))
             report = _apply_(model, stage, calibration, shards)
             files = {report.file_name: json.dumps(report.to_dict(), indent=2) + "\n"}
             save_compressed(model, self.output, processor, verify=True, extra_files=files)
@@ -88,7 +90,7 @@ class OneShot:
         Raises OutputError when there are some, of a run that is neither to be resumed nor to be discarded.
         """
         folder = self.output.with_name(self.output.name + ".partial")
-        foreign = sorted({path.name for path in folder.glob("*")} - {LAYERS, LOCK})
+        foreign = sorted({path.name for path in folder.glob("*")} - {LAYERS, LOCK, MERGED})
         if foreign:
             raise OutputError(f"{folder} holds {', '.join(foreign[:9])}, which this command did not write. Move it.")
         try:
@@ -100,7 +102,10 @@ class OneShot:
                         f"{folder} holds finished layers of an unfinished run. Use --resume to go on after them, or "
                         "--overwrite to discard them."
                     )
-                yield folder / LAYERS
+                try:
+                    yield folder / LAYERS
+                finally:
+                    shutil.rmtree(folder / MERGED, ignore_errors=True)
         finally:
             with suppress(OSError):
                 folder.rmdir()  # only if it is empty

@@ -30,12 +30,14 @@ def open_model(
     head: Head | None = None,
     config: PreTrainedConfig | None = None,
     places: Mapping[str, str] | None = None,
+    merged: Path | None = None,
 ) -> PreTrainedModel:
     """Open the model for a task, in evaluation mode, with its weights checked.
 
     head: what a new head is made for, with class names in its order; None leaves the config's own.
     config: the model's own, where ``open_config`` has read it before: from a GGUF file that takes seconds.
-    places: a ``device_map``; weights whose place is ``disk`` stay in the files until they are called.
+    places: a ``device_map``; weights whose place is ``disk`` stay in the files until they are called.  merged: a
+    folder for those of them that Transformers puts together while loading, such as experts.
     Raises ModelError when there is no such model or a weight is NaN or infinite; CheckpointError when a file of a
     local folder is damaged.
     """
@@ -52,7 +54,7 @@ def open_model(
         config.label2id = {name: index for index, name in enumerate(names)}
     auto_class = getattr(transformers, task.auto_class)
     if places is not None:
-        options["device_map"] = dict(places)
+        options |= {"device_map": dict(places), "offload_folder": merged}
     dtype = DTYPES.get(spec.dtype, "auto")
     try:
         with quiet_bars(os.path.isdir(where) and "gguf_file" not in options):

@@ -321,9 +321,8 @@ def test_inputs_that_part_later_get_hessians_of_their_own_and_idle_linears_none(
     visit = next(iter(walk_layers(Toy(), [{"hidden": negative}, {"hidden": positive}])))
     found = {one.names: one.hessian.double() for one in visit.input_hessians()}
     assert set(found) == {("a",), ("b",)}
-    close = {"rtol": 1e-6, "atol": 1e-6}  # they are sums in float32
-    torch.testing.assert_close(found["a",], gram([negative, positive], [None, None]), **close)
-    torch.testing.assert_close(found["b",], gram([negative, positive * 2], [None, None]), **close)
+    for name, inputs in (("a", [negative, positive]), ("b", [negative, positive * 2])):
+        torch.testing.assert_close(found[name,], gram(inputs, [None, None]), rtol=1e-6, atol=1e-6)
 
 
 def test_layers_that_run_twice_are_refused() -> None:

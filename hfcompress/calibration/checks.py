@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hfcompress.calibration.experts import ColdExperts
 from hfcompress.calibration.observe import InputHessian, InputSquares, Observed, Statistic
 from hfcompress.calibration.running import Batch
 from hfcompress.calibration.turns import KnownSites, Turn, Turns
@@ -75,7 +76,7 @@ def compress_layers(
     Raises ModelError as ``observe_layers`` does.
     """
     wanted = list(names)
-    warned = False
+    warned, experts = False, ColdExperts()
     for visit in walk_layers(model, batches):
         inside = _inside(visit, wanted)
         done: list[Observed] = []
@@ -88,7 +89,9 @@ def compress_layers(
             visit.compress_(inside, statistic, one)
         _check_all_seen(visit, inside, done)
         warned = warned or _warn_about_few_tokens(visit, done)
+        experts.count(visit.name, visit.layer, inside, done)
         yield visit
+    experts.warn()
 
 
 def _inside(visit: LayerVisit, names: Iterable[str]) -> list[str]:
@@ -107,7 +110,7 @@ def compress_in_turn(
     ``observe_layers`` does.
     """
     wanted = list(names)
-    warned = False
+    warned, experts = False, ColdExperts()
     hidden: list[Tensor] = []
     known: KnownSites = {}
     for visit in walk_layers(model, batches):
@@ -123,11 +126,13 @@ def compress_in_turn(
                 done.append(turn.found)
             hidden = turns.outputs
         _check_all_seen(visit, inside, done)
+        experts.count(visit.name, visit.layer, inside, done)
         yield visit
+    experts.warn()
 
 
 def _check_all_seen(visit: LayerVisit, names: Iterable[str], found: Iterable[InputHessian | InputSquares]) -> None:
-    seen = {name for one in found if one.tokens for name in one.names}
+    seen = {name for one in found if one.tokens or (isinstance(one, InputHessian) and one.lent) for name in one.names}
     missing = [f"{visit.name}.{name}" for name in names if name not in seen]
     if missing:
         raise ModelError(
@@ -137,7 +142,7 @@ def _check_all_seen(visit: LayerVisit, names: Iterable[str], found: Iterable[Inp
 
 
 def _warn_about_few_tokens(visit: LayerVisit, found: Iterable[InputHessian | InputSquares]) -> bool:
-    short = [one for one in found if isinstance(one, InputHessian) and one.tokens < len(one.hessian)]
+    short = [one for one in found if isinstance(one, InputHessian) and one.tokens + one.lent < len(one.hessian)]
     for one in short[:1]:
         warnings.warn(
             f"{one.tokens} calibration tokens are fewer than the {len(one.hessian)} input columns of "

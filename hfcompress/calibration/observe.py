@@ -17,6 +17,7 @@ from hfcompress.calibration.hessian import (
     mirror_triangle_,
 )
 from hfcompress.calibration.record import RecordedBatch
+from hfcompress.calibration.routing import unrouted_padding
 from hfcompress.calibration.running import watching
 from hfcompress.errors import ModelError
 
@@ -25,12 +26,14 @@ from hfcompress.errors import ModelError
 class InputHessian:
     """What the linear layers ``names`` saw in common.
 
-    hessian: (in, in) float32, the Gram matrix of their inputs over ``tokens`` tokens.
+    hessian: (in, in) float32, the Gram matrix of their inputs over ``tokens`` tokens.  lent: for experts, how often
+    the average token of the layer is added to it, see ``with_lent_tokens``.
     """
 
     names: tuple[str, ...]
     hessian: Tensor
     tokens: int
+    lent: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _observe(
     observer = _Observer(linears, statistic, share)
     handles = [module.register_forward_pre_hook(observer.hook(name)) for name, module in linears.items()]
     try:
-        with watching(layer):
+        with watching(layer), unrouted_padding(layer, lambda: observer.masks.own):
             for recorded, mask in zip(batches, masks):
                 call = recorded.calls.get(index)
                 if call is not None and recorded.hidden is not None:

@@ -20,6 +20,7 @@ from hfcompress.calibration.running import watching
 from hfcompress.calibration.sites import OUTPUT, call_order, noting_inputs, summing_sites
 from hfcompress.calibration.walk import LayerVisit
 from hfcompress.packed import unpacked
+from hfcompress.packed.experts import expert_linears
 from hfcompress.structure.stack import linear_weights_of
 
 Rows = dict[str, Tensor]
@@ -70,7 +71,10 @@ class Turns:
         self.visit, self.layer = visit, visit.layer
         self.linears = [name for name in linear_weights_of(visit.layer) if name in names]
         with watching(self.layer), unpacked(self.layer):
-            self.groups, self.late = call_order(self.layer, lambda: visit.output(0), self.linears)
+            routed = {name for names in expert_linears(self.layer).values() for name in names}
+            always = [name for name in self.linears if name not in routed]
+            self.groups, late = call_order(self.layer, lambda: visit.output(0), always)
+            self.late = [name for name in self.linears if name in routed or name in late]
             named = [name for group in self.groups for name in group]
             known = {} if known is None else known
             kind = (type(self.layer), *named, *(name for name, _ in self.layer.named_modules()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hfcompress.calibration.experts import with_lent_tokens
 from hfcompress.calibration.joined import JoinedPass
 from hfcompress.calibration.observe import (
     GRAM,
@@ -27,6 +28,7 @@ from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
 from hfcompress.calibration.together import fits_joined, join_calls, join_masks
 from hfcompress.packed import unpacked
+from hfcompress.packed.experts import split_experts
 from hfcompress.structure.offload import bring_in_
 from hfcompress.structure.stack import LayerStack, layer_stacks, linear_weights_of
 
@@ -90,7 +92,8 @@ class LayerVisit:
 
         Where all batches can be joined into one call whose activations fit, this takes one forward pass, see
         ``together``: the hidden states are advanced then, and linear layers are calibrated on what the compressed ones
-        before them give. Otherwise all see the layer as it was. Raises ModelError as ``input_hessians`` does.
+        before them give. Otherwise, and where the layer has experts, all see the layer as it was.  Raises ModelError
+        as ``input_hessians`` does.
         """
 
         def checked(found: Observed) -> None:
@@ -107,7 +110,7 @@ class LayerVisit:
     ) -> bool:
         """Return False, with nothing done, where one joined pass is not possible."""
         linears = {name: module for name, module in linear_weights_of(self.layer).items() if name in names}
-        joined = self._joined()
+        joined = None if split_experts(self.layer) else self._joined()
         if joined is None:
             return False
         with watching(self.layer):
@@ -148,7 +151,11 @@ class LayerVisit:
     def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
         linears = linear_weights_of(self.layer)
         chosen = {name: module for name, module in linears.items() if names is None or name in names}
-        found = observe_layer(self.layer, self.index, self.batches, self.masks, chosen, statistic)
+
+        def observe(some: Mapping[str, nn.Module]) -> list[Observed]:
+            return observe_layer(self.layer, self.index, self.batches, self.masks, some, statistic)
+
+        found = with_lent_tokens(self.layer, observe(chosen), chosen, observe)
         refuse_non_finite(self.name, found)
         return found
 

@@ -23,6 +23,7 @@ from hfcompress.loading.record import is_ours, record_uneven
 from hfcompress.packed import packed_layers
 from hfcompress.packed.bitsandbytes import bitsandbytes_layers, dense_shape
 from hfcompress.packed.bytes import byte_layers
+from hfcompress.packed.experts import with_fused_experts
 from hfcompress.packed.weight import PARTS
 from hfcompress.progress import busy, quiet_bars
 from hfcompress.structure.shapes import Shapes, meta_twin, resize_
@@ -101,7 +102,10 @@ def save_compressed(
 def refuse_nan(model: nn.Module) -> None:
     """Raise ModelError, naming the tensor, when a weight is NaN or infinite."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not know float8
+        if not bool(torch.isfinite(values).all()):
             raise ModelError(
                 f"Weight '{name}' holds NaN or infinite values; such a model is neither compressed nor saved. "
                 "Nothing was changed."
@@ -162,7 +166,7 @@ def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         own = {key for key in shapes if key.startswith(f"{name}.") and key != f"{name}.bias"}
         shapes = {key: shape for key, shape in shapes.items() if key not in own}
         shapes[f"{name}.weight"] = dense_shape(layer)
-    return shapes
+    return with_fused_experts(model, shapes)
 
 
 def _bytes_of(model: nn.Module) -> int:

@@ -10,28 +10,22 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.compressed_tensors import CompressedTensorsDequantize, get_dense_scheme
+from transformers.integrations.compressed_tensors import (
+    CompressedTensorsDequantize,
+    get_dense_scheme,
+    get_experts_scheme,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from hfcompress.loading.experts import Stored, stored_experts, with_split_experts
+
 COMPRESSED_TENSORS = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
-
-
-class Stored(NamedTuple):
-    """How a weight was stored.
-
-    bits: of its codes.  parts: what stands beside them (scale, shape, zero points).  dtype: of codes that are stored
-    one by one, as the weight itself; None where they are packed into words.
-    """
-
-    bits: int
-    parts: dict[str, Tensor]
-    dtype: torch.dtype | None = None
 
 
 class _Notes(dict[str, Stored]):
@@ -59,6 +53,9 @@ class _DequantizeAndNote(CompressedTensorsDequantize):
             name = str(full_layer_name).removesuffix(".weight")
             dtype = None if codes.dtype == torch.int32 else codes.dtype
             self.hf_quantizer.stored[name] = Stored(scheme.weights.num_bits, parts, dtype)
+        else:
+            scheme = self.scheme or get_experts_scheme(self.hf_quantizer.compressor.quantization_config)
+            self.hf_quantizer.stored |= stored_experts(str(full_layer_name), input_dict, scheme.weights.num_bits)
         return super().convert(input_dict, source_patterns, target_patterns, full_layer_name, **kwargs)
 
 
@@ -92,18 +89,18 @@ class RepackingQuantizer(CompressedTensorsHfQuantizer):
         """Return the state dict to save: packed as it was loaded, or dense where training has changed weights."""
         if self.recorded.get("format") not in FORMATS:
             return None, {}
-        stored = self.stored or _unpacked_at_first_call(model)
+        stored = self.stored | _unpacked_at_first_call(model)
         state = repacked_state(model, stored) if stored else None
         if state is not None:
             model.config.quantization_config = self.recorded
-        elif self.stored:
+        elif self.quantization_config.dequantize:
             del model.config.quantization_config
             self.stored = _Notes()
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Make the model dense for good, in the dtype that it was loaded in."""
-        if not self.stored:
+        if not self.quantization_config.dequantize:
             self.compressor.decompress_model(model)
         return model
 
@@ -143,7 +140,7 @@ def repacked_state(model: nn.Module, stored: dict[str, Stored]) -> dict[str, Ten
 
     stored: by module; modules that are gone since are passed over.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state: dict[str, Tensor] = with_split_experts(model, stored)
     packed: dict[str, Tensor] = {}
     unpacked: set[int] = set()
     for name, (bits, parts, dtype) in stored.items():

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import ModelError
+from hfcompress.packed.experts import routers
 from hfcompress.packed.linear import PACKABLE, PackedConv1D, PackedLinear
 from hfcompress.packed.weight import PackedWeight
 
@@ -70,12 +71,13 @@ def compressed_tensors_config(model: nn.Module) -> dict[str, Any]:
         others = [name for name in (*packed, *dense) if name not in set(names)]
         targets = _name_patterns(names, others) if len(by_scheme) > 1 else _class_targets(packed, dense)
         groups[f"group_{index}"] = _config_group(scheme, targets)
+    ignored = [name for name in dense if isinstance(model.get_submodule(name), (nn.Linear, Conv1D))]
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in dense if isinstance(model.get_submodule(name), (nn.Linear, Conv1D))],
+        "ignore": list(dict.fromkeys((*ignored, *routers(model)))),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

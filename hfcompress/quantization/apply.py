@@ -23,6 +23,7 @@ from hfcompress.quantization.awq import AWQ
 from hfcompress.quantization.bitsandbytes import BitsAndBytes, finish_, plan_bitsandbytes, replaced
 from hfcompress.quantization.calibrated import calibrated
 from hfcompress.quantization.checks import check_joint_pruning, warn_about_other_grid
+from hfcompress.quantization.experts import with_split_experts
 from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.folding import Changes, undo_
 from hfcompress.quantization.options import GPTQ, RTN
@@ -42,6 +43,7 @@ Method = RTN | GPTQ | AWQ | BitsAndBytes | SmoothQuant | Float8
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 
 
+@with_split_experts
 def quantize(
     model: PreTrainedModel,
     method: Method,

@@ -27,9 +27,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import MissingDependencyError, ModelError
 from hfcompress.packed.bitsandbytes import bitsandbytes_layers, dequantized
-from hfcompress.quantization.checks import check_values, chosen_layers, fused_experts
+from hfcompress.quantization.checks import check_values, chosen_layers
 from hfcompress.quantization.options import FORBID_UNKNOWN, WhileLoading
 from hfcompress.quantization.planned import PlannedLinear
+from hfcompress.structure.experts import fused_experts
 from hfcompress.structure.stack import LINEAR_TYPES
 
 BLOCK = 64  # weights that share a scale in 4 bits

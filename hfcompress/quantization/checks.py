@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import ColumnPruning
@@ -20,7 +19,7 @@ from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.rtn import Grid
 from hfcompress.structure.offload import is_offloaded
-from hfcompress.structure.stack import layer_stacks, stack_linears
+from hfcompress.structure.stack import stack_linears
 
 
 def chosen_layers(
@@ -42,35 +41,6 @@ def chosen_layers(
             f"Its {len(candidates)} linear layers have names like {_examples(candidates)}."
         )
     return chosen
-
-
-def fused_experts(model: nn.Module) -> dict[str, list[str]]:
-    """Return the modules whose parameters hold one matrix per expert, by name, with these parameters' names."""
-    found = {}
-    for stack in layer_stacks(model):
-        for name, module in stack.layers.named_modules():
-            fused = [leaf for leaf, one in module._parameters.items() if one is not None and _holds_matrices(one)]
-            if fused and not isinstance(module, _ConvNd):
-                found[f"{stack.name}.{name}"] = fused
-    return found
-
-
-def refuse_fused_experts(model: nn.Module) -> None:
-    """Raise ModelError for experts that are slices of one tensor: most weights would stay dense without a word.
-
-    Nor could they on request: Transformers expects packed experts in a compressed-tensors checkpoint, and fills those
-    that are dense with random numbers.
-    """
-    for name, fused in fused_experts(model).items():
-        raise ModelError(
-            f"{name} holds its experts as slices of one tensor ({', '.join(fused)}), which is not packed yet, and "
-            "Transformers reads no compressed-tensors checkpoint in which experts are dense. "
-            f"BitsAndBytes(exclude=('*.{name.rpartition('.')[2]}',)) quantizes the layers around them."
-        )
-
-
-def _holds_matrices(parameter: Tensor) -> bool:
-    return parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
 
 
 def check_joint_pruning(method: object, prune: ColumnPruning, planned: Iterable[PlannedLinear]) -> None:
@@ -174,7 +144,7 @@ def warn_about_other_grid(model: nn.Module, planned: Iterable[PlannedLinear], me
         warnings.warn(
             f"{len(other)} layers ({_examples(other)}) were trained for {trained[other[0]]} and get another or none: "
             "QuantizeAwareCallback.export gives them theirs.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

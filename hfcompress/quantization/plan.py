@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.errors import ModelError
+from hfcompress.packed.experts import routers, split_experts
 from hfcompress.packed.format import is_seq2seq
-from hfcompress.quantization.checks import check_weights, chosen_layers, refuse_fused_experts
+from hfcompress.quantization.checks import check_weights, chosen_layers
+from hfcompress.quantization.experts import join_experts_, refuse_dense_experts, split_experts_
 from hfcompress.quantization.planned import LinearMethod, PlannedLinear, fitting_group_size
 
 
@@ -20,19 +22,33 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
 
     loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Raises ModelError
     when the model is quantized already, has layers that cannot be packed, shares or damages a targeted weight, or when
-    nothing is left to quantize. Warns once about group sizes that do not divide.
+    nothing is left to quantize. Warns once about group sizes that do not divide. Routers of experts are left out.
     """
+    if not loaded:
+        fused = split_experts_(model, method)
+        try:
+            return _planned(model, method, loaded)
+        finally:
+            join_experts_(model, fused)
+    planned = _planned(model, method, loaded)
+    _warn_about_group_sizes(planned)
+    return planned
+
+
+def _planned(model: PreTrainedModel, method: LinearMethod, loaded: bool) -> list[PlannedLinear]:
     chosen = chosen_layers(model, method.exclude, outside_layers(model, method.embeddings, method.head))
-    if method.package == "compressed_tensors":
-        refuse_fused_experts(model)
+    for name in routers(model):
+        chosen.pop(name, None)
+    refuse_dense_experts(model, chosen)
     also = check_weights(model, chosen, loaded)
     chosen = {name: model.get_submodule(name) for name in also}
     asked = method.group_size
     sizes = {name: _columns(module) for name, module in chosen.items()}
     # Stock Transformers unpacks some models by one scheme only, so there one group size has to fit all.
     plain = method.symmetric and all(isinstance(module, nn.Linear) for module in chosen.values())
-    common = None if plain and not is_seq2seq(model) else gcd(*sizes.values())
-    planned = [
+    alone = plain and not is_seq2seq(model) and not split_experts(model)
+    common = None if alone else gcd(*sizes.values())
+    return [
         PlannedLinear(
             name,
             module,
@@ -44,9 +60,6 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
         )
         for name, module in chosen.items()
     ]
-    if loaded:
-        _warn_about_group_sizes(planned)
-    return planned
 
 
 def _columns(module: nn.Module) -> int:
@@ -85,4 +98,4 @@ def _warn_about_group_sizes(planned: Iterable[PlannedLinear]) -> None:
     if changed:
         parts = [f"{note} ({len(names)} layers, such as {names[0]})" for note, names in changed.items()]
         message = f"Group sizes that do not divide the input columns were changed: {'; '.join(parts)}."
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)

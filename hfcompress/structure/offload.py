@@ -7,6 +7,7 @@ for each call. Here a layer is brought in for good, so that it can be changed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -76,9 +77,13 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         home, _, leaf = name.rpartition(".")
-        hook = getattr(modules[home], "_hf_hook", None)
-        if not tensor.is_meta or hook is None:
-            yield name, tensor
-            continue
-        maps = [one.weights_map for one in getattr(hook, "hooks", (hook,)) if getattr(one, "weights_map", None)]
-        yield name, maps[0][leaf]
+        on_disk = tensor.is_meta and hasattr(modules[home], "_hf_hook")
+        yield name, stored_tensor(modules[home], leaf) if on_disk else tensor
+
+
+def stored_tensor(module: nn.Module, leaf: str) -> Tensor:
+    """Return a tensor of a module on disk, read from there."""
+    hook: Any = module._hf_hook
+    maps = [one.weights_map for one in getattr(hook, "hooks", (hook,)) if getattr(one, "weights_map", None)]
+    tensor: Tensor = maps[0][leaf]
+    return tensor
