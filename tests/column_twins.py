@@ -68,7 +68,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sums_that_no_order_changes_give_the_same_bits(
     dtype: torch.dtype, symmetric: bool, prunes: bool, kernel: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All numbers are small multiples of 1/64, so float32 holds every sum exactly; many lie just between two codes."""
+    """All numbers are multiples of 1/512 and below 2**15, so float32 holds every sum exactly."""
     generator = torch.Generator().manual_seed(0)
 
     def whole(low: int, high: int, *shape: int) -> Tensor:
@@ -81,9 +81,10 @@ def test_sums_that_no_order_changes_give_the_same_bits(
     weight = weight.masked_fill(whole(0, 3, rows, columns) == 0, 0) if prunes else weight
     strength, dead = torch.ones(columns), torch.zeros(columns, dtype=torch.bool)
     factor = HessianFactor(*(one.to(DEVICE) for one in (unit, strength)), 0.01, dead.to(DEVICE))
-    scales = [(2.0 ** whole(-3, 0, rows)).to(DEVICE) for _ in range(3)]
-    zeros = [None if symmetric else whole(-3, 4, rows).to(DEVICE) for _ in range(3)]
-    places = torch.randint(3, (columns,), generator=generator)
+    # Products of eight bits and a code are too long for a half, powers of two put many weights just between two codes.
+    scales = [one.to(DEVICE) for one in (2.0 ** whole(-3, 0, rows), whole(128, 256, rows) / 512)]
+    zeros = [None if symmetric else whole(-3, 4, rows).to(DEVICE) for _ in scales]
+    places = torch.randint(2, (columns,), generator=generator)
     weight = weight.to(DEVICE)
     grid = ColumnGrid(4, None, dtype, symmetric)
     found = []
@@ -93,7 +94,7 @@ def test_sums_that_no_order_changes_give_the_same_bits(
         work = GroupRounding(weight, factor.strength, grid, FixedScales(scales, zeros, places))
         values = compress_columns(weight, factor, None, work, zeros=(weight == 0) if prunes else None)
         found.append((values, work.codes))
-    assert float((weight - found[0][0]).abs().max()) < 2**8  # so that sums stay far below 2**18
+    assert float((weight - found[0][0]).abs().max()) < 2**8  # so that sums stay far below 2**15
     assert kernel == [128, 12]
     for ours, twin in zip(*found, strict=True):
         assert torch.equal(ours, twin)
