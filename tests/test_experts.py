@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ import hfcompress
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.packed import packed_layers
 from hfcompress.packed.experts import SplitExperts, split_experts
+from hfcompress.quantization.aware import QuantizeAwareOptions
 from hfcompress.quantization.gptq import gptq_siblings
+from hfcompress.quantization.plan import plan_linears
 from hfcompress.quantization.rtn import round_to_nearest
 from hfcompress.structure.experts import fused_experts, stored_matrices
 from tests.conftest import VOCABULARY_SIZE, token_batches
@@ -83,6 +86,8 @@ def test_every_expert_is_packed_and_stock_transformers_reads_it(name: str, metho
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+    dense = sum(one.numel() for one in mixture(name).parameters())
+    assert hfcompress.inspect_checkpoint(tmp_path / "one").total.parameters == dense
     assert sum(key.endswith(".weight_packed") and ".experts." in key for key in one) == len(expected)
 
 
@@ -275,6 +280,30 @@ def test_what_stock_transformers_does_not_read_is_refused_before_any_work(case: 
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
+def test_uneven_experts_are_refused_before_any_work() -> None:
+    model = mixture("qwen2_moe")
+    shared = model.model.layers[1].mlp.shared_expert
+    shared.gate_proj, shared.up_proj, shared.down_proj = nn.Linear(32, 16), nn.Linear(32, 16), nn.Linear(16, 32)
+    with pytest.raises(ModelError, match="shapes are uneven, and our loader for such models knows no packed experts"):
+        hfcompress.quantize(model, METHODS["RTN"])
+    assert not split_experts(model)
+
+
+def test_quantized_experts_are_not_quantized_again() -> None:
+    model = mixture("mixtral")
+    hfcompress.quantize(model, METHODS["RTN"])
+    with pytest.raises(ModelError, match="is quantized already"):
+        hfcompress.quantize(model, METHODS["RTN"])
+    assert len(split_experts(model)) == 2
+
+
+def test_experts_are_not_trained_for_a_grid() -> None:
+    with pytest.raises(
+        ModelError, match=r"not trained for a grid\. Quantize the trained model with hfcompress\.quantize"
+    ):
+        plan_linears(mixture("mixtral"), QuantizeAwareOptions(bits=4))
+
+
 def test_a_failure_puts_the_experts_back() -> None:
     model = mixture("mixtral")
     before, kinds = logits(model), [type(one) for one in model.modules()]
@@ -347,6 +376,23 @@ def test_loaded_again_they_are_saved_packed_again(name: str, tmp_path: Path) -> 
     with pytest.warns(UserWarning, match=rf"{EXPERTS.format(1)}\.2\.\w+\.weight was changed since it was loaded"):
         loaded.save_pretrained(tmp_path / "three")
     assert not any(key.endswith("weight_packed") for key in load_file(tmp_path / "three/model.safetensors"))
+
+
+def test_checkpoints_that_are_unpacked_at_the_first_call_are_saved_packed_again(tmp_path: Path) -> None:
+    model = mixture("qwen3_moe")
+    hfcompress.quantize(model, METHODS["RTN"])
+    model.save_pretrained(tmp_path / "one")
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    del config["quantization_config"]["dequantize"]  # as other writers of the format leave it
+    (tmp_path / "one/config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "before")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+    loaded.save_pretrained(tmp_path / "after")
+    one, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "before", "after"))
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_they_are_quantized_while_they_are_loaded(tmp_path: Path) -> None:
