@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 import hfcompress
+from hfcompress.calibration import experts as calibration_experts
+from hfcompress.calibration.experts import in_portions
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.packed import packed_layers
-from hfcompress.packed.experts import SplitExperts, split_experts
+from hfcompress.packed.experts import SplitExperts, expert_linears, split_experts
 from hfcompress.quantization.aware import QuantizeAwareOptions
 from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.plan import plan_linears
@@ -190,6 +192,20 @@ def test_each_expert_is_calibrated_on_the_tokens_routed_to_it() -> None:
         assert [row.tokens for row in rows] == [len(own)] * 3
         assert same_codes(codes_of(packed, expert), expected_codes(model, own, expert))
         assert not same_codes(codes_of(packed, expert), expected_codes(model, everyone, expert))
+
+
+@pytest.mark.parametrize("quality", ["fast", "best"])
+def test_hessians_of_a_few_experts_at_a_time_give_the_same(quality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, portions = mixture("qwen2_moe"), mixture("qwen2_moe")
+    method = dataclasses.replace(METHODS["GPTQ"], quality=quality)
+    hfcompress.quantize(whole, method, calibration=batches())
+    monkeypatch.setattr(calibration_experts, "MOST_BYTES", 2 * 4 * (32**2 + 16**2))
+    hfcompress.quantize(portions, method, calibration=batches())
+    split = portions.model.layers[0]
+    names = [name for linears in expert_linears(split).values() for name in linears]
+    assert [len(one) for one in in_portions(split, ["self_attn.q_proj", *names])] == [6, 7]
+    one, two = whole.state_dict(), portions.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_padding_is_routed_to_no_expert() -> None:
