@@ -411,6 +411,17 @@ def test_checkpoints_that_are_unpacked_at_the_first_call_are_saved_packed_again(
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_dense_checkpoints_of_either_form_are_quantized(one_by_one: bool, tmp_path: Path) -> None:
+    mixture("mixtral").save_pretrained(tmp_path / "dense", save_original_format=one_by_one)
+    stored = load_file(tmp_path / "dense/model.safetensors")
+    assert ("model.layers.0.block_sparse_moe.experts.0.w1.weight" in stored) is one_by_one
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    hfcompress.quantize(model, METHODS["RTN"])
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(model))
+
+
 def test_they_are_quantized_while_they_are_loaded(tmp_path: Path) -> None:
     dense, packed = tmp_path / "dense", mixture("qwen2_moe")
     packed.save_pretrained(dense)
