@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 import hfcompress
+from hfcompress.calibration import experts as calibration_experts
+from hfcompress.calibration.experts import in_portions
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.packed import packed_layers
-from hfcompress.packed.experts import SplitExperts, split_experts
+from hfcompress.packed.experts import SplitExperts, expert_linears, split_experts
+from hfcompress.quantization.aware import QuantizeAwareOptions
 from hfcompress.quantization.gptq import gptq_siblings
+from hfcompress.quantization.plan import plan_linears
 from hfcompress.quantization.rtn import round_to_nearest
 from hfcompress.structure.experts import fused_experts, stored_matrices
 from tests.conftest import VOCABULARY_SIZE, token_batches
@@ -83,6 +88,8 @@ def test_every_expert_is_packed_and_stock_transformers_reads_it(name: str, metho
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+    dense = sum(one.numel() for one in mixture(name).parameters())
+    assert hfcompress.inspect_checkpoint(tmp_path / "one").total.parameters == dense
     assert sum(key.endswith(".weight_packed") and ".experts." in key for key in one) == len(expected)
 
 
@@ -187,6 +194,20 @@ def test_each_expert_is_calibrated_on_the_tokens_routed_to_it() -> None:
         assert not same_codes(codes_of(packed, expert), expected_codes(model, everyone, expert))
 
 
+@pytest.mark.parametrize("quality", ["fast", "best"])
+def test_hessians_of_a_few_experts_at_a_time_give_the_same(quality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, portions = mixture("qwen2_moe"), mixture("qwen2_moe")
+    method = dataclasses.replace(METHODS["GPTQ"], quality=quality)
+    hfcompress.quantize(whole, method, calibration=batches())
+    monkeypatch.setattr(calibration_experts, "MOST_BYTES", 2 * 4 * (32**2 + 16**2))
+    hfcompress.quantize(portions, method, calibration=batches())
+    split = portions.model.layers[0]
+    names = [name for linears in expert_linears(split).values() for name in linears]
+    assert [len(one) for one in in_portions(split, ["self_attn.q_proj", *names])] == [6, 7]
+    one, two = whole.state_dict(), portions.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_padding_is_routed_to_no_expert() -> None:
     plain, padded = mixture("qwen3_moe"), mixture("qwen3_moe")
     data = batches()
@@ -275,6 +296,30 @@ def test_what_stock_transformers_does_not_read_is_refused_before_any_work(case: 
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
+def test_uneven_experts_are_refused_before_any_work() -> None:
+    model = mixture("qwen2_moe")
+    shared = model.model.layers[1].mlp.shared_expert
+    shared.gate_proj, shared.up_proj, shared.down_proj = nn.Linear(32, 16), nn.Linear(32, 16), nn.Linear(16, 32)
+    with pytest.raises(ModelError, match="shapes are uneven, and our loader for such models knows no packed experts"):
+        hfcompress.quantize(model, METHODS["RTN"])
+    assert not split_experts(model)
+
+
+def test_quantized_experts_are_not_quantized_again() -> None:
+    model = mixture("mixtral")
+    hfcompress.quantize(model, METHODS["RTN"])
+    with pytest.raises(ModelError, match="is quantized already"):
+        hfcompress.quantize(model, METHODS["RTN"])
+    assert len(split_experts(model)) == 2
+
+
+def test_experts_are_not_trained_for_a_grid() -> None:
+    with pytest.raises(
+        ModelError, match=r"not trained for a grid\. Quantize the trained model with hfcompress\.quantize"
+    ):
+        plan_linears(mixture("mixtral"), QuantizeAwareOptions(bits=4))
+
+
 def test_a_failure_puts_the_experts_back() -> None:
     model = mixture("mixtral")
     before, kinds = logits(model), [type(one) for one in model.modules()]
@@ -347,6 +392,34 @@ def test_loaded_again_they_are_saved_packed_again(name: str, tmp_path: Path) -> 
     with pytest.warns(UserWarning, match=rf"{EXPERTS.format(1)}\.2\.\w+\.weight was changed since it was loaded"):
         loaded.save_pretrained(tmp_path / "three")
     assert not any(key.endswith("weight_packed") for key in load_file(tmp_path / "three/model.safetensors"))
+
+
+def test_checkpoints_that_are_unpacked_at_the_first_call_are_saved_packed_again(tmp_path: Path) -> None:
+    model = mixture("qwen3_moe")
+    hfcompress.quantize(model, METHODS["RTN"])
+    model.save_pretrained(tmp_path / "one")
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    del config["quantization_config"]["dequantize"]  # as other writers of the format leave it
+    (tmp_path / "one/config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "before")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+    loaded.save_pretrained(tmp_path / "after")
+    one, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "before", "after"))
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_dense_checkpoints_of_either_form_are_quantized(one_by_one: bool, tmp_path: Path) -> None:
+    mixture("mixtral").save_pretrained(tmp_path / "dense", save_original_format=one_by_one)
+    stored = load_file(tmp_path / "dense/model.safetensors")
+    assert ("model.layers.0.block_sparse_moe.experts.0.w1.weight" in stored) is one_by_one
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    hfcompress.quantize(model, METHODS["RTN"])
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(model))
 
 
 def test_they_are_quantized_while_they_are_loaded(tmp_path: Path) -> None:

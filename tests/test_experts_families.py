@@ -14,6 +14,7 @@ import hfcompress
 from hfcompress.errors import ModelError
 from hfcompress.packed import packed_layers
 from hfcompress.packed.experts import expert_linears
+from hfcompress.publish.layers import experts_together
 from hfcompress.structure.experts import fused_experts, stored_matrices
 from hfcompress.structure.offload import is_offloaded, places_on_disk
 from tests.conftest import token_batches
@@ -162,3 +163,18 @@ def test_the_command_takes_experts_from_disk(tokenizer: PreTrainedTokenizerFast,
         run_command("quantize", *words, *more, "-o", tmp_path / name)
     assert model_files(tmp_path / "small") == model_files(tmp_path / "plain")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "plain", "small", "text.jsonl"]
+
+
+def test_a_card_has_one_row_for_the_experts_of_a_layer() -> None:
+    report = hfcompress.quantize(tiny("olmoe"), hfcompress.GPTQ(group_size=16), calibration=token_batches(count=8))
+    rows = report.to_dict()["rows"]
+    shown = experts_together(rows)
+    names = [row["name"] for row in shown]
+    assert len(rows) == 2 * (4 + 12)
+    assert len(names) == 2 * (4 + 3)
+    assert names[3:5] == ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.experts.*.gate_proj (4 experts)"]
+    experts = [row for row in rows if row["name"].startswith("model.layers.0.mlp.experts.") and "gate" in row["name"]]
+    tokens = [row["tokens"] for row in experts]
+    assert shown[4]["tokens"] == f"{min(tokens)} to {max(tokens)}"
+    assert shown[4]["relative_error"] == pytest.approx(sum(row["relative_error"] for row in experts) / 4)
+    assert shown[3] == rows[3]

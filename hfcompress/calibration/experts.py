@@ -13,6 +13,32 @@ from hfcompress.calibration.observe import InputHessian, Observed
 from hfcompress.calibration.parts import replaced_forwards
 from hfcompress.packed.experts import SplitExperts, expert_linears, split_experts
 
+# What the Hessians of the experts that are observed together may take.
+MOST_BYTES = 1 << 32
+
+
+def in_portions(layer: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Return names of linear layers in portions that are observed together: a few experts at a time, others last.
+
+    Experts do not see each other's outputs, so all see the layer as it was.
+    """
+    wanted = set(names)
+    experts: dict[str, list[str]] = {}
+    for name in (name for linears in expert_linears(layer).values() for name in linears if name in wanted):
+        experts.setdefault(name.rpartition(".")[0], []).append(name)
+    portions: list[list[str]] = []
+    held = MOST_BYTES
+    for own in experts.values():
+        needed = sum(4 * _columns(layer.get_submodule(name)) ** 2 for name in (own[0], own[-1]))
+        if held + needed > MOST_BYTES:
+            portions.append([])
+            held = 0
+        portions[-1] += own
+        held += needed
+    routed = {name for own in experts.values() for name in own}
+    others = [name for name in names if name not in routed]
+    return [*portions[:-1], [*(portions[-1] if portions else ()), *others]]
+
 
 def with_lent_tokens(
     layer: nn.Module,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfcompress.calibration.experts import in_portions
 from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
 from hfcompress.calibration.observe import InputHessian, refuse_non_finite, tensor_key
 from hfcompress.calibration.running import watching
@@ -93,7 +94,8 @@ class Turns:
             except _DivergedError:
                 yield from (self._turn([name]) for name in group)
         if self.late:
-            yield from (Turn(found, None, {}) for found in self.visit.input_hessians(self.late))
+            for portion in in_portions(self.layer, self.late):
+                yield from (Turn(found, None, {}) for found in self.visit.input_hessians(portion))
 
     def _turn(self, group: list[str]) -> Turn:
         """Run all batches as far as the linear layers of a group need it."""

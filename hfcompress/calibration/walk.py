@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.experts import with_lent_tokens
+from hfcompress.calibration.experts import in_portions, with_lent_tokens
 from hfcompress.calibration.joined import JoinedPass
 from hfcompress.calibration.observe import (
     GRAM,
@@ -101,9 +101,10 @@ class LayerVisit:
             compress(found)
 
         if not self._compress_joined_(names, statistic, checked):
-            totals = self._observe(names, statistic)
-            while totals:
-                compress(totals.pop(0))
+            for portion in in_portions(self.layer, names):
+                totals = self._observe(portion, statistic)
+                while totals:
+                    compress(totals.pop(0))
 
     def _compress_joined_(
         self, names: Sequence[str], statistic: Statistic[Observed], compress: Callable[[Observed], None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from hfcompress.publish.facts import Facts
@@ -13,6 +15,7 @@ _QUANTIZED = {
     "name": "layer", "bits": "bits", "group_size": "group size", "relative_error": "relative error",
     "damping": "damping", "tokens": "calibration tokens", "seconds": "seconds",
 }  # fmt: skip
+_EXPERT = re.compile(r"(\.experts\.)\d+(\.)")
 _PRUNED = {
     "name": "layer", "sparsity": "zeros", "relative_error": "relative error", "damping": "damping",
     "tokens": "calibration tokens", "seconds": "seconds",
@@ -46,10 +49,35 @@ def linear_reports(facts: Facts) -> list[dict[str, Any]]:
     ):
         if rows:
             names = [name for name in columns if any(name in row for row in rows)]
-            lines = [[_cell(row, name) for name in names] for row in rows]
+            lines = [[_cell(row, name) for name in names] for row in experts_together(rows)]
             shown = table([columns[name] for name in names], lines)
             found.append({"title": title, "summary": _summary(rows), "count": len(rows), "table": shown})
     return found
+
+
+def experts_together(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows, with one for the same matrix of all experts of a layer: mean error, range of tokens, seconds.
+
+    Its name has a ``*`` for the expert and says how many there are.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        name = _EXPERT.sub(r"\1*\2", row["name"])
+        groups.setdefault((name, row.get("bits"), row.get("group_size")), []).append(row)
+    return [_together(name, alike) if len(alike) > 1 else alike[0] for (name, *_), alike in groups.items()]
+
+
+def _together(name: str, alike: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    values = {key: [row[key] for row in alike if row.get(key) is not None] for key in alike[0]}
+    errors, damping, tokens = (values.get(key, []) for key in ("relative_error", "damping", "tokens"))
+    return {
+        **alike[0],
+        "name": f"{name} ({len(alike)} experts)",
+        "relative_error": sum(errors) / len(errors) if errors else None,
+        "damping": max(damping, default=None),
+        "tokens": f"{min(tokens):,} to {max(tokens):,}" if any(tokens) else 0,
+        "seconds": sum(values.get("seconds", [])),
+    }
 
 
 def _summary(rows: tuple[dict[str, Any], ...]) -> str:

@@ -119,7 +119,7 @@ def _split(fused: nn.Module, matrices: Sequence[ExpertMatrix]) -> SplitExperts:
         linear = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta", dtype=values.dtype)
         linear.weight = nn.Parameter(values, requires_grad=fused.get_parameter(one.parameter).requires_grad)
         if whole is not None:
-            linear._hf_hook = PartOnDisk(whole, one)  # type: ignore[assignment]
+            linear._hf_hook = PartOnDisk(whole, one)
         linears[one.name] = linear.train(fused.training)
         if one.expert == 0:
             leaves.setdefault(one.parameter, []).append(one.leaf)

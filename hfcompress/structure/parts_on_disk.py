@@ -36,7 +36,7 @@ class WholeOnDisk:
         return part.within(self.read[1])
 
 
-class PartOnDisk(ModelHook):  # type: ignore[misc]  # the library has no types
+class PartOnDisk(ModelHook):
     """What accelerate's hooks are for other modules on disk: brings the weight of a linear layer in."""
 
     def __init__(self, whole: WholeOnDisk, part: ExpertMatrix) -> None:
