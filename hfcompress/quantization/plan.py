@@ -12,15 +12,18 @@ from transformers import PreTrainedModel
 from hfcompress.errors import ModelError
 from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.checks import check_weights, chosen_layers, refuse_fused_experts
+from hfcompress.quantization.mixed import check_target
+from hfcompress.quantization.options import AUTO, GPTQ
 from hfcompress.quantization.planned import LinearMethod, PlannedLinear, fitting_group_size
 
 
 def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool = True) -> list[PlannedLinear]:
     """Return the linear layers of the model's stacks that the method quantizes.
 
-    loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Raises ModelError
-    when the model is quantized already, has layers that cannot be packed, shares or damages a targeted weight, or when
-    nothing is left to quantize. Warns once about group sizes that do not divide.
+    loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Bits that are yet
+    to be chosen stand there as the most that a layer may get.  Raises ModelError when the model is quantized already,
+    has layers that cannot be packed, shares or damages a targeted weight, when nothing is left to quantize, or when
+    the target for the bits is out of reach. Warns once about group sizes that do not divide.
     """
     chosen = chosen_layers(model, method.exclude, outside_layers(model, method.embeddings, method.head))
     if method.package == "compressed_tensors":
@@ -32,11 +35,12 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
     # Stock Transformers unpacks some models by one scheme only, so there one group size has to fit all.
     plain = method.symmetric and all(isinstance(module, nn.Linear) for module in chosen.values())
     common = None if plain and not is_seq2seq(model) else gcd(*sizes.values())
+    bits = max(method.candidates) if isinstance(method, GPTQ) and method.bits == AUTO else int(method.bits)
     planned = [
         PlannedLinear(
             name,
             module,
-            method.bits,
+            bits,
             fitting_group_size(common or sizes[name], asked),
             asked,
             method.symmetric,
@@ -44,6 +48,8 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
         )
         for name, module in chosen.items()
     ]
+    if isinstance(method, GPTQ) and method.bits == AUTO:
+        check_target(model, planned, method)
     if loaded:
         _warn_about_group_sizes(planned)
     return planned
