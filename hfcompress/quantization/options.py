@@ -173,7 +173,7 @@ class GPTQ(WhileLoading):
         if self.bits != AUTO:
             return f"GPTQ, {self.bits} bits, {scales(self.group_size)}"
         target = f"{self.average_bits:g} bits on average" if self.average_bits else f"{self.megabytes:g} MB in all"
-        return f"GPTQ, {', '.join(map(str, self.candidates))} bits for at most {target}, {scales(self.group_size)}"
+        return f"GPTQ, {'/'.join(map(str, self.candidates))} bits for at most {target}, {scales(self.group_size)}"
 
     @property
     def candidates(self) -> tuple[int, ...]:
