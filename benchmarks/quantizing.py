@@ -47,7 +47,7 @@ class Row:
 
     tool: str | None
     method: str
-    bits: int = 4
+    bits: int | str = 4
     options: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     note: str = ""

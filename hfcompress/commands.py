@@ -141,6 +141,9 @@ def _shown_default(value: Any) -> str:
 
 def _value(given: Any, found: list[_Choice]) -> Any:
     """Return a value as a recipe's YAML would give it; ``none`` is null, and text that is asked for stays text."""
+    items = {get_args(kind)[0] for kind in _kinds(found) if get_origin(kind) is tuple}
+    if isinstance(given, list) and items and str not in items:
+        return [yaml.safe_load(one) for one in given]
     if not isinstance(given, str):
         return given
     if given.lower() in ("none", "null"):

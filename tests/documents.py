@@ -28,6 +28,7 @@ def readers_names(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str,
     return {
         "model": tiny_llama(layers=4),
         "other": tiny_llama(layers=2, seed=1),
+        "another": tiny_llama(layers=2, seed=3),
         "dense": tiny_llama(layers=2, seed=2),
         "student": tiny_llama(layers=2),
         "teacher": tiny_llama(layers=4),

@@ -12,7 +12,7 @@ import pytest
 
 from hfcompress.evaluate import pack_hits, paired_bootstrap
 from hfcompress.publish import load_facts, write_model_card
-from hfcompress.publish.pictures import kept_rows, layer_panels
+from hfcompress.publish.pictures import bits_rows, kept_rows, layer_panels
 from tests.test_publish import card_of, measurements
 
 RIGHT = np.arange(1000) % 10 > 0  # 90%
@@ -92,6 +92,17 @@ def test_layers_are_in_pictures_and_in_a_table(tmp_path: Path) -> None:
     card_of(tmp_path, measurements())  # of a model that kept all
     assert not (tmp_path / "kept_units.png").exists()
     assert layer_panels(load_facts(tmp_path))["quantization error"][2] == (2, pytest.approx(0.0722))
+
+
+def test_bits_that_differ_are_in_a_picture_and_in_the_table(tmp_path: Path) -> None:
+    values = measurements()
+    text = card_of(tmp_path, values)
+    assert "bits.png" not in text
+    values["quantization_report"][1]["bits"] = 3
+    text = card_of(tmp_path, values)
+    assert "![Bits of each linear layer](bits.png)" in text
+    assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+    assert bits_rows(load_facts(tmp_path)) == {"self_attn.q_proj": {0: 4, 1: 3, 2: 4}}
 
 
 def test_the_same_facts_give_the_same_bytes(tmp_path: Path) -> None:

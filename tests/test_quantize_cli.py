@@ -52,6 +52,24 @@ def test_a_checkpoint_is_quantized_by_the_options_given(llama_dir: Path, tmp_pat
     ]
 
 
+def test_bits_are_chosen_for_each_layer(llama_dir: Path, tmp_path: Path) -> None:
+    text, output = write_text(tmp_path / "text.jsonl"), tmp_path / "mixed"
+    words = ["--bits", "auto", "--choices", 3, "--choices", 8, "--group-size", 32, "--data", text, *SHAPE]
+    with pytest.raises(HFCompressError, match=r"average_bits=9\.9 is out of reach: with 3 to 8 bits a code"):
+        quantize(llama_dir, *words, "--average-bits", "9.9", "-o", output)
+    with pytest.raises(HFCompressError, match="bits='auto' needs one target, either average_bits or megabytes"):
+        quantize(llama_dir, *words, "-o", output)
+    assert not output.exists()
+    report = json.loads(quantize(llama_dir, *words, "--average-bits", 6.5, "-o", output, "--json"))
+    assert {row["bits"] for row in report["rows"]} == {3, 8}
+    method = hfcompress.GPTQ(bits="auto", average_bits=6.5, choices=(3, 8), group_size=32)
+    config = method.as_config(str(text), rows=8, length=32)
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=config)
+    assert {name: one.bits for name, one in packed_layers(model).items()} == {
+        row["name"]: row["bits"] for row in report["rows"]
+    }
+
+
 def test_the_command_does_what_the_function_does(llama_dir: Path, tmp_path: Path) -> None:
     file, output = tmp_path / "text.csv", tmp_path / "sparse"
     Dataset.from_json(str(write_text(tmp_path / "text.jsonl"))).to_csv(str(file))

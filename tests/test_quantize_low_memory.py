@@ -19,7 +19,8 @@ from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.runs import model_files, run_command, write_text
 
 GPTQ = hfcompress.GPTQ(group_size=32)
-METHODS = [GPTQ, hfcompress.RTN(bits=4, group_size=32), hfcompress.AWQ(bits=4, group_size=32)]
+AUTO = hfcompress.GPTQ(bits="auto", average_bits=4.5, group_size=32)
+METHODS = [GPTQ, AUTO, hfcompress.RTN(bits=4, group_size=32), hfcompress.AWQ(bits=4, group_size=32)]
 CASES: dict[str, Any] = {
     "llama": (tiny_llama, AutoModelForCausalLM, "model.layers"),
     "bert": (tiny_bert, AutoModelForSequenceClassification, "bert.encoder.layer"),
@@ -43,7 +44,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": batch["input_ids"]} for batch in token_batches(8)]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("method", METHODS, ids=lambda one: one.summary)
 @pytest.mark.parametrize("case", CASES)
 def test_layers_on_disk_give_the_same_bits(case: str, method: Any, tmp_path: Path) -> None:
     folder = saved(case, tmp_path)
@@ -70,7 +71,8 @@ def dense_in_memory() -> int:
     return sum(1 for one in kinds if tuple(one.shape) in shapes and not one.is_meta)
 
 
-def test_no_two_layers_are_in_memory_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [GPTQ, AUTO], ids=["4 bits", "auto"])
+def test_no_two_layers_are_in_memory_at_a_time(method: Any, tmp_path: Path) -> None:
     model = opened("llama", saved("llama", tmp_path), on_disk=True)
     gc.collect()
     before, seen = dense_in_memory(), list[str]()
@@ -83,7 +85,7 @@ def test_no_two_layers_are_in_memory_at_a_time(tmp_path: Path) -> None:
             weight = layer.mlp.up_proj
             assert isinstance(weight, PackedLinear) if index < len(seen) else weight.weight.is_meta
 
-    hfcompress.quantize(model, GPTQ, batches(), on_layer=look)
+    hfcompress.quantize(model, method, batches(), on_layer=look)
     assert seen == [f"model.layers.{index}" for index in range(4)]
     gc.collect()
     assert dense_in_memory() == before

@@ -48,7 +48,7 @@ STAGE_FAULTS = [
      "stages[0].quantize: unknown option 'calibration_row' (calibration_rows?)"),
     ("quantize: {method: gptq, calibration_rows: 0}",
      "stages[0].quantize.calibration_rows: must be at least 1, not 0"),
-    ("quantize: {method: gptq, bits: '4'}", "stages[0].quantize.bits: '4' is not one of 2, 3, 4, 8"),
+    ("quantize: {method: gptq, bits: '4'}", "stages[0].quantize.bits: '4' is not one of 2, 3, 4, 8, auto"),
     ("quantize: {method: rtn, calibration_rows: 8}",
      "stages[0].quantize.calibration_rows: method rtn needs no calibration data: remove this"),
     ("quantize: {method: rtn, damping: 0.1}",

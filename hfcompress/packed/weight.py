@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hfcompress.packed.packing import WORD_BITS, pack_codes, packed_width, unpack_codes
 
+SHAPE_BYTES = 16  # of the two whole numbers of ``weight_shape``
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # of a packed weight in a checkpoint
 
 
@@ -19,6 +20,15 @@ def values_of(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor
     if zero_point is not None:
         groups.sub_(zero_point.to(scale.dtype).unsqueeze(-1))
     return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
+
+
+def stored_bytes(rows: int, columns: int, bits: int, group_size: int | None, scale_bytes: int) -> int:
+    """Return what a symmetric packed weight takes in a checkpoint: codes in whole words, scales and shape.
+
+    scale_bytes: of one scale.
+    """
+    words = rows * packed_width(columns, bits)
+    return words * WORD_BITS // 8 + rows * (columns // group_size if group_size else 1) * scale_bytes + SHAPE_BYTES
 
 
 class PackedWeight(nn.Module):

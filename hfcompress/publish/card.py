@@ -24,7 +24,7 @@ from hfcompress.publish.limits import limits
 from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install
 from hfcompress.publish.markdown import cell
 from hfcompress.publish.numbers import NOT_MEASURED, duration
-from hfcompress.publish.pictures import plot_kept, plot_layers
+from hfcompress.publish.pictures import plot_bits, plot_kept, plot_layers
 from hfcompress.publish.plots import plot_size_against_quality
 from hfcompress.publish.sharing import is_absolute, shared_recipe, shared_text
 from hfcompress.publish.speeds import latency_markdown, latency_note
@@ -36,6 +36,7 @@ PICTURES: dict[str, tuple[str, Callable[[Facts, Path], Path | None]]] = {
     "size": ("size_against_quality.png", plot_size_against_quality),
     "kept": ("kept_units.png", plot_kept),
     "layers": ("layers.png", plot_layers),
+    "bits": ("bits.png", plot_bits),
 }
 
 

@@ -16,6 +16,7 @@ from hfcompress.publish.plots import GRID, INK, LAST, POINT, save_figure
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 _WIDTH = 7.2
+DARK = 5  # bits whose colour is too dark for dark letters
 Cells = dict[int, tuple[int, int]]
 Points = list[tuple[int, float]]
 
@@ -81,6 +82,45 @@ def draw_kept(rows: dict[str, Cells], name: str, path: Path) -> Path:
 
 def _share(counts: tuple[int, int] | None) -> float:
     return float("nan") if counts is None else counts[1] / counts[0] if counts[0] else 0.0
+
+
+def bits_rows(facts: Facts) -> dict[str, dict[int, int]]:
+    """Return for each kind of quantized linear layer the bits by the layer's number; empty where all have the same."""
+    rows: dict[str, dict[int, int]] = {}
+    for row in facts.quantization_report:
+        layer = layer_of(row["name"])
+        if layer is not None and row.get("bits"):
+            rows.setdefault(_NUMBER.sub(".N", row["name"], count=1), {})[layer] = row["bits"]
+    different = len({bits for cells in rows.values() for bits in cells.values()}) > 1
+    stacks = {place.partition(".N.")[0] for place in rows}
+    short = {place: place.partition(".N.")[2] if len(stacks) == 1 else place for place in rows}
+    return {short[place]: cells for place, cells in rows.items()} if different else {}
+
+
+def plot_bits(facts: Facts, path: Path) -> Path | None:
+    """Draw the bits that were chosen for each layer, a row for each kind; None where all have the same."""
+    rows = bits_rows(facts)
+    if not rows:
+        return None
+    layers = sorted({layer for cells in rows.values() for layer in cells})
+    figure = Figure(figsize=(_WIDTH, 1.0 + 0.27 * len(rows)), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    size = 8.5 if len(layers) <= 40 else 5.5
+    shown = [[cells.get(layer, float("nan")) for layer in layers] for cells in rows.values()]
+    axes.imshow(shown, aspect="auto", vmin=0, vmax=8, cmap="YlGnBu")
+    for row, cells in enumerate(rows.values()):
+        for column, layer in enumerate(layers):
+            if layer in cells:
+                color = "white" if cells[layer] > DARK else INK
+                axes.text(column, row, str(cells[layer]), ha="center", va="center", fontsize=size, color=color)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_xlabel("layer", color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8.5 if len(layers) <= 12 else 6.5, length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{facts.name}: bits of a weight's code", loc="left", fontsize=11, color=INK, pad=8)
+    return save_figure(figure, path)
 
 
 def layer_panels(facts: Facts) -> dict[str, Points]:

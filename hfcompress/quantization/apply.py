@@ -26,6 +26,7 @@ from hfcompress.quantization.checks import check_joint_pruning, warn_about_other
 from hfcompress.quantization.experts import with_split_experts
 from hfcompress.quantization.float8 import Float8
 from hfcompress.quantization.folding import Changes, undo_
+from hfcompress.quantization.mixed import with_chosen_bits
 from hfcompress.quantization.options import GPTQ, RTN
 from hfcompress.quantization.placing import Rows, by_layers, put_, release_layer_, restore_, round_one_, row_of
 from hfcompress.quantization.plan import plan_linears
@@ -33,7 +34,7 @@ from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizationReport, QuantizedLinear
 from hfcompress.quantization.rtn import Scale
 from hfcompress.quantization.scaled import scaled
-from hfcompress.quantization.shards import kept_layers
+from hfcompress.quantization.shards import LayerShards, kept_layers
 from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
 from hfcompress.quantization.w8a8 import byte_layer, byte_twin, check_bytes
 from hfcompress.structure.offload import is_offloaded, settle_
@@ -78,7 +79,12 @@ def quantize(
     if prune is not None:
         check_joint_pruning(method, prune, planned)
     warn_about_other_grid(model, planned, method)
-    steps = _steps(model, planned, method, batches, prune, quantizer, changes, shards)
+    store = None
+    if shards is not None and method.needs_calibration:
+        store = LayerShards.open(shards, model, (method, prune), batches)
+    if isinstance(method, GPTQ):
+        planned = with_chosen_bits(model, planned, method, batches, store)
+    steps = _steps(model, planned, method, batches, prune, quantizer, changes, store)
     rows = _run(model, planned, steps, type(method).__name__, on_layer, changes)
     if quantizer is not None:
         finish_(model, quantizer)
@@ -98,7 +104,7 @@ def _steps(
     prune: ColumnPruning | None,
     quantizer: HfQuantizer | None,
     changes: Changes,
-    shards: str | Path | None,
+    store: LayerShards | None,
 ) -> Iterable[tuple[str, Rows]]:
     """Return the method's work, layer by layer.  changes: takes what it changes beside the planned layers."""
     put = partial(put_, model)
@@ -109,22 +115,23 @@ def _steps(
         return _replaced(model, planned, quantizer.quantization_config)
     if isinstance(method, GPTQ):
         steps = kept_layers(
-            shards, model, planned, (method, prune), batches,
-            lambda rest: calibrated(model, rest, method, batches, prune), changes,
-        )  # fmt: skip
+            store, model, planned, lambda rest: calibrated(model, rest, method, batches, prune), changes
+        )
         return chain(steps, _outside(model, outside, "mse"))
     if isinstance(method, AWQ):
-        steps = kept_layers(
-            shards, model, [one for one in planned if one.name in inside], (method, prune), batches,
-            lambda rest: scaled(model, rest, method, batches, changes), changes,
-        )  # fmt: skip
+        planned = [one for one in planned if one.name in inside]
+        steps = kept_layers(store, model, planned, lambda rest: scaled(model, rest, method, batches, changes), changes)
         return chain(steps, _outside(model, outside, "mse"))
     if isinstance(method, SmoothQuant):
         check_bytes(model, planned, activations=True)
         return kept_layers(
-            shards, model, planned, (method, prune), batches,
-            lambda rest: smoothed(model, rest, method, batches, changes, put), changes, byte_twin,
-        )  # fmt: skip
+            store,
+            model,
+            planned,
+            lambda rest: smoothed(model, rest, method, batches, changes, put),
+            changes,
+            byte_twin,
+        )
     if isinstance(method, Float8):
         check_bytes(model, planned, method.activations, "float")
         return by_layers(model, planned, lambda one: _put_bytes_(put, *byte_layer(one, "float", method.activations)))

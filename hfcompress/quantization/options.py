@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Bits = Literal[2, 3, 4, 8]
+AUTO: Final = "auto"
+CHOICES: tuple[Bits, ...] = (2, 3, 4, 8)
 Order = Literal["stored", "groups", "columns"]
 ScaleSearch = Literal["absmax", "mse", "hessian"]
 
@@ -101,11 +104,29 @@ class Steps:
 PLAIN = Steps()
 
 
+def _check_auto(targets: Sequence[str], choices: Sequence[int], readable: bool) -> None:
+    """Raise ValueError for options that do not go with bits that are chosen for each layer."""
+    if len(targets) != 1:
+        found = " and ".join(targets) or "neither"
+        raise ValueError(f"bits='auto' needs one target, either average_bits or megabytes, not {found}")
+    if len(set(choices)) != len(choices):
+        raise ValueError(f"choices={tuple(choices)} names one number of bits twice")
+    if not readable:
+        raise ValueError(
+            "bits='auto' goes with symmetric=True and embeddings=False: stock Transformers reads zero points and "
+            "packed embeddings only where all layers have the same bits"
+        )
+
+
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class GPTQ(WhileLoading):
     """Round column by column and let later columns absorb the error (Frantar et al., arXiv 2210.17323).
 
-    bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
+    bits: of one code; ``auto`` chooses for each layer, those that see the same input alike.
+    average_bits: for ``auto``, what a weight may take on average as it is stored, with scales and what packing adds.
+    megabytes: for ``auto`` and instead of ``average_bits``, what all packed layers may take, in 10^6 bytes.
+    choices: for ``auto``, the numbers of bits to choose from, unless they are all; a head gets the most of them.
+    group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
     quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
     the layers about four times instead of once; ``benchmarks/quantize.py`` measures what that gains.
@@ -123,7 +144,10 @@ class GPTQ(WhileLoading):
     needs_calibration: ClassVar[bool] = True
     package: ClassVar[str] = "compressed_tensors"
 
-    bits: Bits = 4
+    bits: Literal[2, 3, 4, 8, "auto"] = 4
+    average_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    megabytes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    choices: Annotated[tuple[Bits, ...], Field(min_length=2)] | None = None
     group_size: Annotated[int, Field(ge=8)] | None = 128
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     quality: Literal["fast", "best"] = "fast"
@@ -135,10 +159,27 @@ class GPTQ(WhileLoading):
     order: Order = "stored"
     sweeps: Annotated[int, Field(ge=0, le=20)] = 0
 
+    def __post_init__(self) -> None:
+        targets = {"average_bits": self.average_bits, "megabytes": self.megabytes}
+        given = [f"{name}={value:g}" for name, value in targets.items() if value is not None]
+        if self.bits == AUTO:
+            _check_auto(given, self.candidates, self.symmetric and not self.embeddings)
+        elif given or self.choices is not None:
+            what = given or [f"choices={self.choices}"]
+            raise ValueError(f"{' and '.join(what)} goes with bits='auto', which chooses for it, not with {self.bits}")
+
     @property
     def summary(self) -> str:
         """What the method does, for people."""
-        return f"GPTQ, {self.bits} bits, {scales(self.group_size)}"
+        if self.bits != AUTO:
+            return f"GPTQ, {self.bits} bits, {scales(self.group_size)}"
+        target = f"{self.average_bits:g} bits on average" if self.average_bits else f"{self.megabytes:g} MB in all"
+        return f"GPTQ, {'/'.join(map(str, self.candidates))} bits for at most {target}, {scales(self.group_size)}"
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Return the numbers of bits that ``auto`` chooses from, fewest first."""
+        return tuple(sorted(self.choices or CHOICES))
 
     @property
     def steps(self) -> Steps:

@@ -14,15 +14,19 @@ from hfcompress.packed.experts import routers, split_experts
 from hfcompress.packed.format import is_seq2seq
 from hfcompress.quantization.checks import check_weights, chosen_layers
 from hfcompress.quantization.experts import join_experts_, refuse_dense_experts, split_experts_
+from hfcompress.quantization.mixed import check_target
+from hfcompress.quantization.options import AUTO, GPTQ
 from hfcompress.quantization.planned import LinearMethod, PlannedLinear, fitting_group_size
 
 
 def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool = True) -> list[PlannedLinear]:
     """Return the linear layers of the model's stacks that the method quantizes.
 
-    loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Raises ModelError
-    when the model is quantized already, has layers that cannot be packed, shares or damages a targeted weight, or when
-    nothing is left to quantize. Warns once about group sizes that do not divide. Routers of experts are left out.
+    loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Bits that are yet
+    to be chosen stand there as the most that a layer may get.  Raises ModelError when the model is quantized already,
+    has layers that cannot be packed, shares or damages a targeted weight, when nothing is left to quantize, or when
+    the target for the bits is out of reach. Warns once about group sizes that do not divide. Routers of experts are
+    left out.
     """
     if not loaded:
         fused = split_experts_(model, method)
@@ -48,11 +52,12 @@ def _planned(model: PreTrainedModel, method: LinearMethod, loaded: bool) -> list
     plain = method.symmetric and all(isinstance(module, nn.Linear) for module in chosen.values())
     alone = plain and not is_seq2seq(model) and not split_experts(model)
     common = None if alone else gcd(*sizes.values())
-    return [
+    bits = max(method.candidates) if isinstance(method, GPTQ) and method.bits == AUTO else int(method.bits)
+    planned = [
         PlannedLinear(
             name,
             module,
-            method.bits,
+            bits,
             fitting_group_size(common or sizes[name], asked),
             asked,
             method.symmetric,
@@ -60,6 +65,9 @@ def _planned(model: PreTrainedModel, method: LinearMethod, loaded: bool) -> list
         )
         for name, module in chosen.items()
     ]
+    if isinstance(method, GPTQ) and method.bits == AUTO:
+        check_target(model, planned, method)
+    return planned
 
 
 def _columns(module: nn.Module) -> int:

@@ -23,7 +23,7 @@ class LinearMethod(Protocol):
     def package(self) -> str: ...  # noqa: D102
 
     @property
-    def bits(self) -> int: ...  # noqa: D102
+    def bits(self) -> int | str: ...  # noqa: D102
 
     @property
     def group_size(self) -> int | None: ...  # noqa: D102

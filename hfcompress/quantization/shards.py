@@ -29,7 +29,7 @@ from hfcompress.quantization.report import QuantizedLinear
 from hfcompress.structure.offload import stored_tensors
 
 Rows = list[QuantizedLinear]
-BEGAN, SUFFIX = "began.json", ".safetensors"
+BEGAN, BITS, SUFFIX = "began.json", "bits.json", ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ class LayerShards:
         """Write a finished layer.  Raises CheckpointError when the disk is full; earlier layers stay as they are."""
         tensors = {key: one.detach().cpu().clone().contiguous() for key, one in layer.state_dict().items()}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / BEGAN).is_file():
-                write_text(self.folder / BEGAN, json.dumps(dict(self.began), indent=2) + "\n")
+            self._begin()
             write_tensors(self._file(name), tensors, {"rows": json.dumps([asdict(row) for row in rows])})
         except (OSError, SafetensorError) as error:
             kept = len(list(self.folder.glob(f"*{SUFFIX}")))
@@ -96,6 +94,31 @@ class LayerShards:
                 f"The finished layer {name} could not be written to {self.folder}: {error}. The {kept} layers before "
                 "it are kept there: free some space and resume."
             ) from error
+
+    def bits(self, choose: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
+        """Return the bits of each linear layer that the run began with; a run that begins chooses them.
+
+        Raises CheckpointError when they cannot be read or written.
+        """
+        file = self.folder / BITS
+        if file.is_file():
+            with self._reading(file):
+                return {name: int(bits) for name, bits in json.loads(file.read_text(encoding="utf-8")).items()}
+        chosen = choose()
+        try:
+            self._begin()
+            write_text(file, json.dumps(dict(chosen), indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"The chosen bits could not be written to {file}: {error}. Free some space."
+            ) from error
+        return chosen
+
+    def _begin(self) -> None:
+        """Make the folder and note what the run began with."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / BEGAN).is_file():
+            write_text(self.folder / BEGAN, json.dumps(dict(self.began), indent=2) + "\n")
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
@@ -105,31 +128,26 @@ class LayerShards:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} is damaged: {error}. Remove it to have its layer quantized again."
-            ) from error
+            again = "the bits chosen" if file.name == BITS else "its layer quantized"
+            raise CheckpointError(f"{file} is damaged: {error}. Remove it to have {again} again.") from error
 
 
 def kept_layers(
-    folder: str | Path | None,
+    store: LayerShards | None,
     model: nn.Module,
     planned: Sequence[PlannedLinear],
-    options: Sequence[Any],
-    batches: Sequence[Batch],
     quantize_: Callable[[Sequence[PlannedLinear]], Iterator[tuple[str, Rows]]],
     changes: Changes,
     twin: Callable[[PlannedLinear], nn.Module] = empty_twin,
 ) -> Iterator[tuple[str, Rows]]:
-    """Return the steps of ``quantize_``, whose layers are kept in a folder; those that it has already are not redone.
+    """Return the steps of ``quantize_``, whose layers are kept in a store; those that it has already are not redone.
 
-    folder: None keeps nothing.  quantize_: given the linear layers that are left, does a layer of the stack at each
+    store: None keeps nothing.  quantize_: given the linear layers that are left, does a layer of the stack at each
     step and yields its name and rows, none for a layer that has nothing left.  changes: takes the values of what a
     kept layer changes beside its linear layers.  twin: makes an empty layer for what is kept of a linear one.
-    See ``LayerShards.open`` for the rest.
     """
-    if folder is None:
+    if store is None:
         return quantize_(planned)
-    store = LayerShards.open(folder, model, options, batches)
     done = store.finished()
     finished = {row.name for rows in done.values() for row in rows}
     rest = quantize_([one for one in planned if one.name not in finished])

@@ -6,14 +6,16 @@ for each call. Here a layer is brought in for good, so that it can be changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
 from hfcompress.errors import ModelError
+
+T = TypeVar("T")
 
 
 def places_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -49,6 +51,28 @@ def bring_in_(module: nn.Module) -> None:
             for leaf, tensor in part.named_parameters(recurse=False):
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise ModelError(f"{name}.{leaf} holds NaN or infinite values; the checkpoint is damaged.")
+
+
+def lent_layers(model: nn.Module, visits: Iterable[T], layer_of: Callable[[T], nn.Module]) -> Iterator[T]:
+    """Yield visits of layers that are left as they are; weights that lay on disk go back there after each.
+
+    visits: each brings its layer in, see ``bring_in_``.
+    """
+    hooks = {part: part._hf_hook for part in model.modules() if hasattr(part, "_hf_hook") and _lacks_weights(part)}
+    lent: nn.Module | None = None
+
+    def give_back_() -> None:
+        for part in () if lent is None else lent.modules():
+            if part in hooks and not _lacks_weights(part):
+                add_hook_to_module(part, hooks[part])
+
+    try:
+        for visit in visits:
+            give_back_()  # not before the next one has come, as the walk runs the layer for its inputs
+            lent = layer_of(visit)
+            yield visit
+    finally:
+        give_back_()
 
 
 def settle_(model: nn.Module) -> None:
