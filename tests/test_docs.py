@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,12 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 import hfcompress
+from docs import screenshots
 from docs.generate import all_commands
+from hfcompress.publish import load_facts
+from hfcompress.publish.numbers import megabytes
 from hfcompress.recipe import STAGES, parse_recipe
+from tests.browser import CHROMIUM, DRIVER, MISSING
 from tests.documents import ROOT, blocks, readers_names, run_python
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
@@ -61,6 +66,41 @@ def test_its_commands_are_the_commands(code: str) -> None:
             assert words[0] in ("pip", "make", "source"), line
             continue
         all_commands()[words[1]].make_context(words[1], words[2:])
+
+
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
+
+
+def test_every_picture_is_there_is_described_and_is_used() -> None:
+    shown = set()
+    for page, text in PAGES.items():
+        for description, target in IMAGE.findall(text):
+            assert len(description) > 20, target
+            cards = target.removeprefix("cards/") if target.startswith("cards/") else None
+            file = ROOT / "model_cards" / cards if cards else (ROOT / page).parent / target
+            assert file.is_file(), f"{page} shows {target}"
+            shown.add(file.resolve())
+    assert {file for file in (ROOT / "docs/images").iterdir() if file.suffix == ".png"} <= shown
+    assert all(file.stat().st_size < 200_000 for file in shown)
+
+
+def test_screenshots_are_of_what_is_here() -> None:
+    assert len(screenshots.COMPARED) > 1
+    facts = load_facts(screenshots.RUN)
+    printed = re.sub(r"<[^>]+>", "", screenshots.end_of_run()).replace("&#160;", " ")
+    assert f"{megabytes(facts.after.bytes_on_disk)}" in printed
+    assert f"{facts.after.metrics['perplexity']:.2f}" in printed
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+def test_screenshots_can_be_taken_again(tmp_path: Path) -> None:
+    made = screenshots.screenshots(tmp_path)
+    kept = {file.name: file for file in (ROOT / "docs/images").glob("*.png")}
+    assert {file.name for file in made} == kept.keys()
+    for file in made:
+        sizes = [struct.unpack(">II", one.read_bytes()[16:24]) for one in (file, kept[file.name])]  # PNG's header
+        assert sizes[0][0] == sizes[1][0], file.name
+        assert sizes[0][1] == pytest.approx(sizes[1][1], rel=0.1), file.name
 
 
 @pytest.fixture(scope="module")
