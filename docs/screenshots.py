@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from docs.generate import CARDS, ROOT
+from docs.measured import CARDS, ROOT
 from hfcompress.publish import load_facts, print_result, write_report
 from tests.browser import Browser
 

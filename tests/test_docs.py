@@ -15,10 +15,10 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 import hfcompress
-from docs import screenshots
+from docs import measured, screenshots
 from docs.generate import all_commands
 from hfcompress.publish import load_facts
-from hfcompress.publish.numbers import megabytes
+from hfcompress.publish.numbers import megabytes, metric
 from hfcompress.recipe import STAGES, parse_recipe
 from tests.browser import CHROMIUM, DRIVER, MISSING
 from tests.documents import ROOT, blocks, readers_names, run_python
@@ -66,6 +66,30 @@ def test_its_commands_are_the_commands(code: str) -> None:
             assert words[0] in ("pip", "make", "source"), line
             continue
         all_commands()[words[1]].make_context(words[1], words[2:])
+
+
+def test_choosing_has_no_figure_but_measured_ones() -> None:
+    """What is typed in the page has none, and the table is of the cards."""
+    typed = re.sub(r"`[^`]*`|<!--.*?-->|\]\([^)]*\)", "", PAGES["docs/choosing.md"])
+    assert not re.search(r"\d\.\d|\d *(%|times|ms\b|MB)", typed)
+    rows = measured.effects().splitlines()[2:]
+    expected = 0
+    for folder in measured.card_folders():
+        facts = load_facts(folder)
+        name = facts.metric_names[0]
+        for stage, before, after in zip(facts.recipe["stages"], facts.stages, facts.stages[1:]):
+            kind = next(iter(stage))
+            one, other = before.measurement, after.measurement
+            assert one.latency
+            assert other.latency
+            pairs = ((one.bytes_on_disk, other.bytes_on_disk), (one.latency.median_ms, other.latency.median_ms))
+            size, wait = (re.sub(r"^[+-]0%", "0%", f"{now / was - 1:+.0%}") for was, now in pairs)
+            quality = ", then ".join(metric(name, found.metrics.get(name)) for found in (one, other))
+            told = f"| {size} | {wait} | {name}: {quality} |"
+            mine = [row for row in rows if row.startswith(f"| `{kind}`") and f"[{facts.name}]" in row]
+            assert any(told in row for row in mine) is (kind != "finetune"), (facts.name, kind)
+            expected += kind != "finetune"
+    assert len(rows) == expected > 10
 
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
