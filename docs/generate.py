@@ -11,7 +11,6 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import typer.main
@@ -20,19 +19,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import hfcompress
+from docs.measured import ROOT, card_folders, effects, gallery, measured, table
 from hfcompress.cli import app
 from hfcompress.commands import one_shot_command
-from hfcompress.evaluate import Measurement
 from hfcompress.publish import load_facts
 from hfcompress.publish.markdown import fenced
-from hfcompress.publish.markdown import table as markdown_table
-from hfcompress.publish.numbers import megabytes, metric, percent
 from hfcompress.publish.report import render_report
-from hfcompress.publish.sections import stages_markdown
 from hfcompress.recipe import METHODS, recipe_schema
 
-ROOT = Path(__file__).resolve().parent.parent
-CARDS = ROOT / "model_cards"
 _MARK = re.compile(r"^<!-- ([a-z_]+)(?:: (.+?))? -->$", re.MULTILINE)
 
 
@@ -45,10 +39,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the model cards, with their pictures, as pages ``cards/NAME/index.md``, and a report of them."""
-    facts = [load_facts(folder) for folder in _cards()]
+    facts = [load_facts(folder) for folder in card_folders()]
     page = render_report({one.name: one for one in facts})
     files.append(File.generated(config, "report.html", content=page))
-    for folder in _cards():
+    for folder in card_folders():
         for file in folder.iterdir():
             if file.name == "README.md":
                 text = file.read_text(encoding="utf-8")
@@ -59,12 +53,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 # ---- text out of docstrings ----
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of text, set to the left; this Markdown takes bars inside of code as they are."""
-    text = markdown_table(headers, rows, right_from=len(headers))
-    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace(r"\|", "|"), text)
-
-
 def _code(text: str) -> str:
     """Turn double backticks into single ones, and keep what HTML would take for its own outside of code."""
     parts = text.replace("``", "`").split("`")
@@ -237,50 +225,6 @@ def names_in(place: str) -> str:
     return table(["name", "what it is"], [[f"`{name}`", _first_line(one)] for name, one in found.items()])
 
 
-# ---- what was measured ----
-def gallery(technique: str | None = None) -> str:
-    """Return a line for each card in ``model_cards/``: what was done, what it saved and what it cost.
-
-    technique: a kind of stage, or an option such as ``prune`` of any stage, that the card's recipe has.
-    """
-    rows = []
-    for folder in _cards():
-        facts = load_facts(folder)
-        if technique and technique not in _techniques(facts.recipe):
-            continue
-        first, before, after, name = facts.stages[0].measurement, facts.before, facts.after, facts.metric_names[0]
-        quality = f"{name}: {metric(name, before.metrics.get(name))}, then {metric(name, after.metrics.get(name))}"
-        stages = ", ".join(f"`{stage.name}`" for stage in facts.stages[1:])
-        rows.append([
-            f"[{facts.name}](cards/{folder.name}/index.md)", stages,
-            f"{megabytes(first.bytes_on_disk)}, then {megabytes(after.bytes_on_disk)}", quality,
-            percent(1 - after.nonzero / first.nonzero), f"{_latency(before)}, then {_latency(after)}",
-        ])  # fmt: skip
-    if not rows:
-        return "No model card of this repository shows it yet."
-    return table(["model", "stages", "size on disk", "quality", "fewer non-zeros", "latency"], rows)
-
-
-def _latency(measured: Measurement) -> str:
-    found = measured.latency
-    return "not measured" if found is None else f"{found.median_ms:.3g} ms"
-
-
-def _techniques(recipe: dict[str, Any]) -> set[str]:
-    """Return the kinds of a recipe's stages and the names of their options."""
-    return {name for stage in recipe.get("stages", []) for kind, options in stage.items()
-            for name in (kind, *(options or {}))}  # fmt: skip
-
-
-def _cards() -> list[Path]:
-    return sorted(file.parent for file in CARDS.glob("*/measurements.json"))
-
-
-def measured(name: str) -> str:
-    """Return the table of a card's stages."""
-    return stages_markdown(load_facts(CARDS / name))
-
-
 def readme(heading: str) -> str:
     """Return a section of the README, without its heading."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -293,6 +237,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "names_in": names_in,
     "gallery": gallery,
+    "effects": effects,
     "measured": measured,
     "readme": readme,
 }

@@ -70,7 +70,7 @@ def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
     arguments = TrainingArguments(**training_options(options, job.work, job.recipe.seed))
     pruning, aware = _pruning(options), _quantize_aware(options, job)
     trainer = PerItemTrainer(model=model, args=arguments, **_data_of(job), callbacks=[*pruning, *aware])
-    train(trainer, name)
+    train(trainer, name, options.dropout)
     return _finished(model, job, _trained(trainer, pruning), aware)
 
 
@@ -86,7 +86,7 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
         model=student, teacher_model=teachers, teacher_weights=options.teacher_weights, args=arguments,
         **_data_of(job), **_tokenizers(job, options, student, teachers), callbacks=[*pruning, *aware],
     )  # fmt: skip
-    train(trainer, name)
+    train(trainer, name, options.dropout)
     summary = f"teacher {' and '.join(options.teachers)}, {_trained(trainer, pruning)}"
     return _finished(student, job, summary, aware)
 

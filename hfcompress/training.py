@@ -18,6 +18,7 @@ from hfcompress.devices import fast_bfloat16
 from hfcompress.errors import CheckpointError
 from hfcompress.progress import Meter, meter, quiet_bars
 from hfcompress.recipe import Distill, Finetune
+from hfcompress.structure.dropout import dropout_of
 
 WHOLE = "hfcompress_whole"
 
@@ -40,8 +41,11 @@ def training_options(options: Finetune | Distill, work: Path, seed: int) -> dict
     return {**defaults, **options.training, **length, "disable_tqdm": True, "output_dir": str(work)}
 
 
-def train(trainer: Trainer, description: str) -> None:
-    """Train to the end, from the last whole checkpoint if there is one; raise nothing of our own."""
+def train(trainer: Trainer, description: str, dropout: float | None = None) -> None:
+    """Train to the end, from the last whole checkpoint if there is one; raise nothing of our own.
+
+    dropout: of every dropout, for this training alone; None leaves each as the model's config says.
+    """
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which belongs to results
     work = Path(str(trainer.args.output_dir))
     checkpoint = last_whole_checkpoint(work)
@@ -50,7 +54,7 @@ def train(trainer: Trainer, description: str) -> None:
     trainer.args.save_total_limit = None  # it removes old checkpoints before the new one bears its mark
     with meter(description, total) as shown, quiet_bars():
         trainer.add_callback(_ShowProgress(shown))
-        with _writing(work):
+        with _writing(work), dropout_of(trainer.accelerator.unwrap_model(trainer.model), dropout):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # In mixed precision the model's forward stays wrapped in autocast, with which it answers unlike its reloaded twin.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

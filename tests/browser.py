@@ -47,6 +47,8 @@ class Browser:
                        mobile=False)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._devtools("Emulation.setEmulatedMedia", features=[scheme])
+        # What a page does not paint stays transparent in its pictures.
+        self._devtools("Emulation.setDefaultBackgroundColorOverride", color={"r": 0, "g": 0, "b": 0, "a": 0})
         self._ask("POST", "/url", {"url": page.absolute().as_uri()})
 
     def _devtools(self, command: str, **values: Any) -> Any:
@@ -81,9 +83,11 @@ class Browser:
         """Return what the page wrote to its console, errors of scripts and blocked loads among it."""
         return [one["message"] for one in self._ask("POST", "/se/log", {"type": "browser"})]
 
-    def picture(self, path: Path) -> Path:
-        """Write a PNG of the whole page."""
-        width, height = self.run("return [innerWidth, document.documentElement.scrollHeight]")
+    def picture(self, path: Path, down_to: str | None = None) -> Path:
+        """Write a PNG of the whole page, or of its upper part with the first that a CSS selector finds."""
+        found = f"document.querySelector({json.dumps(down_to)}).getBoundingClientRect().bottom + 8"
+        end = "document.documentElement.scrollHeight" if down_to is None else found
+        width, height = self.run(f"return [innerWidth, Math.round({end})]")
         self._devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                        mobile=False)  # fmt: skip
         path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))

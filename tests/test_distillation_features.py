@@ -19,6 +19,7 @@ from hfcompress.distillation.logged import LoggedTerms
 from hfcompress.distillation.losses import LOSSES, FeatureLoss
 from hfcompress.distillation.projections import FILE
 from hfcompress.errors import CheckpointError, ModelError
+from tests.checkpointing import checkpointing
 from tests.conftest import VOCABULARY_SIZE
 from tests.distilling import (
     StopAt,
@@ -260,10 +261,7 @@ def test_weights_follow_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("options", "message"),
     [
         ({"torch_compile": True}, "torch_compile does not run the hooks"),
-        (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "Reentrant gradient checkpointing",
-        ),
+        (checkpointing(True, use_reentrant=True), "Reentrant checkpointing"),
         ({"losses": [{"hidden_states": {"layers": [[0, 2]]}}]}, r"\[0, 2\] names a layer that is not there"),
     ],
 )
@@ -274,10 +272,10 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str, tmp_
 
 def test_checkpointed_layers_give_the_same_gradients(tmp_path: Path) -> None:
     results = []
-    for checkpointing in (False, True):
+    for wanted in (False, True):
         trainer = distiller(
             llama(), llama(seed=1), tmp_path, temperature=None, losses=["hidden_states", "relations"],
-            gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+            **checkpointing(wanted, use_reentrant=False),
         )  # fmt: skip
         trainer.train()
         results.append(weights_of(trainer.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hfcompress.distillation import DistillationTrainer
+from hfcompress.errors import HFCompressError
 from hfcompress.pruning import PruneCallback
 from tests.distilling import (
     StopAt,
@@ -157,3 +159,52 @@ def test_each_trial_of_a_search_reads_its_options(alpha: float, temperature: flo
         assert found == pytest.approx(expected, rel=1e-5)
     for name, value in weights_of(alone.model).items():
         torch.testing.assert_close(weights_of(searched.model)[name], value, rtol=1e-4, atol=1e-6)
+
+
+class Ended(TrainerCallback):
+    """Keeps of each training the options that it ended with and its student's weights."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[dict[str, float], dict[str, Tensor]]] = []
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        options = {name: getattr(args, name) for name in ("learning_rate", "temperature")}
+        self.found.append((options, weights_of(kwargs["model"])))
+
+
+def test_a_search_trains_a_student_per_trial_and_names_the_best(tmp_path: Path) -> None:
+    import optuna
+
+    rows, ended = class_rows()[:8], Ended()
+    space = {"learning_rate": [0.3, 0.01], "temperature": [1.0, 4.0]}
+    trainer = distiller(None, bert(seed=1), tmp_path, rows, max_steps=3, model_init=lambda: bert(), callbacks=[ended])
+    best = trainer.hyperparameter_search(
+        backend="optuna", n_trials=4, direction="minimize", sampler=optuna.samplers.GridSampler(space, seed=0),
+        hp_space=lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
+    )  # fmt: skip
+    assert {tuple(options.values()) for options, _ in ended.found} == set(itertools.product(*space.values()))
+    objectives = []
+    for options, weights in ended.found:
+        alone = distiller(bert(), bert(seed=1), tmp_path, rows, max_steps=3, **options)
+        alone.train()
+        for name, value in weights_of(alone.model).items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+        objectives.append(alone.evaluate()["eval_loss"])
+    first = min(range(4), key=objectives.__getitem__)
+    assert len({round(one, 4) for one in objectives}) == 4
+    assert best.run_id == str(first)
+    assert best.hyperparameters == ended.found[first][0]
+    assert best.objective == pytest.approx(objectives[first], rel=1e-5)
+
+
+def test_a_search_does_not_train_with_options_that_no_config_takes(tmp_path: Path) -> None:
+    trainer = distiller(None, bert(seed=1), tmp_path, class_rows()[:8], model_init=lambda: bert(), temperature=None)
+    for options, fault in (
+        ({"alpha": 1.5}, r"alpha=1\.5 must lie between 0 and 1"),
+        ({"alpha": 0.5, "temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"temperature": 2.0, "losses": ["reverse_kl"]}, r"temperature=2\.0 is an option of the losses"),
+    ):
+        for name, value in options.items():
+            setattr(trainer.args, name, value)
+        with pytest.raises(HFCompressError, match=fault):
+            trainer.train()

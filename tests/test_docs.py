@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,12 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 import hfcompress
+from docs import measured, screenshots
 from docs.generate import all_commands
+from hfcompress.publish import load_facts
+from hfcompress.publish.numbers import megabytes, metric
 from hfcompress.recipe import STAGES, parse_recipe
+from tests.browser import CHROMIUM, DRIVER, MISSING
 from tests.documents import ROOT, blocks, readers_names, run_python
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
@@ -61,6 +66,65 @@ def test_its_commands_are_the_commands(code: str) -> None:
             assert words[0] in ("pip", "make", "source"), line
             continue
         all_commands()[words[1]].make_context(words[1], words[2:])
+
+
+def test_choosing_has_no_figure_but_measured_ones() -> None:
+    """What is typed in the page has none, and the table is of the cards."""
+    typed = re.sub(r"`[^`]*`|<!--.*?-->|\]\([^)]*\)", "", PAGES["docs/choosing.md"])
+    assert not re.search(r"\d\.\d|\d *(%|times|ms\b|MB)", typed)
+    rows = measured.effects().splitlines()[2:]
+    expected = 0
+    for folder in measured.card_folders():
+        facts = load_facts(folder)
+        name = facts.metric_names[0]
+        for stage, before, after in zip(facts.recipe["stages"], facts.stages, facts.stages[1:]):
+            kind = next(iter(stage))
+            one, other = before.measurement, after.measurement
+            assert one.latency
+            assert other.latency
+            pairs = ((one.bytes_on_disk, other.bytes_on_disk), (one.latency.median_ms, other.latency.median_ms))
+            size, wait = (re.sub(r"^[+-]0%", "0%", f"{now / was - 1:+.0%}") for was, now in pairs)
+            quality = ", then ".join(metric(name, found.metrics.get(name)) for found in (one, other))
+            told = f"| {size} | {wait} | {name}: {quality} |"
+            mine = [row for row in rows if row.startswith(f"| `{kind}`") and f"[{facts.name}]" in row]
+            assert any(told in row for row in mine) is (kind != "finetune"), (facts.name, kind)
+            expected += kind != "finetune"
+    assert len(rows) == expected > 10
+
+
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
+
+
+def test_every_picture_is_there_is_described_and_is_used() -> None:
+    shown = set()
+    for page, text in PAGES.items():
+        for description, target in IMAGE.findall(text):
+            assert len(description) > 20, target
+            cards = target.removeprefix("cards/") if target.startswith("cards/") else None
+            file = ROOT / "model_cards" / cards if cards else (ROOT / page).parent / target
+            assert file.is_file(), f"{page} shows {target}"
+            shown.add(file.resolve())
+    assert {file for file in (ROOT / "docs/images").iterdir() if file.suffix == ".png"} <= shown
+    assert all(file.stat().st_size < 200_000 for file in shown)
+
+
+def test_screenshots_are_of_what_is_here() -> None:
+    assert len(screenshots.COMPARED) > 1
+    facts = load_facts(screenshots.RUN)
+    printed = re.sub(r"<[^>]+>", "", screenshots.end_of_run()).replace("&#160;", " ")
+    assert f"{megabytes(facts.after.bytes_on_disk)}" in printed
+    assert f"{facts.after.metrics['perplexity']:.2f}" in printed
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+def test_screenshots_can_be_taken_again(tmp_path: Path) -> None:
+    made = screenshots.screenshots(tmp_path)
+    kept = {file.name: file for file in (ROOT / "docs/images").glob("*.png")}
+    assert {file.name for file in made} == kept.keys()
+    for file in made:
+        sizes = [struct.unpack(">II", one.read_bytes()[16:24]) for one in (file, kept[file.name])]  # PNG's header
+        assert sizes[0][0] == sizes[1][0], file.name
+        assert sizes[0][1] == pytest.approx(sizes[1][1], rel=0.1), file.name
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from hfcompress.distillation import OnPolicy
 from hfcompress.distillation.losses.jensen_shannon import jensen_shannon
 from hfcompress.distillation.on_policy import joined, lengths_of, padded_left, prompts_of, write_completions
 from hfcompress.errors import DataError, HFCompressError, ModelError
+from tests.checkpointing import checkpoint_activations
 from tests.conftest import VOCABULARY_SIZE, tiny_bert
 from tests.distilling import StopAt, distiller, equal, llama, stack, weights_of
 
@@ -73,7 +74,7 @@ def test_only_completions_up_to_their_end_count() -> None:
 def test_samples_follow_the_students_own_distribution() -> None:
     student = dropping_llama().train()
     student.generation_config = GenerationConfig(top_p=0.1, repetition_penalty=5.0, eos_token_id=5)
-    student.gradient_checkpointing_enable()
+    checkpoint_activations(student)
     ids = torch.tensor([[6, 7, 8]])
     batch = {"input_ids": ids.repeat(4000, 1), "labels": torch.tensor([[-100, -100, 8]]).repeat(4000, 1)}
     before = torch.get_rng_state()
@@ -163,7 +164,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(checkpointing: bool, t
     def student(seed: int = 1) -> PreTrainedModel:
         model = dropping_llama()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         return model
 
     due = [OnPolicy(0.5).is_due(2, step) for step in range(6)]

@@ -242,8 +242,9 @@ def test_layers_that_no_token_reaches_are_named() -> None:
 
 def test_a_singular_hessian_is_damped_more_and_that_is_said() -> None:
     few = token_batches(count=1, rows=1, length=5)
-    with pytest.warns(UserWarning, match=r"q_proj.* could not be factored with damping 1e-12 and was damped by"):
+    with pytest.warns(UserWarning, match=r"could not be factored with damping 1e-12 and was damped by") as found:
         report = prune(tiny_llama(), SparseGPT(damping=1e-12), few)
+    assert any("q_proj" in str(one.message) for one in found)
     assert max(row.damping or 0 for row in report.rows) > 1e-12
 
 

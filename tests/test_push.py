@@ -42,10 +42,11 @@ class Hub:
             **plain, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }  # fmt: skip
-        self.client = subprocess.Popen(
-            [sys.executable, "-m", "tests.hub_client"], cwd=ROOT, env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors.open("w"),
-        )  # fmt: skip
+        with self.errors.open("w") as errors:
+            self.client = subprocess.Popen(
+                [sys.executable, "-m", "tests.hub_client"], cwd=ROOT, env=environment, text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
 
     def run(self, code: str) -> dict[str, Any]:
         assert self.client.stdin is not None

@@ -20,6 +20,7 @@ from hfcompress.quantization import RTN, QuantizeAwareCallback, quantize
 from hfcompress.quantization.aware import FakeQuantized, QuantizeAwareOptions
 from hfcompress.quantization.aware.layers import fake_quantize_, restore_dense_
 from hfcompress.quantization.plan import plan_linears
+from tests.checkpointing import checkpoint_activations
 from tests.conftest import tiny_bert
 from tests.distilling import distiller, llama
 from tests.families import FAMILIES, inputs_of
@@ -220,7 +221,7 @@ def test_accumulation_and_checkpointing_change_nothing(tmp_path: Path) -> None:
     ):
         model = small_llama()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         defaults: dict[str, Any] = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
         trainer_for(model, tmp_path, [QuantizeAwareCallback(group_size=16)], **{**defaults, **options}).train()
         weights.append(matrices(model))

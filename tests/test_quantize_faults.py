@@ -14,6 +14,7 @@ from hfcompress.quantization import GPTQ, quantize
 from tests.conftest import tiny_llama, token_batches
 
 
+@pytest.mark.usefixtures("few_tokens_are_fine")
 def test_a_hessian_that_is_not_positive_definite_is_damped_more_and_named() -> None:
     """Ten tokens leave the Hessian of 64 columns singular, and the damping asked for is too small to help."""
     few = token_batches(count=1, rows=1, length=10)

@@ -62,4 +62,5 @@ def test_a_digit_is_a_picture_of_its_class(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     script("vit_digits").write_images(tmp_path)
     assert len(list(tmp_path.glob("*/*.png"))) == 1797
-    assert image.open(tmp_path / "0" / "0000.png").size == (8, 8)
+    with image.open(tmp_path / "0" / "0000.png") as first:
+        assert first.size == (8, 8)

@@ -49,7 +49,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[DistillationTrainer]:
     """The trainers that stages make."""
     made: list[DistillationTrainer] = []
     original = stages.train
-    monkeypatch.setattr(stages, "train", lambda trainer, name: (made.append(trainer), original(trainer, name)))
+    monkeypatch.setattr(stages, "train", lambda trainer, *rest: (made.append(trainer), original(trainer, *rest)))
     return made
 
 

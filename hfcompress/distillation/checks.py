@@ -40,8 +40,8 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
     how: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and how.get("use_reentrant", False):
         raise ModelError(
-            "Reentrant gradient checkpointing cuts what layers compute off the gradient: set "
-            "gradient_checkpointing_kwargs={'use_reentrant': False} for losses of features."
+            "Reentrant checkpointing cuts what layers compute off the gradient: set 'use_reentrant': False in "
+            "activation_checkpointing_kwargs for losses of features."
         )
 
 

@@ -40,18 +40,22 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check()
+        if self.losses is not None:
+            self.losses = read_losses(self.losses)
+        if self.on_policy is not None:
+            self.on_policy = read_on_policy(self.on_policy)
+
+    def check(self) -> None:
+        """Raise HFCompressError for options out of their range; a search sets them after the config was made."""
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise HFCompressError(f"temperature={self.temperature} must be above 0 and finite.")
         if not 0 <= self.alpha <= 1:
             raise HFCompressError(f"alpha={self.alpha} must lie between 0 and 1.")
-        if self.losses is not None:
-            if self.temperature is not None:
-                raise HFCompressError(
-                    f"temperature={self.temperature} is an option of the losses that have one: give it to them."
-                )
-            self.losses = read_losses(self.losses)
-        if self.on_policy is not None:
-            self.on_policy = read_on_policy(self.on_policy)
+        if self.losses is not None and self.temperature is not None:
+            raise HFCompressError(
+                f"temperature={self.temperature} is an option of the losses that have one: give it to them."
+            )
 
     @property
     def chosen(self) -> tuple[Loss, ...]:

@@ -78,6 +78,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
 
     def _bind(self) -> None:
         """Find out how the student and its teachers compare; again for each model that ``model_init`` makes."""
+        self.args.check()
         student = self._student
         self.kind = self._kind()
         self.shared_classes = check_pair(
