@@ -22,6 +22,7 @@ from hfcompress.checkpoint.atomic import refuse_full_disk
 from hfcompress.errors import CheckpointError, ModelError, OutputError
 from hfcompress.structure.modes import eval_mode
 from tests.conftest import tiny_bert, tiny_gpt2_classifier, tiny_llama
+from tests.reloading import same_but_for_rounding
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -36,7 +37,7 @@ def test_verified_in_a_process_without_hfcompress(make, dtype, tmp_path: Path, t
         parameter.data = parameter.data.to(dtype)
     saved = save_compressed(model, tmp_path / "out", tokenizer, verify=True)
     assert saved.verification is not None
-    assert saved.verification.max_logit_difference == 0.0
+    assert same_but_for_rounding(saved.verification)
     assert saved.verification.loaded_by in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
     assert json.loads((tmp_path / "out" / "hfcompress.json").read_text())["verified"]["max_logit"] > 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
