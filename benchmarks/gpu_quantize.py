@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from hfcompress.opening import open_processor
 from hfcompress.quantization.rounding import KERNEL_SWITCH
 
-LOOP = {"environment": {KERNEL_SWITCH: "0"}, "note": " without kernel"}
+KERNEL = {"environment": {KERNEL_SWITCH: "1"}, "note": " with kernel"}
 ROWS = [
     Row(None, "dense", 16),
-    *(Row("hfcompress", "gptq", 4, {"quality": one}, **how) for one in ("fast", "best") for how in ({}, LOOP)),
+    *(Row("hfcompress", "gptq", 4, {"quality": one}, **how) for one in ("fast", "best") for how in (KERNEL, {})),
     Row("hfcompress", "awq"),
     Row("hfcompress", "rtn"),
     Row("bitsandbytes", "nf4"),

@@ -52,11 +52,12 @@ def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
     assert told.split() == ["80", "90"]
 
 
-def test_the_kernel_runs_on_gpus_only_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_runs_on_gpus_only_and_where_it_is_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for found in (None, object()):
+    for switch, found in (("1", None), ("1", object()), ("0", object()), (None, object())):
+        monkeypatch.delenv("HFCOMPRESS_TRITON", raising=False)
+        if switch is not None:
+            monkeypatch.setenv("HFCOMPRESS_TRITON", switch)
         monkeypatch.setattr(rounding, "find_spec", lambda name, found=found: found)
-        assert kernel_runs_on(gpu) is (found is not None)
+        assert kernel_runs_on(gpu) is (switch == "1" and found is not None)
         assert not kernel_runs_on(cpu)
-    monkeypatch.setenv("HFCOMPRESS_TRITON", "0")
-    assert not kernel_runs_on(gpu)

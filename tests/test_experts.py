@@ -273,6 +273,7 @@ def test_what_decides_over_experts_stays_dense() -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "zero points": (hfcompress.RTN(bits=4, symmetric=False), "symmetric=True"),
     "zero points, GPTQ": (hfcompress.GPTQ(symmetric=False), "symmetric=True"),
+    "bits of each layer": (hfcompress.GPTQ(bits="auto", average_bits=5, group_size=16), "experts only where all have"),
     "AWQ": (hfcompress.AWQ(), "past their router. Use RTN or GPTQ"),
     "SmoothQuant": (hfcompress.SmoothQuant(), "would not round their inputs. Use RTN or GPTQ"),
     "W8A8": (hfcompress.RTN(activations=8), "would not round their inputs"),

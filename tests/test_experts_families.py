@@ -90,6 +90,7 @@ def test_experts_that_compute_something_else_are_refused() -> None:
         hfcompress.quantize(model, hfcompress.RTN())
 
 
+@pytest.mark.usefixtures("few_tokens_are_fine")
 @pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h"])
 def test_gptq_calibrates_them_too(family: str) -> None:
     first, second = (tiny(family, **READ[family]) for _ in range(2))

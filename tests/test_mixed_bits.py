@@ -166,6 +166,15 @@ def test_it_goes_with_pruning_in_the_same_pass() -> None:
 RELOADED = ("llama", "bert", "gpt_neox", "vit")
 
 
+def test_outputs_that_overflow_are_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(sensitivity, "left_by_gptq", lambda rounding, factor: rounding * torch.inf)
+    with pytest.raises(ModelError, match=r"q_proj, .*: model\.layers\.0 overflows torch\.float32"):
+        hfcompress.quantize(model, GPTQ(bits="auto", average_bits=4.5, group_size=16), calibration=token_batches())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     root, cases = tmp_path_factory.mktemp("mixed"), {}
@@ -256,9 +265,10 @@ def test_a_run_that_goes_on_keeps_its_choice_and_ends_with_the_same_bits(
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
-    (tmp_path / "bits.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"bits\.json is damaged.* Remove it to have the bits chosen again"):
-        hfcompress.quantize(uneven_llama(), AUTO, token_batches(8), shards=tmp_path)
+    for damaged in ("{", "{}"):
+        (tmp_path / "bits.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"bits\.json is damaged.* Remove it to have the bits chosen again"):
+            hfcompress.quantize(uneven_llama(), AUTO, token_batches(8), shards=tmp_path)
     (tmp_path / "bits.json").unlink()
     again = uneven_llama()
     hfcompress.quantize(again, AUTO, token_batches(8), shards=tmp_path)

@@ -184,6 +184,7 @@ def test_trained_weights_are_saved_dense_and_say_so(tmp_path: Path) -> None:
     weight.data[3, 5] += 1e-3
     with pytest.warns(UserWarning, match=r"model\.layers\.1\.mlp\.up_proj\.weight was changed since it was loaded"):
         again.save_pretrained(tmp_path / "trained")
+    again.save_pretrained(tmp_path / "trained")  # as a Trainer does at its next checkpoint
     assert "quantization_config" not in json.loads((tmp_path / "trained" / "config.json").read_text())
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert torch.equal(third.model.layers[1].mlp.up_proj.weight, weight)

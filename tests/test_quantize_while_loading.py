@@ -51,6 +51,8 @@ def test_it_is_the_model_that_quantize_makes(form: str, llama_dir: Path, tmp_pat
     assert (model.is_quantized, model.training) == (False, False)
 
 
+@pytest.mark.usefixtures("few_tokens_are_fine")
+@pytest.mark.filterwarnings("ignore:Group sizes that do not divide:UserWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_a_config(name: str, llama_dir: Path) -> None:
     method = METHODS[name]()

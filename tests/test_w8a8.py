@@ -103,6 +103,7 @@ def test_inputs_are_rounded_token_by_token_and_let_gradients_pass() -> None:
     assert not rounded_inputs(torch.zeros(1, 2, 4), "int").any()
 
 
+@pytest.mark.usefixtures("few_tokens_are_fine")
 @pytest.mark.parametrize("method", [SmoothQuant(), AWQ(group_size=16)], ids=["smoothquant", "awq"])
 def test_a_failure_brings_norms_and_weights_back(method: SmoothQuant | AWQ) -> None:
     model = with_outliers(tiny_llama())

@@ -93,7 +93,7 @@ class RepackingQuantizer(CompressedTensorsHfQuantizer):
         state = repacked_state(model, stored) if stored else None
         if state is not None:
             model.config.quantization_config = self.recorded
-        elif self.quantization_config.dequantize:
+        elif self.quantization_config.dequantize and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
             self.stored = _Notes()
         return state, {}

@@ -8,6 +8,8 @@ tests interpret it and compile it.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -82,11 +84,14 @@ def round_run_(
     columns, rows = target.shape
     unit, pruned = unit.contiguous(), None if pruned is None else pruned.contiguous()
     assert all(one.is_contiguous() for one in (target, values, error, codes))
+    assert all(one is None or one.stride(-1) == 1 for one in (scale, zero))
     low, high = code_range(grid.bits)
-    _round_run[(triton.cdiv(rows, ROWS),)](
-        target, unit, values, error, codes, scale, scale if zero is None else zero,
-        codes if pruned is None else pruned, columns, rows, scale.stride(0), 0 if zero is None else zero.stride(0),
-        float(low), float(high),
-        AFFINE=zero is not None, PRUNED=pruned is not None, DROPPED=DROPPED[grid.dtype],
-        COLUMNS=max(16, triton.next_power_of_2(columns)), ROWS=ROWS, enable_fp_fusion=False,
-    )  # fmt: skip
+    # Triton launches on the current device, which need not be the one of a layer.
+    with torch.cuda.device(target.device) if target.is_cuda else nullcontext():
+        _round_run[(triton.cdiv(rows, ROWS),)](
+            target, unit, values, error, codes, scale, scale if zero is None else zero,
+            codes if pruned is None else pruned, columns, rows, scale.stride(0), 0 if zero is None else zero.stride(0),
+            float(low), float(high),
+            AFFINE=zero is not None, PRUNED=pruned is not None, DROPPED=DROPPED[grid.dtype],
+            COLUMNS=max(16, triton.next_power_of_2(columns)), ROWS=ROWS, enable_fp_fusion=False,
+        )  # fmt: skip

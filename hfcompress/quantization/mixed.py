@@ -69,7 +69,7 @@ def with_chosen_bits(
     def choose() -> dict[str, int]:
         return choose_bits(planned, measure_losses(model, planned, method, batches), method)
 
-    chosen = choose() if store is None else store.bits(choose)
+    chosen = choose() if store is None else store.bits([one.name for one in planned], choose)
     return [replace(one, bits=chosen[one.name]) for one in planned]
 
 

@@ -65,11 +65,11 @@ class FixedScales(NamedTuple):
 
 
 def kernel_runs_on(device: torch.device) -> bool:
-    """Tell whether the Triton kernel rounds columns there: on GPUs, where it is installed and not switched off.
+    """Tell whether the Triton kernel rounds columns there: on GPUs, where it is installed and switched on.
 
-    ``HFCOMPRESS_TRITON=0`` in the environment switches it off.
+    ``HFCOMPRESS_TRITON=1`` in the environment switches it on.  It is off by default while no GPU has run it.
     """
-    return device.type == "cuda" and os.environ.get(KERNEL_SWITCH) != "0" and find_spec("triton") is not None
+    return device.type == "cuda" and os.environ.get(KERNEL_SWITCH) == "1" and find_spec("triton") is not None
 
 
 class GroupRounding:

@@ -8,6 +8,7 @@ follow from that one, as what arrives of a small error is in proportion to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,15 +100,24 @@ def _changed_share(visit: LayerVisit, layers: Sequence[PlannedLinear], errors: S
     """Return which share of a block's output changes with errors in its layers: the mean over tokens of squares.
 
     Measured on the first batch that comes to these layers.  Each token counts by itself: the outputs of a few are
-    hundreds of times as large as others', and these are neither more important nor as easily disturbed.
+    hundreds of times as large as others', and these are neither more important nor as easily disturbed.  Raises
+    ModelError where the outputs are not finite.
     """
     with watching(visit.layer):
         for index in range(len(visit.hidden_states)):
-            dense = visit.rows(index, visit.output(index)).float()
+            output = visit.rows(index, visit.output(index))
+            dense, dtype = output.float(), output.dtype
             with _disturbed(layers, errors):
                 change = visit.rows(index, visit.output(index)).float().sub_(dense)
             size = dense.square().sum(-1)
-            share = float((change.square().sum(-1) / size.clamp_min(torch.finfo(size.dtype).tiny)).mean())
+            share = (
+                float((change.square().sum(-1)[size > 0] / size[size > 0]).mean()) if bool((size > 0).any()) else 0.0
+            )
+            if not math.isfinite(share):
+                raise ModelError(
+                    f"{visit.name} overflows {dtype} once its layers are disturbed as rounding does, so what bits are "
+                    "worth cannot be measured. Load the model in bfloat16 or float32, or give a number of bits."
+                )
             if share > 0:
                 return share
     return 0.0

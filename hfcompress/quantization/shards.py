@@ -95,7 +95,7 @@ class LayerShards:
                 "it are kept there: free some space and resume."
             ) from error
 
-    def bits(self, choose: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
+    def bits(self, names: Sequence[str], choose: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
         """Return the bits of each linear layer that the run began with; a run that begins chooses them.
 
         Raises CheckpointError when they cannot be read or written.
@@ -103,7 +103,8 @@ class LayerShards:
         file = self.folder / BITS
         if file.is_file():
             with self._reading(file):
-                return {name: int(bits) for name, bits in json.loads(file.read_text(encoding="utf-8")).items()}
+                found = json.loads(file.read_text(encoding="utf-8"))
+                return {name: int(found[name]) for name in names}
         chosen = choose()
         try:
             self._begin()

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
 from hfcompress.errors import ModelError
+
+NO_EXPERTS = (_ConvNd, ParametrizationList)  # their parameters have three dimensions for other reasons
 
 
 class ExpertMatrix(NamedTuple):
@@ -49,7 +52,7 @@ def fused_experts(model: nn.Module) -> dict[str, list[str]]:
     found = {}
     for name, module in model.named_modules():
         fused = [leaf for leaf, one in module._parameters.items() if one is not None and _holds_matrices(one)]
-        if fused and any(part.isdecimal() for part in name.split(".")) and not isinstance(module, _ConvNd):
+        if fused and any(part.isdecimal() for part in name.split(".")) and not isinstance(module, NO_EXPERTS):
             found[name] = fused
     return found
 
