@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,7 +49,7 @@ class RememberedTeacher(LiveTeacher):
                 self._write(texts, file, shape)
         self.features = torch.from_file(str(file), shared=False, size=shape[0] * shape[1], dtype=torch.bfloat16)
         self.features = self.features.view(shape)
-        self.logits: Tensor = torch.load(file.with_suffix(".logits"), weights_only=True)
+        self.logits: Tensor = load_file(file.with_suffix(".safetensors"))["logits"]
 
     def _widths(self) -> list[int]:
         with torch.no_grad(), tapped(self.model, [Tap(name) for name in self.modules]) as found:
@@ -73,7 +74,7 @@ class RememberedTeacher(LiveTeacher):
                 for place, text in enumerate(part):
                     features[self.first[text] : self.first[text] + len(text)] = rows[place]
                     logits[self.order[text]] = outputs.logits[place].float()
-        torch.save(logits, file.with_suffix(".logits"))
+        save_file({"logits": logits}, file.with_suffix(".safetensors"))
         scratch.replace(file)
 
     def answer(self, inputs: Mapping[str, Any], kind: Outputs, rows: Tensor | None, taps: Sequence[Tap]) -> Answer:
