@@ -23,9 +23,18 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported()
     if kind == "cpu":
-        knows = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16")]
-        return any(one() for one in knows if one is not None)
+        return matrix_tiles() or _cpu_has("avx512_bf16")
     return kind in ("xpu", "mps")
+
+
+def matrix_tiles() -> bool:
+    """Tell whether the CPU has matrix tiles (AMX), as Intel's server CPUs since Sapphire Rapids do."""
+    return _cpu_has("amx_tile")
+
+
+def _cpu_has(feature: str) -> bool:
+    known = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return known is not None and bool(known())
 
 
 def keep_freed_memory() -> None:

@@ -8,17 +8,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from hfcompress.devices import fast_bfloat16
+from hfcompress.devices import matrix_tiles
 
-# Rows of a triangle's strip: products of fewer rows run slower than what they leave out.
-STRIP = 512
+# Rows of a triangle's strip. Narrow ones leave more out, and cost next to nothing where products run in AVX512; matrix
+# tiles (AMX) want wider ones.
+STRIP = 512 if matrix_tiles() else 256
+# Rows of activations whose squares are added up at once, which then stay in the cache.
+SQUARED_ROWS = 512
 
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Let float32 matrix products on the CPU read their operands as bfloat16 and add up in float32.
 
-    Exact for operands that hold bfloat16 values, and about eight times faster where the CPU has such instructions.
+    Exact for operands that hold bfloat16 values, and about eight times faster on CPUs with matrix tiles (AMX).  oneDNN
+    takes float32 operands that way there alone: with AVX512_BF16 it multiplies them as they are.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
@@ -31,7 +35,7 @@ def bfloat16_products() -> Iterator[None]:
 
 def products_of(states: Tensor) -> AbstractContextManager[None]:
     """Return ``bfloat16_products`` where the CPU is made for it and products of these states lose nothing."""
-    exact = states.dtype == torch.bfloat16 and states.device.type == "cpu" and fast_bfloat16("cpu")
+    exact = states.dtype == torch.bfloat16 and states.device.type == "cpu" and matrix_tiles()
     return bfloat16_products() if exact else nullcontext()
 
 
@@ -49,7 +53,7 @@ def accumulate_triangle_(hessian: Tensor, inputs: Tensor) -> None:
     """Add the lower triangle of the Gram matrix of one batch; ``mirror_triangle_`` makes the sum whole at last.
 
     Done in strips of ``STRIP`` rows, each up to its last diagonal element, so a little above the diagonal is added
-    too: two thirds of all products at 1536 columns.  Arguments as in ``accumulate_hessian_``.
+    too: at 1536 columns some 60% of all products, or 67% with wide strips.  Arguments as in ``accumulate_hessian_``.
     """
     rows = inputs.float()
     with products_of(inputs):
@@ -82,7 +86,8 @@ def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:
 
     squares: (in,) float32, changed in place.  inputs: (tokens, in), padding already dropped.
     """
-    squares.add_(inputs.float().square().sum(0))
+    for rows in inputs.split(SQUARED_ROWS):
+        squares.add_(rows.float().square().sum(0))
 
 
 def keep_largest_squares_(squares: Tensor, inputs: Tensor) -> None:

@@ -48,9 +48,9 @@ def noting_inputs(layer: nn.Module, note: Callable[[str, Tensor], None], names: 
 
 
 def call_order(layer: nn.Module, run: Callable[[], Tensor], names: Iterable[str]) -> tuple[list[list[str]], list[str]]:
-    """Return linear layers that share an input, in the order of one batch, and those that do not run just once.
+    """Return linear layers that share an input, in the order in which they run, and those that do not run just once.
 
-    run: runs the layer on one batch.
+    run: runs the layer on one batch or row.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     kept: list[Tensor] = []

@@ -26,7 +26,7 @@ from hfcompress.calibration.parts import by_parts
 from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
-from hfcompress.calibration.together import fits_joined, join_calls, join_masks
+from hfcompress.calibration.together import first_row, fits_joined, join_calls, join_masks
 from hfcompress.packed import unpacked
 from hfcompress.packed.experts import split_experts
 from hfcompress.structure.offload import bring_in_
@@ -114,11 +114,12 @@ class LayerVisit:
         joined = None if split_experts(self.layer) else self._joined()
         if joined is None:
             return False
+        call, masks, hidden = joined
+        first = first_row(call, len(hidden))
         with watching(self.layer):
-            groups, others = call_order(self.layer, lambda: self.output(0), linears)
+            groups, others = call_order(self.layer, lambda: first.run(self.layer, hidden[:1]), linears)
             if others:
                 return False
-            call, masks, hidden = joined
             self._take_(JoinedPass(self.layer, linears, groups, masks, statistic, compress).run(call, hidden))
         return True
 
