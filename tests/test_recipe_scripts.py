@@ -37,21 +37,21 @@ def test_reviews_are_read_with_their_quotation_marks(tmp_path: Path) -> None:
 
 
 def test_held_out_words_are_of_other_families() -> None:
-    t5 = script("t5_pronunciation")
+    bart = script("bart_pronunciation")
     stems = [f"{first}{second}alk" for first in "bcdfghjk" for second in "aeiou"]
     words = {f"{stem}{end}": [["B", "AO1", "K"], ["B", "AA0"]] for stem in stems for end in ("", "s", "ing")}
-    pairs = t5.pairs_of({**words, "a.d.": [["EY1"]], "cat": [["K"]]})
+    pairs = bart.pairs_of({**words, "a.d.": [["EY1"]], "cat": [["K"]]})
     assert len(pairs) == len(words)
     assert set(dict(pairs).values()) == {"B AO K"}
-    train, held_out = t5.split(pairs, 10)
+    train, held_out = bart.split(pairs, 10)
     families = [{spelling.replace(" ", "")[:4] for spelling, _ in part} for part in (train, held_out)]
     assert len(held_out) == 10
     assert not families[0] & families[1]
 
 
 def test_letters_and_phones_survive_their_tokenizer() -> None:
-    t5 = script("t5_pronunciation")
-    tokenizer = t5.tokenizer_of([("w a l k", "W AO K")])
+    bart = script("bart_pronunciation")
+    tokenizer = bart.tokenizer_of([("w a l k", "W AO K")])
     ids = tokenizer(text_target="W AO K")["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id == 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == "W AO K"

