@@ -118,8 +118,7 @@ def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None
             raise ModelError(
                 f"{cache.folder} holds the {index.k} most probable classes only; {name} needs all. Use top_k_kl."
             )
-    rows, collator = source.encoded("train"), source.task.collator(source.processor, source.recipe.data)
-    cache.refuse_other_data([collator([rows[row]]) for row in sorted({0, len(rows) // 2, len(rows) - 1})])
+    cache.refuse_other_rows(source.encoded("train"), source.task.collator(source.processor, source.recipe.data))
 
 
 def _classes(source: Source) -> int | None:
@@ -139,6 +138,11 @@ def cache_recipe_teacher(
     """
     refuse_other_files(folder)
     source = Source(recipe)
+    if source.task.draws_anew:
+        raise DataError(
+            f"{source.task.name} hides other tokens in every epoch, so no training would find answers that were "
+            "written ahead. Give the distill stage the teacher as a model."
+        )
     spec = _spec_of(source, teacher)
     refuse_k(k, _classes(source))
     rows: Any = source.encoded("train")
