@@ -113,6 +113,9 @@ def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None
     index = cache.index
     if source.labels:
         refuse_other_size(len(source.labels), len(index.labels))
+    own, size = _tokenizer(source.processor), _classes(source)
+    if _predicts_tokens(source.task) and own is not None and size is not None and index.classes is not None:
+        shared_vocabulary(size, index.classes, own, own)  # that the rows' tokens are the teacher's is seen below
     for name, loss in named(options.losses or ()).items():
         if index.k is not None and not getattr(loss, "takes_top_k", False) and not isinstance(loss, FeatureLoss):
             raise ModelError(

@@ -231,6 +231,15 @@ def test_a_teacher_with_a_padded_vocabulary_is_aligned(
     assert trainers[0].state.global_step == 2
 
 
+def test_answers_of_a_padded_vocabulary_are_aligned(
+    llama_dir: Path, tmp_path: Path, tokenizer: Any, trainers: list
+) -> None:
+    cached(recipe_of(llama_dir, tmp_path), tmp_path / "answers", teacher=padded(tmp_path / "padded", tokenizer, 72))
+    run(recipe_of(llama_dir, tmp_path, teacher=str(tmp_path / "answers")), tmp_path)
+    assert trainers[0].shared_classes == 64
+    assert trainers[0].state.global_step == 2
+
+
 def test_a_teacher_that_knows_fewer_tokens_than_the_tokenizer_is_refused(
     llama_dir: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
