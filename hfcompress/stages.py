@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hfcompress.distillation import DistillationConfig, DistillationTrainer
+from hfcompress.distillation import CachedTeacher, DistillationConfig, DistillationTrainer
 from hfcompress.distillation.crossing import crossing_loss
 from hfcompress.distillation.losses import named
 from hfcompress.job import Job
@@ -155,9 +155,16 @@ def _tokenizers(
     if crossing_loss(named(options.losses or ())) is not None:
         theirs = [job.teacher_processor(name) for name in options.teachers]
         return {"processing_class": job.processor, "teacher_processing_class": theirs}
-    sizes = {one.config.get_text_config().vocab_size for one in (student, *teachers) if not isinstance(one, Path)}
+    sizes = {_vocabulary_size(one) for one in (student, *teachers)}
     same = {"processing_class": job.processor, "teacher_processing_class": job.processor}
     return same if len(sizes) > 1 else {}
+
+
+def _vocabulary_size(model: PreTrainedModel | Path) -> int | None:
+    """Return how many tokens a model knows, or the model whose answers are in a folder."""
+    if isinstance(model, Path):
+        return CachedTeacher(model).classes
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _pruning(options: Finetune | Distill) -> list[GradualPruneCallback]:

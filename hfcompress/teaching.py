@@ -113,13 +113,15 @@ def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None
     index = cache.index
     if source.labels:
         refuse_other_size(len(source.labels), len(index.labels))
+    own, size = _tokenizer(source.processor), _classes(source)
+    if _predicts_tokens(source.task) and own is not None and size is not None and index.classes is not None:
+        shared_vocabulary(size, index.classes, own, own)  # that the rows' tokens are the teacher's is seen below
     for name, loss in named(options.losses or ()).items():
         if index.k is not None and not getattr(loss, "takes_top_k", False) and not isinstance(loss, FeatureLoss):
             raise ModelError(
                 f"{cache.folder} holds the {index.k} most probable classes only; {name} needs all. Use top_k_kl."
             )
-    rows, collator = source.encoded("train"), source.task.collator(source.processor, source.recipe.data)
-    cache.refuse_other_data([collator([rows[row]]) for row in sorted({0, len(rows) // 2, len(rows) - 1})])
+    cache.refuse_other_rows(source.encoded("train"), source.task.collator(source.processor, source.recipe.data))
 
 
 def _classes(source: Source) -> int | None:
@@ -139,6 +141,11 @@ def cache_recipe_teacher(
     """
     refuse_other_files(folder)
     source = Source(recipe)
+    if source.task.draws_anew:
+        raise DataError(
+            f"{source.task.name} hides other tokens in every epoch, so no training would find answers that were "
+            "written ahead. Give the distill stage the teacher as a model."
+        )
     spec = _spec_of(source, teacher)
     refuse_k(k, _classes(source))
     rows: Any = source.encoded("train")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import BertForTokenClassification, PreTrainedModel, TrainerCallback
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama
@@ -22,6 +22,12 @@ def llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def bert(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return spread(tiny_bert(seed=seed, **{"num_labels": 3, **changes}), seed)
+
+
+def token_classifier(seed: int = 0) -> PreTrainedModel:
+    config = tiny_bert(num_labels=3).config
+    torch.manual_seed(seed)
+    return spread(BertForTokenClassification(config), seed)
 
 
 def bert_of_unscaled_loss(seed: int = 0) -> PreTrainedModel:
@@ -59,6 +65,12 @@ def text_rows(count: int = 16, length: int = 8) -> Rows:
 
 def class_rows(count: int = 16, length: int = 8) -> Rows:
     return [{**row, "labels": row["input_ids"].sum() % 3} for row in text_rows(count, length)]
+
+
+def token_rows(count: int) -> Rows:
+    """Rows for ``token_classifier``; they are not shifted, so the first position may have a label, too."""
+    kept = [row["labels"] == -100 for row in text_rows(count)]
+    return [{**r, "labels": r["labels"].where(ignored, r["labels"] % 3)} for r, ignored in zip(text_rows(count), kept)]
 
 
 def rows_for(model: PreTrainedModel) -> Rows:

@@ -15,17 +15,21 @@ from tests.conftest import VOCABULARY_SIZE, tiny_llama
 from tests.families import FAMILIES
 
 ROWS = 8
+OF_LAYERS = ("hidden_states", "relations", "feed_forward")
 Row = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class TinyKind:
-    """model: makes one, without dropout.  row: makes the row of this number.  padded: rows may differ in length."""
+    """model: makes one, without dropout.  row: makes the row of this number.  padded: rows may differ in length.
+
+    features: losses of features that such a model can have.
+    """
 
     model: Callable[[], hf.PreTrainedModel]
     row: Callable[[int], Row]
     padded: bool = True
-    features: tuple[str, ...] = ("hidden_states", "relations", "feed_forward")
+    features: tuple[str, ...] = (*OF_LAYERS, "embeddings", "sentence_embedding")
 
     def make(self, seed: int = 0) -> hf.PreTrainedModel:
         """Return the model with noise on its weights: students far from teachers, and no uniform predictions."""
@@ -136,17 +140,19 @@ KINDS = {
     ),
     "hidden token": TinyKind(encoder(hf.BertForMaskedLM), lambda i: token_labels(i, VOCABULARY_SIZE, 6)),
     "span": TinyKind(encoder(hf.BertForQuestionAnswering), question),
-    "choice": TinyKind(encoder(hf.BertForMultipleChoice), choices, features=("hidden_states",)),
-    "token of a text": TinyKind(family("t5"), lambda i: text(i, labels=words(i + 3, 2))),
+    "choice": TinyKind(encoder(hf.BertForMultipleChoice), choices),
+    "token of a text": TinyKind(family("t5"), lambda i: text(i, labels=words(i + 3, 2)), features=OF_LAYERS),
     "class of an image": TinyKind(
         family("vit", num_labels=3),
         lambda i: {"pixel_values": torch.randn(3, 8, 8), "labels": torch.tensor(i % 3)},
         padded=False,
     ),
     "token of a speech": TinyKind(
-        family("whisper"), lambda i: {"input_features": torch.randn(8, 32), "labels": words(i + 3, 2)}
+        family("whisper"),
+        lambda i: {"input_features": torch.randn(8, 32), "labels": words(i + 3, 2)},
+        features=OF_LAYERS,
     ),
-    "letter of a sound": TinyKind(wav2vec2, sound),
+    "letter of a sound": TinyKind(wav2vec2, sound, features=(*OF_LAYERS, "sentence_embedding")),
     "vector": TinyKind(encoder(hf.BertModel, num_labels=2), text),
 }  # fmt: skip
 

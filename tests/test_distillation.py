@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.conftest import VOCABULARY_SIZE, tiny_bert
+from tests.conftest import VOCABULARY_SIZE
 from tests.distilling import (
     ALPHA,
     TEMPERATURE,
@@ -28,6 +28,8 @@ from tests.distilling import (
     spread,
     stack,
     text_rows,
+    token_classifier,
+    token_rows,
     weights_of,
 )
 
@@ -35,8 +37,13 @@ pytestmark = pytest.mark.usefixtures("quick_trainers")
 # The whole loss
 
 
-def _reference_terms(student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return KD and task loss of one optimizer step, row by row and token by token in float64."""
+def _reference_terms(
+    student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, shared: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return KD and task loss of one optimizer step, row by row and token by token in float64.
+
+    shared: how many logits KD compares; the task loss is always of all.
+    """
     causal = "Llama" in type(student).__name__
     kd, task, items = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     for row in rows:
@@ -53,7 +60,7 @@ def _reference_terms(student: PreTrainedModel, teacher: PreTrainedModel, rows: R
                 continue
             items += 1
             task = task - F.log_softmax(mine, -1)[label]
-            p, q = F.softmax(theirs / TEMPERATURE, -1), F.softmax(mine / TEMPERATURE, -1)
+            p, q = (F.softmax(one[:shared] / TEMPERATURE, -1) for one in (theirs, mine))
             kd = kd + TEMPERATURE**2 * (p * (p.log() - q.log())).sum()
     return kd / items, task / items
 
@@ -80,10 +87,34 @@ def test_loss_and_gradient_equal_a_plain_loop_for_every_split(
     assert logs["task_loss"] == pytest.approx(task.item(), rel=1e-5)
     assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert kd.item() > 0.1
+    _assert_moved_along(student, before, reference)
+
+
+def _assert_moved_along(student: PreTrainedModel, before: dict[str, Tensor], reference: PreTrainedModel) -> None:
+    """One step of plain SGD at 0.1 followed the reference's gradient."""
     for name, weight in student.named_parameters():
-        gradient = dict(reference.named_parameters())[name].grad
+        gradient = reference.get_parameter(name).grad
         moved = (before[name] - weight.detach()) / 0.1
         torch.testing.assert_close(moved, gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(("own", "other"), [(64, 72), (72, 64)])
+def test_vocabularies_of_two_sizes_are_compared_where_both_have_logits(
+    own: int, other: int, tmp_path: Path, tokenizer: Any
+) -> None:
+    student, teacher = llama(vocab_size=own), llama(vocab_size=other, seed=1)
+    rows = text_rows()[:8]
+    reference = copy.deepcopy(student)
+    kd, task = _reference_terms(reference.eval(), teacher.eval(), rows, shared=64)
+    (ALPHA * kd + (1 - ALPHA) * task).backward()
+    before = weights_of(student)
+    trainer = distiller(
+        student, teacher, tmp_path, rows, processing_class=tokenizer, teacher_processing_class=tokenizer
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(kd.item(), rel=1e-5)
+    assert trainer.state.log_history[0]["task_loss"] == pytest.approx(task.item(), rel=1e-5)
+    _assert_moved_along(student, before, reference)
 
 
 @pytest.mark.parametrize("make", [llama, bert])
@@ -185,15 +216,7 @@ def _train_and_compare_in_place(models: list[PreTrainedModel], folder: Path, row
 
 
 def test_token_classifier_counts_its_labels_in_place(tmp_path: Path) -> None:
-    # not shifted: the first position has a label, too
-    config = tiny_bert().config
-    config.num_labels = 3
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        models.append(spread(hf.BertForTokenClassification(config), seed))
-    rows = [{**row, "labels": row["labels"].where(row["labels"] == -100, row["labels"] % 3)} for row in text_rows(8)]
-    _train_and_compare_in_place(models, tmp_path, rows)
+    _train_and_compare_in_place([token_classifier(seed) for seed in (0, 1)], tmp_path, token_rows(8))
 
 
 def test_sequence_to_sequence_teacher_sees_the_decoder_inputs(tmp_path: Path) -> None:

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.distilling import (
-    Rows,
-    distiller,
-    equal,
-    llama,
-    weights_of,
-)
+from tests.distilling import Rows, distiller, equal, llama, token_classifier, token_rows, weights_of
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 from tests.test_distillation_across import STUDENT, TEACHER, models_of, rows
 
@@ -24,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_trainers")
 
 
 # A relation or a hidden state of rows whose numbers of tokens differ; projections between two widths.
+# Classes of tokens, of which the processes have different numbers and whose task loss the model makes as a mean.
 # Texts that the student writes and a teacher of another tokenizer scores: sampled so that every draw is the most
 # probable token, as two processes draw other numbers than one.
 LOSSES: dict[str, dict[str, Any]] = {
@@ -35,6 +30,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "processing_class": STUDENT,
         "teacher_processing_class": TEACHER,
     },
+    "classes": {},
     "features": {"temperature": None, "losses": ["forward_kl", "hidden_states", "relations"]},
 }
 
@@ -43,6 +39,8 @@ def models_for(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, Rows | None
     """Return student, teacher and rows."""
     if kind == "written":
         return *models_of(), rows() * 2
+    if kind == "classes":
+        return token_classifier(), token_classifier(seed=1), token_rows(16)
     return student_for(kind), llama(seed=1), None
 
 

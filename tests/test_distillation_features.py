@@ -22,6 +22,7 @@ from hfcompress.errors import CheckpointError, ModelError
 from tests.checkpointing import checkpointing
 from tests.conftest import VOCABULARY_SIZE
 from tests.distilling import (
+    ALPHA,
     StopAt,
     bert,
     class_rows,
@@ -102,8 +103,19 @@ def by_hand(name: str, model: PreTrainedModel, row: dict[str, Tensor]) -> list[T
     return [relation(part(states[-2]), 4) for part in (own.query, own.key, own.value)]
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_losses_of_features_are_a_plain_loop_in_float64(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(
+            (name, {"distance": distance})
+            for name in FEATURES
+            if name != "relations"
+            for distance in ("mse", "cosine")
+        ),
+        ("relations", {"heads": 4}),
+    ],
+)
+def test_losses_of_features_are_a_plain_loop_in_float64(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     rows = class_rows()[:8]
     student, teacher = bert(), bert(seed=1, layers=4)
     pairs = [(0, 1), (1, 3)] if name in ("hidden_states", "feed_forward") else [(0, 0)]
@@ -117,16 +129,15 @@ def test_losses_of_features_are_a_plain_loop_in_float64(name: str, tmp_path: Pat
             mine, theirs = own[first], other[second].detach()
             if name == "relations":
                 distance = (theirs * (theirs / mine).log()).sum(-1).mean()
-            elif name == "sentence_embedding":
-                distance = 1 - F.cosine_similarity(mine, theirs, dim=0)
+            elif options["distance"] == "cosine":
+                distance = (1 - F.cosine_similarity(mine, theirs, dim=-1)).mean()
             else:
                 distance = (mine - theirs).square().mean()
             total = total + distance / (len(pairs) * len(rows))
     total.backward()
     before = weights_of(student)
-    heads = {"heads": 4} if name == "relations" else {}
     trainer = distiller(
-        student, teacher, tmp_path, rows, temperature=None, alpha=1.0, losses=[{name: heads}],
+        student, teacher, tmp_path, rows, temperature=None, alpha=1.0, losses=[{name: options}],
         per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
     trainer.train()
@@ -179,13 +190,53 @@ def test_attention_stays_what_it_was_and_hooks_go(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
 
 
-def test_fused_and_grouped_projections_have_relations(tmp_path: Path) -> None:
+def projections(model: PreTrainedModel, row: dict[str, Tensor]) -> list[Tensor]:
+    """Return queries, keys and values of the last layer, (tokens, width), of a GPT-2 or a Llama."""
+    fused = isinstance(model, hf.GPT2LMHeadModel)
+    own = model.transformer.h[-1].attn if fused else model.model.layers[-1].self_attn
+    caught: dict[str, Tensor] = {}
+    names = ("c_attn",) if fused else ("q_proj", "k_proj", "v_proj")
+    handles = [getattr(own, n).register_forward_hook(lambda m, a, o, n=n: caught.update({n: o[0]})) for n in names]
+    model(input_ids=row["input_ids"][None], attention_mask=row["attention_mask"][None])
+    for handle in handles:
+        handle.remove()
+    return list(caught["c_attn"].chunk(3, dim=-1)) if fused else [caught[name] for name in names]
+
+
+def test_relations_of_fused_and_grouped_projections_are_a_plain_loop(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = hf.GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0)
-    fused = spread(hf.GPT2LMHeadModel(config), 0)
-    trainer = distiller(fused, llama(seed=1), tmp_path, text_rows(), temperature=None, losses=["relations"])
+    config = hf.GPT2Config(
+        vocab_size=VOCABULARY_SIZE,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    fused, grouped, rows = spread(hf.GPT2LMHeadModel(config), 0), llama(seed=1), text_rows()[:8]
+    exact = [copy.deepcopy(one).double().eval() for one in (fused, grouped)]
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        counted = F.pad(row["labels"][1:] != -100, (0, 1))  # those that are to say what comes next
+        if counted.any():
+            for own, other in zip(*(projections(model, row) for model in exact)):
+                p, q = (relation(one[counted], 4) for one in (other.detach(), own))
+                total = total + (p * (p / q).log()).sum(-1).mean() / (3 * len(rows))
+    total.backward()
+    before = weights_of(fused)
+    trainer = distiller(
+        fused, grouped, tmp_path, rows, temperature=None, alpha=1.0, losses=[{"relations": {"heads": 4}}],
+        per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
     trainer.train()
-    assert trainer.state.log_history[0]["kd_loss"] > 0.01
+    assert total.item() > 0.01
+    assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(total.item(), rel=1e-5)
+    for name, weight in exact[0].named_parameters():
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        moved = (before[name] - fused.get_parameter(name).detach()) / 0.1
+        torch.testing.assert_close(moved.double(), gradient, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_encoder_decoders_compare_both_stacks(tmp_path: Path) -> None:
@@ -252,6 +303,21 @@ def test_weights_follow_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     trainer.train()
     assert losses[0] == losses[1] == 0  # the two micro-batches of the first step
     assert all(loss > 0 for loss in losses[2:])
+
+
+def test_kd_is_the_sum_of_all_losses_each_times_its_weight_then(tmp_path: Path) -> None:
+    lines = {"forward_kl": (2.0, 2.0), "logit_mse": (0.5, 0.0), "hidden_states": (0.0, 4.0), "relations": (3.0, 3.0)}
+    losses = [{name: {"weight": first, "final_weight": last}} for name, (first, last) in lines.items()]
+    trainer = run(tmp_path, losses=losses)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
+    assert [entry["step"] for entry in logged] == list(range(1, 9))
+    for entry in logged:
+        done = (entry["step"] - 1) / 8
+        kd = sum((first + (last - first) * done) * entry[name] for name, (first, last) in lines.items())
+        assert entry["kd_loss"] == pytest.approx(kd, rel=1e-5)
+        assert entry["loss"] == pytest.approx(ALPHA * kd + (1 - ALPHA) * entry["task_loss"], rel=1e-4)
+        assert min(entry[name] for name in lines) > 0
 
 
 # Refusals

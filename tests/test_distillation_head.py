@@ -1,4 +1,4 @@
-"""A language model's logits are never held in float32: not by us, and not by what wraps the model."""
+"""A language model's 16-bit logits are never held in float32: not by us, and not by what wraps the model."""
 
 from __future__ import annotations
 
@@ -65,6 +65,37 @@ def test_logits_are_never_whole_in_float32(losses: list, tmp_path: Path, monkeyp
     with LargestFloat32() as found:  # it would be seen
         plain.train()
     assert found.largest == 8 * 8 * VOCABULARY
+
+
+class WholeTensors(TorchDispatchMode):
+    """Counts the tensors of the size of a batch's logits that are made, views apart."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() == self.size and result.shape[-1:] == (VOCABULARY,):
+            given = [one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)]
+            self.made += result.untyped_storage().data_ptr() not in given
+        return result
+
+
+def test_logits_in_float32_have_one_gradient_and_its_multiple_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(chunks.ELEMENTS_PER_CHUNK, "cpu", CHUNK)
+    rows = text_rows()[:8]
+    trainer = distiller(llama(vocab_size=VOCABULARY), llama(vocab_size=VOCABULARY, seed=1), tmp_path, rows)
+    with WholeTensors(8 * 8 * VOCABULARY) as found:
+        trainer.train()
+    assert found.made == 4  # the teacher's logits, too
+    arguments = TrainingArguments(tmp_path, use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+    plain = Trainer(llama(vocab_size=VOCABULARY), arguments, train_dataset=rows)
+    with WholeTensors(8 * 8 * VOCABULARY) as found:
+        plain.train()
+    assert found.made >= 4  # without a teacher
 
 
 def test_logits_from_the_head_teach_the_same(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import hfcompress
 from hfcompress.packed import packed_layers
@@ -16,6 +16,8 @@ from hfcompress.quantization import rounding
 from tests.conftest import tiny_llama, token_batches
 from tests.reloading import same_but_for_rounding
 from tests.test_column_kernel import run_twins
+from tests.test_distillation_across import STUDENT, TEACHER, models_of
+from tests.test_distillation_across import rows as rows_of_texts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,3 +110,32 @@ def test_pruning_and_distilling_on_the_gpu(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.teacher_model.device.type == "cuda"
     assert sparsity_of(weights) >= 0.75 - 1e-4
+
+
+def pair_for(case: str) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
+    """Return a student, a teacher, and what the trainer gets beside them."""
+    if case == "universal_logit":
+        both = {"processing_class": STUDENT, "teacher_processing_class": TEACHER}
+        return *models_of(), {"train_dataset": rows_of_texts(), **both}
+    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(16, rows=1)]
+    return tiny_llama(layers=1), tiny_llama(seed=1), {"train_dataset": rows}
+
+
+@pytest.mark.parametrize("case", ["forward_kl", "top_k_kl", "hidden_states", "relations", "universal_logit"])
+def test_a_teacher_that_stays_on_the_cpu_teaches_the_same(case: str, tmp_path: Path) -> None:
+    logged = []
+    for place in ("cpu", 0):
+        student, teacher, given = pair_for(case)
+        teacher.save_pretrained(tmp_path / "teacher")
+        teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", device_map={"": place})
+        losses = [{"top_k_kl": {"k": 8}}] if case == "top_k_kl" else [case]
+        args = hfcompress.DistillationConfig(
+            str(tmp_path), max_steps=2, losses=losses, logging_steps=1, save_strategy="no", disable_tqdm=True
+        )
+        trainer = hfcompress.DistillationTrainer(model=student, teacher_model=teacher, args=args, **given)
+        trainer.train()
+        assert student.device.type == "cuda"
+        assert teacher.device.type == ("cpu" if place == "cpu" else "cuda")
+        logged.append([entry["kd_loss"] for entry in trainer.state.log_history if "kd_loss" in entry])
+    assert min(logged[0]) > 0
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor, nn
 
 from hfcompress.distillation import make_student
 from hfcompress.errors import ModelError
 from hfcompress.structure import find_attention, find_ffn
 from tests.distilling import bert, equal, llama, weights_of
+from tests.families import FAMILIES, inputs_of
 
 
 def test_layers_are_the_teachers_evenly_spaced(tmp_path: Path) -> None:
@@ -58,6 +60,46 @@ def test_the_strongest_heads_and_neurons_stay() -> None:
     strongest = teacher.model.layers[0].mlp.down_proj.weight[:, 10]
     assert any(torch.equal(column, strongest) for column in kept.T)
     assert student(torch.arange(6, 12)[None]).logits.shape == (1, 6, 64)
+
+
+def is_part(part: Tensor, whole: Tensor) -> bool:
+    """Tell whether one is some rows, or some columns, of the other, in their order; or all of it."""
+    differing = [place for place, sizes in enumerate(zip(part.shape, whole.shape)) if sizes[0] != sizes[1]]
+    if not differing:
+        return torch.equal(part, whole)
+    rest = iter(whole.movedim(differing[0], 0))
+    return len(differing) == 1 and all(
+        any(torch.equal(one, other) for other in rest) for one in part.movedim(differing[0], 0)
+    )
+
+
+def are_parts(part: nn.Module, whole: nn.Module) -> bool:
+    own, other = weights_of(part), weights_of(whole)
+    return own.keys() == other.keys() and all(is_part(own[name], other[name]) for name in own)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "bart", "t5", "whisper"])
+def test_layers_heads_and_neurons_together_are_parts_of_the_teachers(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    teacher = family.model()
+    student = make_student(teacher, layers=2, heads=2, neurons=24).eval()
+    assert {site.heads for site in find_attention(student)} == {2}
+    assert {site.width for site in find_ffn(student)} == {24}
+    stacks = list(family.stacks)
+    for stack in stacks:
+        layers = [list(model.get_submodule(stack)) for model in (student, teacher)]
+        found = [[place for place, other in enumerate(layers[1]) if are_parts(one, other)] for one in layers[0]]
+        assert [len(one) for one in found] == [1, 1]
+        assert found[0] < found[1] == [len(layers[1]) - 1]
+    before = weights_of(teacher)
+    for weight, value in weights_of(student).items():
+        assert weight.startswith(tuple(stacks)) or torch.equal(value, before[weight])
+    student.save_pretrained(tmp_path)
+    reloaded = family.auto.from_pretrained(tmp_path).eval()
+    assert equal(weights_of(reloaded), weights_of(student))
+    with torch.no_grad():
+        logits = [model(**inputs_of(family)).logits for model in (student, reloaded)]
+    torch.testing.assert_close(*logits)
 
 
 def test_config_and_pretrained_students_have_the_teachers_head_and_labels(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.conftest import tiny_bert, tiny_llama
 from tests.distilling import llama
 from tests.runs import language_recipe, write_reviews, write_text
 from tests.test_distillation_across import TEACHER
+from tests.tiny_tasks import TINY
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 
@@ -175,6 +176,30 @@ def test_answers_to_other_data_are_refused(llama_dir: Path, tmp_path: Path, monk
         check_before_work(Source(recipe_of(llama_dir, tmp_path, text, teacher=str(tmp_path / "answers"))))
 
 
+def test_answers_to_all_other_rows_are_refused_too(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_text(tmp_path / "text.jsonl", rows=20)
+    cached(recipe_of(llama_dir, tmp_path, text), tmp_path / "answers")
+    monkeypatch.setattr(teaching.opening, "open_model", None)
+    lines = text.read_text().splitlines()
+    words = json.loads(lines[3])
+    key, value = next(iter(words.items()))
+    lines[3] = json.dumps({key: " ".join(value.split()[::-1])})
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="written from other data"):
+        check_before_work(Source(recipe_of(llama_dir, tmp_path, other, teacher=str(tmp_path / "answers"))))
+
+
+def test_answers_to_masks_that_are_drawn_anew_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = TINY["masked-lm"].recipe(tmp_path)
+    monkeypatch.setattr(teaching.opening, "open_model", None)
+    with pytest.raises(DataError, match="masked-lm hides other tokens in every epoch, so no training would find"):
+        cached(recipe, tmp_path / "answers", k=4)
+    assert not (tmp_path / "answers").exists()
+
+
 def test_a_classifiers_answers_have_its_labels(tmp_path: Path, tokenizer: Any) -> None:
     teacher = tmp_path / "teacher"
     tiny_bert(num_labels=2, seed=3).save_pretrained(teacher)
@@ -202,6 +227,15 @@ def test_a_teacher_with_a_padded_vocabulary_is_aligned(
 ) -> None:
     teacher = padded(tmp_path / "padded", tokenizer, 72)
     run(recipe_of(llama_dir, tmp_path, teacher=teacher), tmp_path)
+    assert trainers[0].shared_classes == 64
+    assert trainers[0].state.global_step == 2
+
+
+def test_answers_of_a_padded_vocabulary_are_aligned(
+    llama_dir: Path, tmp_path: Path, tokenizer: Any, trainers: list
+) -> None:
+    cached(recipe_of(llama_dir, tmp_path), tmp_path / "answers", teacher=padded(tmp_path / "padded", tokenizer, 72))
+    run(recipe_of(llama_dir, tmp_path, teacher=str(tmp_path / "answers")), tmp_path)
     assert trainers[0].shared_classes == 64
     assert trainers[0].state.global_step == 2
 

@@ -42,7 +42,8 @@ def make_student(
     layers: how many layers of each stack to keep, evenly spaced with the last one last (1, 3, 5 for three of six; a
     language model, which is ruined without its first layer, keeps that too: 0, 2, 5), or which ones.
     heads, neurons: how many query heads of each attention and neurons of each feed-forward block to keep: those with
-    the largest weights, in whole groups where heads share keys.  The kept weights are the teacher's.
+    the largest weights, in whole groups where heads share keys, and the same in all layers of one position bias (T5).
+    The kept weights are the teacher's.
     config: a model of this config with random weights instead.  pretrained: a model id or folder instead.
     With either, the student has the teacher's kind of head and its labels.
     Raises ModelError for more than the teacher has, and for what its architecture cannot express.
@@ -104,21 +105,35 @@ def _drop(student: PreTrainedModel, layers: int | Sequence[int]) -> None:
 
 def _close(student: PreTrainedModel, heads: int | None, neurons: int | None) -> None:
     """Set the weights of what is not kept to zero, which ``shrink`` then removes."""
-    for site in find_attention(student) if heads is not None else ():
-        assert heads is not None
+    if heads is not None:
+        _close_heads(student, heads)
+    if neurons is not None:
+        _close_neurons(student, neurons)
+
+
+def _close_heads(student: PreTrainedModel, heads: int) -> None:
+    """Close the weakest heads: of attentions that share a position bias the same, weakest in all of them together."""
+    sites = find_attention(student)
+    scores: dict[str, Tensor] = {}  # of groups, by the attention whose heads they share
+    for site in sites:
         if heads % site.group_size or not 1 <= heads <= site.heads:
             raise ModelError(
                 f"heads={heads}: {site.name} has {site.heads} heads in groups of {site.group_size}, which stay whole."
             )
-        scores = (_norms(student, site.output, rows=False) * _norms(student, site.query, rows=True)).reshape(
-            site.key_value_heads, site.group_size
-        )
-        groups = scores.sum(1).argsort()[: site.key_value_heads - heads // site.group_size].tolist()
-        zero_heads_(
-            student, site, [group * site.group_size + one for group in groups for one in range(site.group_size)]
-        )
-    for block in find_ffn(student) if neurons is not None else ():
-        assert neurons is not None
+        norms = _norms(student, site.output, rows=False) * _norms(student, site.query, rows=True)
+        found = norms.reshape(site.key_value_heads, site.group_size).sum(1)
+        owner = site.same_heads_as or site.name
+        scores[owner] = scores.get(owner, torch.zeros_like(found)) + found
+    for site in sites:
+        order = scores[site.same_heads_as or site.name].argsort()
+        groups = order[: site.key_value_heads - heads // site.group_size].tolist()
+        closed = [group * site.group_size + one for group in groups for one in range(site.group_size)]
+        zero_heads_(student, site, closed)
+
+
+def _close_neurons(student: PreTrainedModel, neurons: int) -> None:
+    """Close the neurons with the smallest weights."""
+    for block in find_ffn(student):
         if not 1 <= neurons <= block.width:
             raise ModelError(f"neurons={neurons}: {block.name} has {block.width} neurons.")
         importance = _norms(student, block.down, rows=False)

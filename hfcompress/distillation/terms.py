@@ -45,6 +45,7 @@ class LogitTerms:
             )
         if isinstance(answer.targets, Tensor) and answer.targets.shape[-1] < self.shared:
             raise ModelError(f"The teacher has {answer.targets.shape[-1]} classes, but the student {self.shared}.")
+        answer = answer.within(self.shared)
         for name, loss in losses.items():
             self.weights[name] = loss.weight_at(self.progress)
             self.terms.append((name, alpha * self.weights[name] * share, share, self._term(loss, answer)))

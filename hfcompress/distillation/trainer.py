@@ -113,12 +113,14 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the Trainer's batches; data that a teacher has no answer to are refused before the first."""
         loader: Any = super().get_train_dataloader()
-        choosy = [one for one, _ in self.teachers if isinstance(one, (CachedTeacher, AcrossTokenizers))]
-        if choosy and hasattr(loader.dataset, "__len__"):
-            last = len(loader.dataset) - 1
-            batches = [loader.collate_fn([loader.dataset[row]]) for row in sorted({0, last // 2, last})]
-            for teacher in choosy:
-                teacher.refuse_other_data(batches, self.kind)
+        rows, collator = loader.dataset, loader.collate_fn
+        for teacher, _ in self.teachers if hasattr(rows, "__len__") else ():
+            if isinstance(teacher, CachedTeacher):
+                teacher.refuse_other_rows(rows, collator)
+            if isinstance(teacher, AcrossTokenizers):
+                last = len(rows) - 1
+                few = [collator([rows[row]]) for row in sorted({0, last // 2, last})]
+                teacher.refuse_other_data(few, self.kind)
         return loader
 
     def get_batch_samples(

@@ -59,6 +59,7 @@ class Task(ABC):
     which the recipe has to train first.  None where every model has to come with its weights.
     packs: rows are texts packed one after the other, not one row of the data each.
     one_text: calibration needs a column of text and nothing else.  spare: weights that a checkpoint may lack.
+    draws_anew: the collator draws what the model sees of a row, each time.
     """
 
     name: ClassVar[str]
@@ -69,6 +70,7 @@ class Task(ABC):
     packs: ClassVar[bool] = False
     pads: ClassVar[bool] = True
     one_text: ClassVar[bool] = False
+    draws_anew: ClassVar[bool] = False
     spare: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -22,6 +22,7 @@ class MaskedLM(Task):
     metrics = ("perplexity",)
     packs: ClassVar[bool] = True
     one_text: ClassVar[bool] = True
+    draws_anew: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the text column."""

@@ -1,4 +1,4 @@
-"""Sums of row-wise losses over logits of any vocabulary size, without a float32 copy of them."""
+"""Sums of row-wise losses over logits of any vocabulary size, without a float32 copy of those in 16 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Term = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class _WeightedSum(torch.autograd.Function):
-    """The gradient is made in the forward pass, chunk by chunk, and kept in the logits' own dtype."""
+    """The gradient is made in the forward pass, chunk by chunk, and kept in the logits' own dtype.
+
+    So logits in float32 have a gradient in float32 beside them, and in the backward pass its multiple as a third.
+    """
 
     @staticmethod
     def forward(

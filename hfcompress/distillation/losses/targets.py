@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,22 +14,39 @@ class TopK:
     """The teacher's distribution at one temperature, class by class for the ``k`` most probable ones.
 
     classes: (rows, k) integers, distinct in each row.  log_probabilities: (rows, k).  log_tail: (rows,), the
-    logarithm of the probability of all other classes together.
+    logarithm of the probability of all other classes together.  cut: see ``within``.
     """
 
     classes: Tensor
     log_probabilities: Tensor
     log_tail: Tensor
     temperature: float
+    cut: bool = False
 
     def part(self, rows: slice) -> TopK:
         """Return some of the rows."""
-        return TopK(self.classes[rows], self.log_probabilities[rows], self.log_tail[rows], self.temperature)
+        classes, log, tail = (one[rows] for one in (self.classes, self.log_probabilities, self.log_tail))
+        return replace(self, classes=classes, log_probabilities=log, log_tail=tail)
 
     def to(self, device: torch.device | str) -> TopK:
         """Return the same on another device."""
         classes, log, tail = (one.to(device) for one in (self.classes, self.log_probabilities, self.log_tail))
-        return TopK(classes, log, tail, self.temperature)
+        return replace(self, classes=classes, log_probabilities=log, log_tail=tail)
+
+    def within(self, classes: int) -> TopK:
+        """Return the distribution over the first ``classes`` classes alone, as softmax over their logits would be.
+
+        Where some are left out it is ``cut``: class number ``classes``, of no probability, then stands for each.
+        What the tail holds of them is not known and stays.
+        """
+        out = self.classes >= classes
+        if not out.any():
+            return self
+        kept = self.log_probabilities.masked_fill(out, torch.finfo(self.log_probabilities.dtype).min / 2)
+        mass = torch.logsumexp(torch.cat([kept, self.log_tail[:, None]], dim=-1), dim=-1)
+        return TopK(
+            self.classes.clamp_max(classes), kept - mass[:, None], self.log_tail - mass, self.temperature, cut=True
+        )
 
     def cpu(self) -> TopK:
         """Return the same on the CPU."""

@@ -8,9 +8,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.nn import functional as F
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
 from hfcompress.distillation.losses.targets import Targets, TopK, top_k_of
+from hfcompress.outputs import ABSENT
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -31,7 +33,10 @@ class TopKKL(LogitLoss):
         if isinstance(teacher, Tensor):
             teacher = top_k_of(teacher, self.k, self.temperature)
         assert isinstance(teacher, TopK)
-        return top_k_kl(student, teacher)
+        if not teacher.cut:
+            return top_k_kl(student, teacher)
+        loss, slope = top_k_kl(F.pad(student, (0, 1), value=ABSENT), teacher)
+        return loss, slope[:, :-1]
 
 
 def top_k_kl(student: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:

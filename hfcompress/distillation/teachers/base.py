@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class Answer:
     rows: Tensor | None
     shape: tuple[int, ...] | None
     features: Mapping[Tap, Tensor]
+
+    def within(self, classes: int) -> Answer:
+        """Return the same for the first ``classes`` classes; logits are cut in ``part``, a chunk at a time."""
+        return replace(self, targets=self.targets.within(classes)) if isinstance(self.targets, TopK) else self
 
     def part(self, part: slice, classes: int, like: Tensor) -> Targets:
         """Return the targets of some of the counted places, on the device and in the dtype of ``like``."""

@@ -1,8 +1,9 @@
 """How a teacher's answers are stored: tensors of one safetensors file, whose rows are found by their keys.
 
 A place takes 2 bytes for each of k class numbers and k + 1 logarithms.  Class numbers are in rising order, so that 16
-bits and the places where their upper bits change are enough for any vocabulary: for up to 196,608 classes a place
-takes no more than 4 (k + 1) bytes.
+bits and the places where their upper bits change are enough for any vocabulary, for one byte more after each 65,536
+classes: a place takes 4 k + 2 bytes for up to 65,536 classes, 4 (k + 1) for up to 196,608 and 4 k + 5 for up to
+262,144.  A row takes 24 bytes more, for its key and where it ends, and a file, of up to 256 rows, less than 1,000.
 """
 
 from __future__ import annotations
