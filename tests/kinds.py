@@ -25,7 +25,7 @@ class TinyKind:
     model: Callable[[], hf.PreTrainedModel]
     row: Callable[[int], Row]
     padded: bool = True
-    features: tuple[str, ...] = ("hidden_states", "relations", "feed_forward")
+    features: tuple[str, ...] = ("hidden_states", "relations", "feed_forward", "embeddings", "sentence_embedding")
 
     def make(self, seed: int = 0) -> hf.PreTrainedModel:
         """Return the model with noise on its weights: students far from teachers, and no uniform predictions."""
@@ -146,7 +146,9 @@ KINDS = {
     "token of a speech": TinyKind(
         family("whisper"), lambda i: {"input_features": torch.randn(8, 32), "labels": words(i + 3, 2)}
     ),
-    "letter of a sound": TinyKind(wav2vec2, sound),
+    "letter of a sound": TinyKind(
+        wav2vec2, sound, features=("hidden_states", "relations", "feed_forward", "sentence_embedding")
+    ),
     "vector": TinyKind(encoder(hf.BertModel, num_labels=2), text),
 }  # fmt: skip
 
