@@ -256,6 +256,16 @@ def test_smoothed_labels_give_the_loss_of_a_hand_written_loop(kind: str, distils
             one_step(kind, tmp_path, 2, **options)
 
 
+@pytest.mark.parametrize("kind", ["span", "choice"])
+def test_fewer_classes_than_k_are_all_compared(kind: str, tmp_path: Path) -> None:
+    """How many there are depends on the rows, so the default k of 64 may be more."""
+    teacher, plain = KINDS[kind].make(seed=1), [{"forward_kl": {"temperature": 1.0}}]
+    found = one_step(kind, tmp_path, 2, teacher, losses=["top_k_kl"])
+    assert_same(found, one_step(kind, tmp_path, ROWS, teacher, losses=plain))
+    with pytest.raises(ModelError, match=r"k=2 classes cannot be kept: .* depends on the row\. Leave k out"):
+        cache_teacher(teacher, KINDS[kind].rows(), tmp_path / "cache", collator=pad, k=2)
+
+
 def test_vectors_of_other_widths_meet_by_a_projection_alone(tmp_path: Path) -> None:
     wide = encoder(BertModel, hidden_size=64)()
     with pytest.raises(ModelError, match="gives 32 numbers for a row and the teacher 64"):
