@@ -70,6 +70,26 @@ def open_model(
     return model.eval()
 
 
+def refuse_other_class(spec: ModelSpec, config: PreTrainedConfig, task: Task) -> None:
+    """Raise ModelError for a checkpoint of a class that lacks weights of the task's class, before it is opened.
+
+    Known from the config alone; nothing is said of classes that are not in Transformers.
+    """
+    mapping = getattr(transformers, task.auto_class)._model_mapping
+    named = next(iter(config.architectures or []), "")
+    saved = getattr(transformers, named, None)
+    if saved is None or type(config) not in mapping or mapping[type(config)] is saved:
+        return
+    with torch.device("meta"):
+        wanted, there = (_weights(one(copy.deepcopy(config))) for one in (mapping[type(config)], saved))
+    _refuse_missing(spec, task, config, wanted - there)
+
+
+def _weights(model: PreTrainedModel) -> set[str]:
+    """Return the names of a model's own weights, tied ones once, as they are called below its head."""
+    return {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()}
+
+
 def _refuse_missing(spec: ModelSpec, task: Task, config: PreTrainedConfig, missing: Iterable[str]) -> None:
     """Raise ModelError for weights that the checkpoint lacks: they would be random.  Those of a new head may be."""
     names = sorted(name for name in missing if not name.startswith(task.spare))

@@ -41,6 +41,9 @@ def check_teachers(source: Source, options: Distill) -> None:
     stages = [stage.name for stage in source.recipe.stages]
     losses = named(options.losses or ())
     crossing = crossing_loss(losses)
+    inside = [name for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
+    if ORIGINAL in options.teachers and source.head_is_new and (not losses or len(inside) < len(losses)):
+        raise _no_head(source, f"Name the stage that trains one: teacher: {stages[0]}.")
     for name in options.teachers:
         if crossing is not None:
             _check_other_tokenizer(source, crossing, None if name in (ORIGINAL, *stages) else name)
@@ -48,7 +51,6 @@ def check_teachers(source: Source, options: Distill) -> None:
             _check_cache(source, CachedTeacher(Path(name).expanduser()), options)
         elif name not in (ORIGINAL, *stages):
             _check_model(source, ModelSpec(id=name))
-    inside = [name for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
     if inside and (len(options.teachers) > 1 or is_cache(options.teachers[0])):
         raise ModelError(f"{inside[0]} looks inside the teacher: it needs one teacher, which is a model.")
     classes = _classes(source)
@@ -58,9 +60,19 @@ def check_teachers(source: Source, options: Distill) -> None:
             raise ModelError(f"{name}: k={k} is more than the {classes} classes there are.")
 
 
+def _no_head(source: Source, advice: str) -> ModelError:
+    """Return the error of the recipe's model as a teacher whose answers would be random."""
+    return ModelError(
+        f"Model '{source.recipe.model.id}' has no trained head for {source.task.name}, so it has nothing to teach. "
+        f"{advice}"
+    )
+
+
 def _check_model(source: Source, teacher: ModelSpec) -> None:
     """A model from outside reads the student's inputs, and its outputs must mean the student's."""
     task, config, student = source.task, opening.open_config(teacher), source.config
+    if task.head_name is None:
+        opening.refuse_other_class(teacher, config, task)
     if (row := task.row_length(source.recipe.data)) is not None:
         refuse_longer(teacher.id, longest_input(config), *row)
     own, other = (_tokenizer(one) for one in (source.processor, opening.open_processor(teacher, task)))
@@ -160,10 +172,7 @@ def _spec_of(source: Source, teacher: str) -> ModelSpec:
     stages = [stage.name for stage in source.recipe.stages]
     if teacher == ORIGINAL:
         if source.head_is_new:
-            raise ModelError(
-                f"Model '{source.recipe.model.id}' has no trained head for {source.task.name}, so it has nothing to "
-                "teach. Name a fine-tuned one as teacher."
-            )
+            raise _no_head(source, "Name a fine-tuned one as teacher.")
         return source.recipe.model
     if teacher in stages:
         raise DataError(

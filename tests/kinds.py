@@ -141,7 +141,7 @@ KINDS = {
     "hidden token": TinyKind(encoder(hf.BertForMaskedLM), lambda i: token_labels(i, VOCABULARY_SIZE, 6)),
     "span": TinyKind(encoder(hf.BertForQuestionAnswering), question),
     "choice": TinyKind(encoder(hf.BertForMultipleChoice), choices),
-    "token of a text": TinyKind(family("t5"), lambda i: text(i, labels=words(i + 3, 2)), features=OF_LAYERS),
+    "token of a text": TinyKind(family("t5"), lambda i: text(i, labels=words(i + 3, 2))),
     "class of an image": TinyKind(
         family("vit", num_labels=3),
         lambda i: {"pixel_values": torch.randn(3, 8, 8), "labels": torch.tensor(i % 3)},
@@ -150,7 +150,6 @@ KINDS = {
     "token of a speech": TinyKind(
         family("whisper"),
         lambda i: {"input_features": torch.randn(8, 32), "labels": words(i + 3, 2)},
-        features=OF_LAYERS,
     ),
     "letter of a sound": TinyKind(wav2vec2, sound, features=(*OF_LAYERS, "sentence_embedding")),
     "vector": TinyKind(encoder(hf.BertModel, num_labels=2), text),

@@ -35,6 +35,7 @@ from tests.distilling import (
     text_rows,
     weights_of,
 )
+from tests.kinds import KINDS, family, pad, wav2vec2
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 SAME_TOKENS = [name for name, kind in LOSSES.items() if not getattr(kind, "across_tokenizers", False)]
@@ -165,6 +166,39 @@ def test_padding_is_never_compared(make: Callable[..., PreTrainedModel], name: s
         results.append(trainer.state.log_history[0]["kd_loss"])
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     assert results[0] > 0
+
+
+FED = ["t5", "bart", "whisper"]
+
+
+@pytest.mark.parametrize("name", ["embeddings", "sentence_embedding"])
+@pytest.mark.parametrize("kind", FED)
+def test_padding_of_encoder_decoders_is_never_compared(kind: str, name: str, tmp_path: Path) -> None:
+    """Longer rows in the batch, and so more padding of sources and targets, change no row's loss."""
+    student, teacher = (spread(family(kind)(), seed) for seed in (0, 1))
+    rows = [{**KINDS["token of a text"].row(index)} for index in (0, 3)]
+    if kind == "whisper":
+        rows = [{"input_features": torch.randn(8, 32), "labels": row["labels"]} for row in rows]
+    found = []
+    for part in ([rows[0]], [rows[1]], rows):
+        trainer = distiller(
+            copy.deepcopy(student), teacher, tmp_path, part, temperature=None, losses=[name],
+            per_device_train_batch_size=len(part), gradient_accumulation_steps=1, data_collator=pad,
+        )  # fmt: skip
+        trainer.train()
+        found.append(trainer.state.log_history[0]["kd_loss"])
+    assert 0 < found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-5)
+
+
+def test_embeddings_of_an_encoder_decoder_are_those_that_its_encoder_reads() -> None:
+    names = {kind: LOSSES["embeddings"]().find(family(kind)())[0][0][0] for kind in FED}
+    assert [(kind, tap.module, tap.decoder) for kind, tap in names.items()] == [
+        ("t5", "encoder.embed_tokens", False),
+        ("bart", "model.encoder.embed_tokens", False),
+        ("whisper", "model.decoder.embed_tokens", True),
+    ]
+    with pytest.raises(ModelError, match="Wav2Vec2ForCTC has no input embeddings to compare"):
+        LOSSES["embeddings"]().find(wav2vec2())
 
 
 def test_ignored_tokens_of_a_language_model_are_never_compared(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.errors import HFCompressError, ModelError
-from tests.conftest import tiny_bert
+from tests.conftest import tiny_bert, word_tokenizer
 from tests.distilling import (
     bert,
     distiller,
@@ -27,6 +27,10 @@ pytestmark = pytest.mark.usefixtures("quick_trainers")
 
 def headless_bert() -> PreTrainedModel:
     return hf.BertModel(tiny_bert().config)
+
+
+def two_heads() -> PreTrainedModel:
+    return hf.BertForPreTraining(tiny_bert().config)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,29 @@ def test_pairs_that_cannot_be_compared_are_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         distiller(student(), teacher(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (headless_bert, bert, "a BertForSequenceClassification and cannot answer what a BertModel is asked"),
+        (two_heads, two_heads, "BertForPreTraining gives .*prediction_logits.* but no logits to distil"),
+    ],
+)
+def test_a_student_without_logits_is_refused_before_the_first_step(
+    student: Callable[[], Any], teacher: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        distiller(student(), teacher(), tmp_path, text_rows())
+
+
+@pytest.mark.parametrize("losses", [None, ["hidden_states"]])
+def test_a_classifier_that_reads_other_tokens_is_no_teacher(losses: list[str] | None, tmp_path: Path) -> None:
+    own, other = word_tokenizer(["good", "bad"]), word_tokenizer(["bad", "good"])
+    options: dict[str, Any] = {"temperature": None, "losses": losses, "processing_class": own}
+    distiller(bert(), bert(seed=1), tmp_path, teacher_processing_class=own, **options)
+    with pytest.raises(ModelError, match="Token 6 is 'good' for the student and 'bad' for the teacher"):
+        distiller(bert(), bert(seed=1), tmp_path, teacher_processing_class=other, **options)
 
 
 def test_liger_is_refused(tmp_path: Path) -> None:

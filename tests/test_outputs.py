@@ -55,7 +55,7 @@ def one_step(
     }
     trainer: PerItemTrainer
     if teacher is None:
-        trainer = PerItemTrainer(args=TrainingArguments(**plain), **given)
+        trainer = PerItemTrainer(args=TrainingArguments(**plain, **options), **given)
     else:
         arguments = DistillationConfig(**plain, **options)
         trainer = DistillationTrainer(teacher_model=teacher, args=arguments, **given)
@@ -290,6 +290,53 @@ def test_losses_that_mean_nothing_are_refused(kind: str, loss: str, message: str
         one_step(kind, tmp_path, ROWS, KINDS[kind].make(seed=1), losses=[loss])
 
 
+SMOOTHED = [
+    "next tokens", "class", "class of a token", "hidden token", "choice", "token of a text", "class of an image",
+    "token of a speech",
+]  # fmt: skip
+
+
+def smoothed(kind: str, factor: float) -> float:
+    """The mean over all labelled items of the cross-entropy with smoothed labels, one row at a time."""
+    model, losses = KINDS[kind].make().eval(), []
+    outputs = outputs_of(model)
+    for row in KINDS[kind].rows():
+        batch = pad([row])
+        labels = outputs.labels(batch).reshape(-1)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        losses += [
+            functional.cross_entropy(place, label, label_smoothing=factor)
+            for place, label in zip(logits.reshape(len(labels), -1), labels)
+            if label != IGNORED
+        ]
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.filterwarnings("ignore:Label smoothing is not compatible:UserWarning")  # we refuse it just after
+@pytest.mark.parametrize("distils", [False, True])
+@with_labels
+def test_smoothed_labels_give_the_loss_of_a_hand_written_loop(kind: str, distils: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"label_smoothing_factor": 0.2}
+    if distils:
+        options |= {"teacher": KINDS[kind].make(seed=1), "alpha": 0.0}
+    if kind in SMOOTHED:
+        assert one_step(kind, tmp_path, 2, **options)[1] == pytest.approx(smoothed(kind, 0.2), rel=1e-4)
+    else:
+        with pytest.raises(ModelError, match=r"label_smoothing_factor=0\.2 needs a loss of classes"):
+            one_step(kind, tmp_path, 2, **options)
+
+
+@pytest.mark.parametrize("kind", ["span", "choice"])
+def test_fewer_classes_than_k_are_all_compared(kind: str, tmp_path: Path) -> None:
+    """How many there are depends on the rows, so the default k of 64 may be more."""
+    teacher, plain = KINDS[kind].make(seed=1), [{"forward_kl": {"temperature": 1.0}}]
+    found = one_step(kind, tmp_path, 2, teacher, losses=["top_k_kl"])
+    assert_same(found, one_step(kind, tmp_path, ROWS, teacher, losses=plain))
+    with pytest.raises(ModelError, match=r"k=2 classes cannot be kept: .* depends on the row\. Leave k out"):
+        cache_teacher(teacher, KINDS[kind].rows(), tmp_path / "cache", collator=pad, k=2)
+
+
 def test_vectors_of_other_widths_meet_by_a_projection_alone(tmp_path: Path) -> None:
     wide = encoder(BertModel, hidden_size=64)()
     with pytest.raises(ModelError, match="gives 32 numbers for a row and the teacher 64"):
@@ -299,7 +346,7 @@ def test_vectors_of_other_widths_meet_by_a_projection_alone(tmp_path: Path) -> N
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
-    with pytest.raises(ModelError, match=r"label_smoothing_factor=0\.1 needs a loss of classes"):
+    with pytest.raises(ModelError, match=r"label_smoothing_factor=0\.1 needs .*gives a start and an end"):
         PerItemTrainer(model=KINDS["span"].make(), args=arguments)
     arguments = TrainingArguments(tmp_path, max_steps=1, report_to="none", use_cpu=True)
     trainer = PerItemTrainer(model=tiny_bert(), args=arguments, train_dataset=[{"input_ids": [6, 7, 8]}])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +17,8 @@ from hfcompress.pruning.options import PruneOptions
 from hfcompress.quantization import GPTQ, RTN
 from hfcompress.recipe import (
     STAGES,
+    TASK_DATA,
+    TASKS,
     Distill,
     Finetune,
     Quantize,
@@ -25,6 +28,7 @@ from hfcompress.recipe import (
     recipe_differences,
 )
 from hfcompress.recipe import text as recipe_text
+from hfcompress.recipe.aliases import ALIASES
 from hfcompress.recipe.options import METHODS
 from hfcompress.recipe.training import REFUSED
 
@@ -131,6 +135,37 @@ def test_files_are_a_path_a_list_or_a_mapping(tmp_path: Path, files: str, expect
     recipe = load_recipe(write(tmp_path, PLAIN.replace("{id: c/d}", f"{{files: {files}}}")))
     assert recipe.data.files == expected
     assert parse_recipe(recipe.to_dict()) == recipe
+
+
+OWN_NAMES = {"text_column": "a", "label_column": "b", "max_length": 9, "max_train_rows": 5}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("local", [True, False])
+def test_options_of_the_data_may_have_the_names_of_the_example_scripts(task: str, local: bool) -> None:
+    """Every alias that the task can have, beside the same recipe in our own names."""
+    plain = {"name": "x", "task": task, "model": {"id": "a/b"}, "stages": [{"distill": {"steps": 1}}]}
+    places = (
+        {"files": {"train": "t.csv", "validation": "v.csv", "test": "w.csv"}} if local else {"id": "c/d", "name": "e"}
+    )
+    own = {**places, "splits": {"train": "one", "held_out": "two"}}
+    own |= {name: value for name, value in OWN_NAMES.items() if name in TASK_DATA[task] or name == "max_train_rows"}
+    mapping = {**plain, "data": own, "evaluate": {"max_rows": 3}}
+    for split in ("validation_split_name", "eval_split_name"):
+        theirs = {
+            alias: value
+            for alias, target in ALIASES.items()
+            if (value := value_at(mapping, target)) is not None
+            and (split == alias or target != ("data", "splits", "held_out"))
+        }
+        assert parse_recipe({**plain, "data": theirs}) == parse_recipe(mapping)
+        assert len(theirs) >= 7
+
+
+def value_at(mapping: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        mapping = mapping.get(key, {})
+    return mapping or None
 
 
 def test_training_values_get_the_types_of_training_arguments(tmp_path: Path) -> None:

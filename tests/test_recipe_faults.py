@@ -68,6 +68,37 @@ stages:
     )
 
 
+def test_an_option_under_two_names_and_faults_of_the_other_name(tmp_path: Path) -> None:
+    text = """\
+name: two
+task: causal-lm
+model: {id: a/b}
+data:
+  files: a.txt
+  train_file: b.txt
+  max_train_rows: 5
+  max_train_samples: 6
+  eval_split_name: a
+  validation_split_name: a
+  max_eval_samples: 0
+  max_seq_length: 4
+  max_seq_lenght: 4
+stages:
+  - finetune: {steps: 1}
+"""
+    assert faults(tmp_path, text) == [
+        "line 6, data.train_file: means data.files.train, but data.files is given too: take one out",
+        "line 8, data.max_train_samples: means data.max_train_rows, but data.max_train_rows is given too: "
+        "take one out",
+        "line 9, data.eval_split_name: means data.splits.held_out, but data.validation_split_name is given too: "
+        "take one out",
+        "line 11, data.max_eval_samples: must be at least 1, not 0",
+        "line 12, data.max_seq_length: is for masked-lm, sequence-classification, token-classification, "
+        "question-answering, multiple-choice, sentence-embeddings only; this recipe's task is causal-lm",
+        "line 13, data: unknown option 'max_seq_lenght' (max_seq_length?)",
+    ]
+
+
 WHOLE_FILES = {
     "": "line 1: the file is empty",
     "# only a comment\n": "line 1: the file is empty",

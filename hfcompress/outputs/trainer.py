@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hfcompress.errors import ModelError
-from hfcompress.outputs import Outputs, outputs_of, require_columns
+from hfcompress.outputs import Classes, Outputs, outputs_of, require_columns
 
 
 class PerItemTrainer(Trainer):
@@ -30,10 +30,10 @@ class PerItemTrainer(Trainer):
         self.counts: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self.kind = self._kind()
-        if self.args.label_smoothing_factor and (self.kind.own_loss or self.kind.values != "odds"):
+        if self.args.label_smoothing_factor and not isinstance(self.kind, Classes):
             raise ModelError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor} needs a loss of classes, which "
-                f"{type(self.model).__name__} has not. Set it to 0."
+                f"label_smoothing_factor={self.args.label_smoothing_factor} needs a loss of classes, but "
+                f"{type(self.model).__name__} gives {self.kind.what}. Set it to 0."
             )
 
     def _kind(self) -> Outputs:
@@ -89,8 +89,21 @@ class PerItemTrainer(Trainer):
         if self.kind.own_loss:
             outputs = model(**inputs)
             return self.kind.task_loss(outputs, inputs), outputs
-        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self.label_smoother is not None:
+            return self._smoothed_mean(model, inputs)
+        # A copy: with a loss function of its own the Trainer takes the labels out of it.
+        mean, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
         return mean, outputs
+
+    def _smoothed_mean(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Run the model; return the mean loss with smoothed labels.
+
+        An encoder-decoder makes its decoder's inputs from the labels; from others they are kept.
+        """
+        seq2seq = self.accelerator.unwrap_model(model).config.is_encoder_decoder
+        outputs = model(**{name: one for name, one in inputs.items() if seq2seq or name != "labels"})
+        assert self.label_smoother is not None
+        return self.label_smoother(outputs, self.kind.labels(inputs)), outputs
 
     def task_sum(self, mean: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the sum of the task loss over the labelled items: 0 where there are none, though the mean is NaN."""

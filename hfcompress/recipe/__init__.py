@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfcompress.errors import RecipeError, did_you_mean
 from hfcompress.quantization import RTN
+from hfcompress.recipe.aliases import as_written, take_aliases_
 from hfcompress.recipe.checks import cross_faults, earlier_stage, stage_kind, stage_names
 from hfcompress.recipe.data import TASK_DATA, TASKS, DataSpec, Splits
 from hfcompress.recipe.faults import (
@@ -140,13 +141,14 @@ def _build(content: Any, source: str, lines: Mapping[Place, int], faults: list[F
         text = not_a("a mapping with name, task, model, data and stages", content)
         raise recipe_error(source, [*faults, Fault((), text)], lines)
     raw = _with_text_keys(content, (), faults)
+    written = take_aliases_(raw, faults)
     stages = raw.get("stages")
     if isinstance(stages, list):
         raw["stages"] = _read_stages(stages, faults)
     recipe = read_options(Recipe, raw, (), faults)
     faults += cross_faults({**raw, "stages": stages})
     if faults or recipe is None:
-        raise recipe_error(source, faults, lines)
+        raise recipe_error(source, [as_written(fault, written) for fault in faults], lines)
     return recipe
 
 

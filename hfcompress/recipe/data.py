@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
+from hfcompress.recipe.aliases import ALIASES
 from hfcompress.recipe.faults import not_a, not_one_of
 from hfcompress.recipe.values import FROZEN, AtLeastOne, Text
 
-# Each task's options with their defaults, under the names of the example scripts of Transformers.
+# Each task's options with their defaults.  Those that the example scripts of Transformers call otherwise have these
+# names too, see ``aliases``.
 TASK_DATA: dict[str, dict[str, Any]] = {
     "causal-lm": {"text_column": "text", "block_size": 256},
     "masked-lm": {"text_column": "text", "max_length": 128, "mlm_probability": 0.15, "line_by_line": False},
@@ -120,11 +122,11 @@ def _paths(value: Any) -> dict[str, tuple[str, ...]] | tuple[str, ...] | None:
     return _one_or_more_paths(value, "a path, a list of paths, or a mapping from split to paths")
 
 
-_PATHS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+PATHS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 Files = Annotated[
     dict[str, tuple[str, ...]] | tuple[str, ...] | None,
     BeforeValidator(_paths),
-    WithJsonSchema({"anyOf": [*_PATHS_SCHEMA["anyOf"], {"type": "object", "additionalProperties": _PATHS_SCHEMA}]}),
+    WithJsonSchema({"anyOf": [*PATHS_SCHEMA["anyOf"], {"type": "object", "additionalProperties": PATHS_SCHEMA}]}),
 ]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -165,6 +167,8 @@ class DataSpec:
     pooling: how tokens become a sentence's vector.
     max_train_rows: train on the first rows only.
     """
+
+    other_names: ClassVar[tuple[str, ...]] = tuple(ALIASES)
 
     id: Text | None = None
     name: str | None = None

@@ -195,7 +195,8 @@ def translate(error: ValidationError, hint: Any, raw: Any, more: Iterable[str] =
         location, kind = details["loc"], details["type"]
         if kind == "unexpected_keyword_argument":
             parent, around = _locate(hint, location[:-1])
-            known = {one.name for one in dataclasses.fields(members(around)[0])}
+            owner = members(around)[0]
+            known = {one.name for one in dataclasses.fields(owner)} | set(getattr(owner, "other_names", ()))
             text = unknown_option(location[-1], known | set(() if parent else more))
             faults.append(Fault(parent, text, location))
         elif kind == "missing":

@@ -13,7 +13,9 @@ from hfcompress.distillation.losses import LOSSES
 from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
-from hfcompress.recipe.data import DataSpec, Splits
+from hfcompress.recipe.aliases import ALIASES
+from hfcompress.recipe.data import PATHS_SCHEMA, DataSpec, Splits
+from hfcompress.recipe.faults import place
 from hfcompress.recipe.options import METHODS, STAGES, Recipe, options_beside_method
 from hfcompress.recipe.sections import Benchmark, EvaluateSpec, ModelSpec
 from hfcompress.recipe.training import REFUSED, choices_of, training_types
@@ -37,6 +39,7 @@ def recipe_schema() -> dict[str, Any]:
         definitions.pop(unused, None)
     for name, options in _DESCRIBED.items():
         _describe_(definitions[name], options)
+    definitions["DataSpec"]["properties"] |= _alias_schemas(definitions)
     top["properties"]["stages"] = {
         "description": "What is done, in order; each item has one key, the kind of stage.",
         "type": "array",
@@ -82,6 +85,16 @@ def _describe_(schema: dict[str, Any], options: type) -> None:
     schema["description"] = (options.__doc__ or "").partition("\n")[0].strip()
     for name, note in field_notes(options).items():
         schema["properties"][name]["description"] = note
+
+
+def _alias_schemas(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of each other name of an option: that of the option."""
+    sections, found = {"data": "DataSpec", "splits": "Splits", "evaluate": "EvaluateSpec"}, {}
+    for alias, target in ALIASES.items():
+        section, option = target[-2:]
+        own = PATHS_SCHEMA if section == "files" else definitions[sections[section]]["properties"][option]
+        found[alias] = {**own, "description": f"another name of ``{place(target)}``"}
+    return found
 
 
 def _stage_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:

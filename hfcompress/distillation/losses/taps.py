@@ -25,6 +25,11 @@ class Tap:
     decoder: bool = False
 
 
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    """Return the full name of a module of a model."""
+    return next(name for name, module in model.named_modules() if module is part)
+
+
 @contextmanager
 def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
     """Give a dict that fills with each tap's output, (rows, tokens, features), while the model runs.

@@ -20,7 +20,8 @@ class TopKKL(LogitLoss):
     """Forward KL over the teacher's k most probable classes and one more that stands for all others.
 
     weight, final_weight: at the first step and, on a line from there, at the last.
-    k: classes compared one by one; a cached teacher has its own number.
+    k: classes compared one by one; all of them where a row has fewer, as of choices or of places in a text.  A cached
+    teacher has its own number.
     temperature: divides both models' logits; the loss is multiplied by its square.
     """
 
@@ -31,7 +32,7 @@ class TopKKL(LogitLoss):
     def rows(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor]:
         """Return ``top_k_kl``; a teacher with all its classes is cut to ``k`` first."""
         if isinstance(teacher, Tensor):
-            teacher = top_k_of(teacher, self.k, self.temperature)
+            teacher = top_k_of(teacher, min(self.k, teacher.shape[-1]), self.temperature)
         assert isinstance(teacher, TopK)
         if not teacher.cut:
             return top_k_kl(student, teacher)

@@ -180,6 +180,11 @@ def _index(live: LiveTeacher, k: int | None, temperature: float, name: str) -> C
         raise ModelError(f"k={k} classes cannot be kept: {type(model).__name__} gives {kind.what}. Leave k out.")
     if k is None and kind.values == "odds" and classes is not None and classes > FEW_CLASSES:
         k = DEFAULT_K
+    if k is not None and classes is None:
+        raise ModelError(
+            f"k={k} classes cannot be kept: how many {type(model).__name__} has depends on the row. Leave k out, "
+            "which keeps them all."
+        )
     refuse_k(k, classes)
     return CacheIndex(
         teacher=fingerprint(model),
