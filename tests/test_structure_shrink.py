@@ -198,6 +198,25 @@ def test_even_sizes_are_said_in_the_config_where_it_can_say_them(name: str, tmp_
             assert torch.equal(_logits(reloaded, name), _logits(model, name))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "mistral"])
+@torch.no_grad()
+def test_head_counts_that_a_config_refuses_are_left_to_the_loader(name: str, tmp_path: Path) -> None:
+    # Llama's and Gemma's configs refuse, when they are saved, a hidden size that the head count does not divide.
+    config = FAMILIES[name].config()
+    config.update({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4})
+    model = FAMILIES[name].auto.from_config(config).eval()
+    for site in find_attention(model):
+        zero_heads_(model, site, [2, 3])  # a whole key/value group
+    report = shrink(model)
+    assert {kept for _, kept in report.heads.values()} == {6}
+    plain = name in ("qwen2", "mistral")
+    assert report.config == ({"num_attention_heads": 6, "num_key_value_heads": 3} if plain else {})
+    assert bool(report.uneven) != plain
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(_logits(reloaded, name), _logits(model, name))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_training_step_has_the_gradients_of_the_gated_model(name: str) -> None:
     model = FAMILIES[name].model()
