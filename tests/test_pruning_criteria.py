@@ -263,7 +263,8 @@ def test_checkpoint_written_without_the_callback_resumes(criterion: str, step: i
     assert count_zeros(watch.after[10]) == half_of(model)
 
 
-def test_best_model_of_a_run_that_was_dense_too_long_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["cubic", "constant"])
+def test_best_model_of_a_run_that_was_dense_too_long_does_not_count(schedule: str, tmp_path: Path) -> None:
     scores = iter([9.0, 8.0, 7.0, 1.0, 2.0])
     options: dict[str, Any] = {
         "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
@@ -272,7 +273,7 @@ def test_best_model_of_a_run_that_was_dense_too_long_does_not_count(tmp_path: Pa
     }  # fmt: skip
     trainer_for(tiny_bert(), tmp_path, [StopAt(6)], **options).train()
     model = tiny_bert()
-    trainer = trainer_for(model, tmp_path, [PruneCallback(end=0.3)], **options)
+    trainer = trainer_for(model, tmp_path, [PruneCallback(schedule=schedule, end=0.3)], **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert trainer.state.best_global_step == 10
     assert count_zeros(zeros_of(matrices(model))) == half_of(model)
