@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hfcompress.structure import shrink
+from hfcompress.structure import DropLayers, drop_layers, shrink
 from tests.families import FAMILIES
 from tests.test_structure_shrink import _even, _gated, _logits, _uneven
 
@@ -57,3 +57,20 @@ def test_only_what_the_config_cannot_say_is_recorded(name: str) -> None:
     assert bool(recorded) == bool(report.uneven)
     if recorded:
         assert recorded["quant_method"] == "hfcompress"
+
+
+@torch.no_grad()
+def test_layers_dropped_from_a_shrunk_model_are_no_longer_in_its_record(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].model().eval()
+    _gated(model, _uneven)
+    shrink(model)
+    drop_layers(model, DropLayers(layers=(0, 2, 3)))
+    model.save_pretrained(tmp_path / "three")
+    reloaded, info = type(model).from_pretrained(tmp_path / "three", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(_logits(reloaded.eval(), "llama"), _logits(model, "llama"))
+    drop_layers(reloaded, DropLayers(layers=(1,)))
+    reloaded.save_pretrained(tmp_path / "one")
+    again = type(model).from_pretrained(tmp_path / "one").eval()
+    assert torch.equal(_logits(again, "llama"), _logits(reloaded, "llama"))
+    assert {name.split(".")[2] for name in again.config.quantization_config.modules} == {"0"}

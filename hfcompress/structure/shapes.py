@@ -157,7 +157,8 @@ def record_shapes(model: PreTrainedModel) -> Shapes:
     imported.  A quantization that the config already names is kept, inside the record.
     """
     shapes = uneven_shapes(model)
-    quantization = _quantization_of(getattr(model.config, "quantization_config", None))
+    recorded = getattr(model.config, "quantization_config", None)
+    quantization = _values_of(recorded).get("quantization") if _is_ours(recorded) else recorded
     if shapes:
         record: Any = {"quant_method": METHOD, "version": VERSION, "modules": shapes}
         model.config.quantization_config = record | ({"quantization": quantization} if quantization else {})
@@ -168,9 +169,15 @@ def record_shapes(model: PreTrainedModel) -> Shapes:
     return shapes
 
 
-def _quantization_of(recorded: Any) -> Any:
-    """Return the quantization that a config names, without our record around it."""
-    values = recorded if isinstance(recorded, dict) or recorded is None else recorded.to_dict()
-    if values and values.get("quant_method") == METHOD:
-        return values.get("quantization")
-    return recorded
+def has_shapes_recorded(config: PreTrainedConfig) -> bool:
+    """Tell whether a config holds a record of uneven shapes."""
+    recorded = getattr(config, "quantization_config", None)
+    return _is_ours(recorded) and bool(_values_of(recorded).get("modules"))
+
+
+def _is_ours(recorded: Any) -> bool:
+    return _values_of(recorded).get("quant_method") == METHOD
+
+
+def _values_of(recorded: Any) -> dict[str, Any]:
+    return (recorded if isinstance(recorded, dict) or recorded is None else recorded.to_dict()) or {}
