@@ -433,6 +433,26 @@ def test_a_first_layer_without_open_heads_still_counts_the_tokens_of_the_cache()
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_units_that_are_not_there_are_refused(wrong: int) -> None:
+    model = tiny_bert()
+    site, block = find_attention(model)[0], find_ffn(model)[0]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    heads = rf"bert\.encoder\.layer\.0\.attention\..* has 4 units, numbered 0 to 3, no {wrong}\."
+    with pytest.raises(ModelError, match=heads):
+        zero_heads_(model, site, [0, wrong])
+    with attach_gates(model, [site], [block]) as gates:
+        for units in ([0, wrong], torch.tensor([0, wrong])):
+            with pytest.raises(ModelError, match=heads):
+                gates.heads[site.name].close_(units)
+        with pytest.raises(ModelError, match=r"layer\.0\.output\.dense has .*, no -1, 100000\."):
+            gates.neurons[block.name].close_([100_000, 1, -1])
+        assert all(bool((gate.values == 1).all()) for gate in (*gates.heads.values(), *gates.neurons.values()))
+    with pytest.raises(ModelError, match=r"layer\.0\.output\.dense has .*, no -1, 100000\."):
+        zero_neurons_(model, block, [100_000, 1, -1])
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 def test_frozen_weights_stay_frozen() -> None:
     model = tiny_bert().requires_grad_(False)
     attach_gates(model, find_attention(model)).heads["bert.encoder.layer.0.attention.self"].close_([0])
