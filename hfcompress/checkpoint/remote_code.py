@@ -41,6 +41,9 @@ class Uneven{name}({name}):
         super().__init__(config, *args, **kwargs)
         for name, values in config.{record}.items():
             _resize_module_(self.get_submodule(name), values)
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let ``generate`` make static caches at the first call: layers have other numbers of heads."""
 '''
 
 
