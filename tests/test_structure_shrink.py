@@ -33,7 +33,8 @@ from tests.conftest import tiny_bert, tiny_llama
 from tests.families import FAMILIES, inputs_of
 
 EMPTY = 1  # the layer of each stack that loses every head and every neuron
-GENERATES = [name for name, family in FAMILIES.items() if family.generates or family.auto is hf.AutoModelForSeq2SeqLM]
+TO_TEXT = (hf.AutoModelForSeq2SeqLM, hf.AutoModelForSpeechSeq2Seq)
+GENERATES = [name for name, family in FAMILIES.items() if family.generates or family.auto in TO_TEXT]
 GROUPED = {"num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG_HAS_HEADS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma3", "smollm3", "mistral", "phi3"), GROUPED),
@@ -293,10 +294,13 @@ def test_zeros_in_the_weights_say_what_is_closed(name: str) -> None:
         _close(_logits(model, name), _logits(gated, name))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gate_gradients_are_first_order_effects(name: str) -> None:
+def test_gate_gradients_are_first_order_effects(name: str, implementation: str) -> None:
     # a gate scales the columns that read its head: dL/dgate = sum of weight times gradient over these columns
     model = FAMILIES[name].model()
+    if name != "deberta_v2":
+        model.set_attn_implementation(implementation)
     attention, ffn = find_attention(model), find_ffn(model)
     keys = set(model.state_dict())
     with attach_gates(model, attention, ffn) as gates:
