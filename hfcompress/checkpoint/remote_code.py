@@ -55,6 +55,12 @@ def refuse_remote_code(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} is not a class of Transformers, which the remote code could resize.")
 
 
+def remote_class_of(model: PreTrainedModel) -> str:
+    """Return the name of the Auto class that loads the model with its remote code."""
+    auto = auto_class_of(model)
+    return auto if auto.startswith("Auto") else "AutoModel"
+
+
 def add_remote_code(folder: Path, model: PreTrainedModel) -> None:
     """Write the module beside the weights, and name it in ``config.json`` instead of our loader."""
     name = type(model).__name__
@@ -65,6 +71,5 @@ def add_remote_code(folder: Path, model: PreTrainedModel) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config[RECORD] = config.pop("quantization_config")["modules"]
-    auto = auto_class_of(model)
-    config["auto_map"] = {auto if auto.startswith("Auto") else "AutoModel": f"{MODULE}.Uneven{name}"}
+    config["auto_map"] = {remote_class_of(model): f"{MODULE}.Uneven{name}"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
