@@ -35,6 +35,7 @@ from tests.families import FAMILIES, inputs_of
 EMPTY = 1  # the layer of each stack that loses every head and every neuron
 TO_TEXT = (hf.AutoModelForSeq2SeqLM, hf.AutoModelForSpeechSeq2Seq)
 GENERATES = [name for name, family in FAMILIES.items() if family.generates or family.auto in TO_TEXT]
+CACHES: list[dict[str, Any]] = [{"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}]
 GROUPED = {"num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG_HAS_HEADS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma3", "smollm3", "mistral", "phi3"), GROUPED),
@@ -242,13 +243,9 @@ def test_a_training_step_has_the_gradients_of_the_gated_model(name: str) -> None
     assert all((cut[key] is None) == (whole[key] is None) for key in cut)
 
 
-@pytest.mark.parametrize("name", GENERATES)
-@torch.no_grad()
-def test_generation_with_every_cache_is_that_of_the_gated_model(name: str) -> None:
-    model = FAMILIES[name].model()
-    inputs = {
-        key: value[:1] for key, value in inputs_of(FAMILIES[name]).items() if key in ("input_ids", "input_features")
-    }
+def _generated(model: hf.PreTrainedModel, name: str, **more: Any) -> tuple[Tensor, Tensor]:
+    """Return six tokens that follow, without any chance, and their logits."""
+    inputs = inputs_of(FAMILIES[name])[model.main_input_name][:1]
     options = {
         "max_new_tokens": 6,
         "min_new_tokens": 6,
@@ -256,16 +253,19 @@ def test_generation_with_every_cache_is_that_of_the_gated_model(name: str) -> No
         "output_logits": True,
         "return_dict_in_generate": True,
     }
+    outputs = model.generate(inputs, **options, **more)
+    return outputs.sequences, torch.stack(outputs.logits)
 
-    def run(**more: Any) -> tuple[Tensor, Tensor]:
-        outputs = model.generate(**inputs, **options, **more)
-        return outputs.sequences, torch.stack(outputs.logits)
 
+@pytest.mark.parametrize("name", GENERATES)
+@torch.no_grad()
+def test_generation_with_every_cache_is_that_of_the_gated_model(name: str) -> None:
+    model = FAMILIES[name].model()
     gates = _gated(model, _uneven)
-    expected, logits = run(use_cache=False)
+    expected, logits = _generated(model, name, use_cache=False)
     shrink(model)
-    for more in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}):
-        sequences, found = run(**more)
+    for more in CACHES:
+        sequences, found = _generated(model, name, **more)
         assert torch.equal(sequences, expected), more
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
     assert not any(gate.module._forward_pre_hooks for gate in gates.heads.values())
