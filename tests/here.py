@@ -37,7 +37,7 @@ def compress_here(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
             Path(options["--output"]).write_text(json.dumps(measurement.to_dict()))
             return 0
 
-    def verified(folder: str | Path, probe: verify.Probe) -> verify.Verification:
+    def verified(folder: str | Path, probe: verify.Probe, trust_remote_code: bool = False) -> verify.Verification:
         model = getattr(transformers, probe.loaded_by).from_pretrained(folder).eval()
         with torch.inference_mode():
             found = answer_of(model(**probe.inputs))

@@ -1,4 +1,4 @@
-"""Quantized models, written to disk and reloaded by fresh processes, with and without hfcompress."""
+"""Quantized and shrunk models, written to disk and reloaded by fresh processes, with and without hfcompress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,11 @@ assert plugin or "hfcompress" not in sys.modules
 
 @dataclass(frozen=True)
 class Case:
-    """A quantized model, where it was saved, and its outputs after that."""
+    """A quantized or shrunk model, where it was saved, and its outputs after that."""
 
     folder: Path
     model: PreTrainedModel
-    report: QuantizationReport
+    report: QuantizationReport | None
     expected: dict[str, Tensor]
 
     @classmethod
@@ -76,7 +77,7 @@ class Case:
         cls,
         folder: Path,
         model: PreTrainedModel,
-        report: QuantizationReport,
+        report: QuantizationReport | None,
         inputs: dict[str, Tensor],
         output: str = "logits",
     ) -> Case:
@@ -125,11 +126,11 @@ def same_logits(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
-def reload_all(cases: Path, empty: Path) -> None:
+def reload_all(cases: Path, empty: Path, plugins: Sequence[Sequence[str]] = ((), ("hfcompress",))) -> None:
     """Reload every case below a folder in a process of stock Transformers and in one that imports hfcompress.
 
-    empty: an empty folder to run them in.
+    empty: an empty folder to run them in.  plugins: what each process imports.
     """
-    for plugin in ([], ["hfcompress"]):
+    for plugin in plugins:
         environment = {**os.environ, "PYTHONPATH": str(ROOT) if plugin else ""}
         subprocess.run([sys.executable, "-c", RELOAD, str(cases), *plugin], cwd=empty, env=environment, check=True)

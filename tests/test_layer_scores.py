@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from hfcompress.structure import DropLayers, drop_layers, layer_stacks, linear_w
 from hfcompress.structure.layer_scores import block_distances, least_loss_layers, skipping
 from hfcompress.structure.layers import find_stack
 from tests.conftest import VOCABULARY_SIZE, tiny_llama
+from tests.families import FAMILIES as STRUCTURE_FAMILIES
+from tests.families import inputs_of
 from tests.runs import language_recipe, write_text
 
 LAYERS = 4
@@ -134,6 +137,27 @@ FAMILIES = {
         "decoder",
         "features",
     ),
+    "whisper-encoder": Family(
+        lambda: hf.WhisperForConditionalGeneration(
+            hf.WhisperConfig(**SEQ2SEQ, encoder_layers=4, decoder_layers=2, num_mel_bins=4, max_source_positions=12)
+        ),
+        "encoder_layers",
+        "encoder",
+        "features",
+    ),
+    "clip": Family(
+        lambda: hf.CLIPForImageClassification(
+            hf.CLIPConfig(
+                text_config={**TEXT, "num_hidden_layers": 2},
+                vision_config={**SMALL, "image_size": 8, "patch_size": 4},
+                projection_dim=16,
+                num_labels=5,
+            )
+        ),
+        "vision_config.num_hidden_layers",
+        "vision_model",
+        "pixels",
+    ),
 }
 MEASURED = {
     "angular": {"select": "angular"},
@@ -198,7 +222,7 @@ def test_a_skipped_layer_is_a_dropped_layer_and_the_model_reloads(name: str, tmp
 
     drop_layers(model, DropLayers(layers=(0, 2), stack=family.stack))
     assert torch.equal(_logits(model, batches[0]), skipped)
-    assert getattr(model.config, family.count) == 2
+    assert attrgetter(family.count)(model.config) == 2
     assert {one.name: len(one) for one in layer_stacks(model)} == {**others, stack.name: 2}
     model.save_pretrained(tmp_path)
     reloaded, notes = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -208,6 +232,23 @@ def test_a_skipped_layer_is_a_dropped_layer_and_the_model_reloads(name: str, tmp
         if isinstance(getattr(own, "config", None), hf.PreTrainedConfig):
             same = [getattr(one.config, "num_layers", None) for one in (own, again)]
             assert same[0] == same[1], part
+
+
+@pytest.mark.parametrize("stack", ["text_model", "vision_model"])
+@torch.no_grad()
+def test_either_stack_of_clip_is_shortened_and_the_model_reloads(stack: str, tmp_path: Path) -> None:
+    model, batch = STRUCTURE_FAMILIES["clip"].model(), inputs_of(STRUCTURE_FAMILIES["clip"])
+    lengths = {one.name: len(one) for one in layer_stacks(model)}
+    full = model(**batch).logits_per_text
+    drop_layers(model, DropLayers(layers=(0, 2), stack=stack))
+    name = f"{stack}.encoder.layers"
+    assert {one.name: len(one) for one in layer_stacks(model)} == {**lengths, name: 2}
+    found = model(**batch).logits_per_text
+    assert not torch.allclose(found, full, atol=1e-2)
+    model.save_pretrained(tmp_path)
+    reloaded, notes = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(notes.values())
+    assert torch.equal(reloaded(**batch).logits_per_text, found)
 
 
 @pytest.mark.parametrize("name", ["bart-decoder", "t5-decoder", "bart-encoder"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import hfcompress
 from hfcompress.errors import DataError, ModelError
 from hfcompress.packed import packed_layers
-from hfcompress.pruning.oneshot import METHODS, Magnitude, PruningReport, SparseGPT, Wanda, prune
+from hfcompress.pruning.oneshot import METHODS, Magnitude, PruningReport, SparseGPT, Wanda, apply, prune
 from hfcompress.quantization import GPTQ, RTN, quantize
 from hfcompress.structure import stack_linears
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama, token_batches
@@ -64,6 +65,21 @@ def rows_of(module: nn.Module) -> Tensor:
 
 def zeros_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: rows_of(module) == 0 for name, module in stack_linears(model).items()}
+
+
+def test_no_hessian_outlives_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    prune_, alive = apply._prune_by_sparsegpt_, {}
+
+    def watched(siblings: Any, found: Any, method: SparseGPT) -> Any:
+        layer = siblings[0].name.split(".")[2]
+        assert {place for place, one in alive.items() if one() is not None and place[0] != layer} == set()
+        alive[layer, siblings[0].name] = weakref.ref(found.hessian)
+        return prune_(siblings, found, method)
+
+    monkeypatch.setattr(apply, "_prune_by_sparsegpt_", watched)
+    prune(tiny_llama(layers=3), SparseGPT(0.5), token_batches())
+    assert len(alive) == 3 * 4
+    assert all(one() is None for one in alive.values())
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)

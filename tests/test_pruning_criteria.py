@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hfcompress.errors import CheckpointError, HFCompressError, ModelError
-from hfcompress.pruning import PruneCallback
+from hfcompress.pruning import NeuronPruneCallback, PruneCallback
 from hfcompress.pruning.criteria import CRITERIA, Random
 from hfcompress.pruning.evidence import KEY
 from hfcompress.pruning.inputs import sum_of_squares
+from hfcompress.structure import find_ffn
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 from tests.pruning_runs import (
@@ -263,7 +264,8 @@ def test_checkpoint_written_without_the_callback_resumes(criterion: str, step: i
     assert count_zeros(watch.after[10]) == half_of(model)
 
 
-def test_best_model_of_a_run_that_was_dense_too_long_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["cubic", "constant"])
+def test_best_model_of_a_run_that_was_dense_too_long_does_not_count(schedule: str, tmp_path: Path) -> None:
     scores = iter([9.0, 8.0, 7.0, 1.0, 2.0])
     options: dict[str, Any] = {
         "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
@@ -272,7 +274,7 @@ def test_best_model_of_a_run_that_was_dense_too_long_does_not_count(tmp_path: Pa
     }  # fmt: skip
     trainer_for(tiny_bert(), tmp_path, [StopAt(6)], **options).train()
     model = tiny_bert()
-    trainer = trainer_for(model, tmp_path, [PruneCallback(end=0.3)], **options)
+    trainer = trainer_for(model, tmp_path, [PruneCallback(schedule=schedule, end=0.3)], **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert trainer.state.best_global_step == 10
     assert count_zeros(zeros_of(matrices(model))) == half_of(model)
@@ -341,13 +343,19 @@ def test_checkpoint_state_is_json(tmp_path: Path) -> None:
 
 
 class _Overflows(TrainerCallback):
-    """Make the gradients of some steps infinite, as float16 does, in a weight that nobody prunes."""
+    """Make the gradients of some steps infinite, as float16 does, in a weight that nobody prunes.
 
-    def __init__(self, steps: set[int]) -> None:
-        self.steps, self.handle, self.before = steps, None, {}
+    forward: whether what a layer sees is infinite already, and all gradients are no numbers.
+    """
+
+    def __init__(self, steps: set[int], forward: bool = False) -> None:
+        self.steps, self.forward, self.handle, self.before = steps, forward, None, {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 in self.steps:
+        if state.global_step + 1 in self.steps and self.forward:
+            layer = kwargs["model"].bert.encoder.layer[0].intermediate
+            self.handle = layer.register_forward_hook(lambda module, inputs, output: output * torch.inf)
+        elif state.global_step + 1 in self.steps:
             bias = kwargs["model"].classifier.bias
             self.handle = bias.register_hook(lambda gradient: gradient * torch.inf)
 
@@ -381,7 +389,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize(("optim", "max_norm"), [("adamw_torch_fused", 0.0), ("adamw_torch", 1.0)])
 @pytest.mark.parametrize("skipped", [{3}, {1, 2}, {1, 2, 5, 7}])
-@pytest.mark.parametrize("criterion", ["magnitude", *GRADIENT])
+@pytest.mark.parametrize("criterion", ["magnitude", *OBSERVING])
 def test_skipped_steps_move_neither_schedule_nor_scores(
     criterion: str, skipped: set[int], optim: str, max_norm: float, scaled: Any, tmp_path: Path
 ) -> None:
@@ -401,15 +409,32 @@ def test_skipped_steps_move_neither_schedule_nor_scores(
             per_device_train_batch_size=8,
         )
     )  # fmt: skip
-    trainer.add_callback(_Overflows(skipped))
+    trainer.add_callback(_Overflows(skipped, forward=criterion == "activation"))
     trainer.train()
     total = 2 * half_of(model)
     for step, zeros in watch.after.items():
         wanted = int(0.5 * min(step, 8) / 8 * total + 1e-6)
-        waits = criterion in GRADIENT and set(range(1, step + 1)) <= skipped  # nothing is known yet
+        waits = criterion in OBSERVING and set(range(1, step + 1)) <= skipped  # nothing is known yet
         assert count_zeros(zeros) == (0 if waits else wanted), step
-        if criterion in GRADIENT:
+        if criterion in OBSERVING:
             assert observed[step] == len(set(range(1, min(step, 8) + 1)) - skipped)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "activation"])
+def test_skipped_steps_move_no_neurons(criterion: str, scaled: Any, tmp_path: Path) -> None:
+    model, skipped, closed = tiny_bert(), {1, 2, 5}, {}
+    total = sum(block.width for block in find_ffn(model))
+    callback = NeuronPruneCallback(0.5, criterion=criterion, schedule="linear", start=0.0, end=0.8)
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            closed[state.global_step] = round(callback.reached(model) * total)
+
+    options: dict[str, Any] = {"rows": class_rows(8), "max_grad_norm": 0.0, "per_device_train_batch_size": 8}
+    trainer = scaled(trainer_for(model, tmp_path, [callback, Count()], **options))
+    trainer.add_callback(_Overflows(skipped, forward=criterion == "activation"))
+    trainer.train()
+    assert closed == {step: 0 if step < 3 else int(0.5 * min(step, 8) / 8 * total + 1e-6) for step in range(1, 11)}
 
 
 # Refusals

@@ -8,21 +8,25 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hfcompress.structure import shrink
+from hfcompress.structure import DropLayers, drop_layers, shrink
 from tests.families import FAMILIES
-from tests.test_structure_shrink import _even, _gated, _logits, _uneven
+from tests.test_structure_shrink import CACHES, GENERATES, _even, _gated, _generated, _logits, _uneven
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gated_shrunk_and_reloaded_give_the_same_logits(name: str, tmp_path: Path) -> None:
+def test_gated_shrunk_and_reloaded_give_the_same_logits(name: str, implementation: str, tmp_path: Path) -> None:
     model = FAMILIES[name].model().eval()
+    attention = {"attn_implementation": implementation} if name != "deberta_v2" else {}
+    if attention:
+        model.set_attn_implementation(implementation)
     _gated(model, _uneven)
     with torch.no_grad():
         gated = _logits(model, name)
         report = shrink(model)
         shrunk = _logits(model, name)
         model.save_pretrained(tmp_path)
-        reloaded = FAMILIES[name].auto.from_pretrained(tmp_path).eval()
+        reloaded = FAMILIES[name].auto.from_pretrained(tmp_path, **attention).eval()
         again = _logits(reloaded, name)
     assert report.removed_heads + report.removed_neurons > 0
     torch.testing.assert_close(shrunk, gated, rtol=1e-5, atol=1e-5)
@@ -31,6 +35,21 @@ def test_gated_shrunk_and_reloaded_give_the_same_logits(name: str, tmp_path: Pat
     with torch.no_grad():  # which takes other kernels than with gradients
         assert torch.equal(_logits(model, name), shrunk)  # nothing is shared with the model that was saved
     assert sum(one.numel() for one in reloaded.parameters()) == report.parameters[1] < report.parameters[0]
+
+
+@pytest.mark.parametrize("name", GENERATES)
+@torch.no_grad()
+def test_a_reloaded_model_generates_with_every_cache_what_the_gated_one_did(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name].model().eval()
+    _gated(model, _uneven)
+    expected, logits = _generated(model, name, use_cache=False)
+    shrink(model)
+    model.save_pretrained(tmp_path)
+    reloaded = FAMILIES[name].auto.from_pretrained(tmp_path).eval()
+    for more in CACHES:
+        sequences, found = _generated(reloaded, name, **more)
+        assert torch.equal(sequences, expected), more
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
 
 
 def _train_one_step(model: PreTrainedModel, name: str) -> None:
@@ -57,3 +76,20 @@ def test_only_what_the_config_cannot_say_is_recorded(name: str) -> None:
     assert bool(recorded) == bool(report.uneven)
     if recorded:
         assert recorded["quant_method"] == "hfcompress"
+
+
+@torch.no_grad()
+def test_layers_dropped_from_a_shrunk_model_are_no_longer_in_its_record(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].model().eval()
+    _gated(model, _uneven)
+    shrink(model)
+    drop_layers(model, DropLayers(layers=(0, 2, 3)))
+    model.save_pretrained(tmp_path / "three")
+    reloaded, info = type(model).from_pretrained(tmp_path / "three", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(_logits(reloaded.eval(), "llama"), _logits(model, "llama"))
+    drop_layers(reloaded, DropLayers(layers=(1,)))
+    reloaded.save_pretrained(tmp_path / "one")
+    again = type(model).from_pretrained(tmp_path / "one").eval()
+    assert torch.equal(_logits(again, "llama"), _logits(reloaded, "llama"))
+    assert {name.split(".")[2] for name in again.config.quantization_config.modules} == {"0"}

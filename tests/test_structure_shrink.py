@@ -33,7 +33,9 @@ from tests.conftest import tiny_bert, tiny_llama
 from tests.families import FAMILIES, inputs_of
 
 EMPTY = 1  # the layer of each stack that loses every head and every neuron
-GENERATES = [name for name, family in FAMILIES.items() if family.generates or family.auto is hf.AutoModelForSeq2SeqLM]
+TO_TEXT = (hf.AutoModelForSeq2SeqLM, hf.AutoModelForSpeechSeq2Seq)
+GENERATES = [name for name, family in FAMILIES.items() if family.generates or family.auto in TO_TEXT]
+CACHES: list[dict[str, Any]] = [{"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}]
 GROUPED = {"num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG_HAS_HEADS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma3", "smollm3", "mistral", "phi3"), GROUPED),
@@ -198,6 +200,25 @@ def test_even_sizes_are_said_in_the_config_where_it_can_say_them(name: str, tmp_
             assert torch.equal(_logits(reloaded, name), _logits(model, name))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "mistral"])
+@torch.no_grad()
+def test_head_counts_that_a_config_refuses_are_left_to_the_loader(name: str, tmp_path: Path) -> None:
+    # Llama's and Gemma's configs refuse, when they are saved, a hidden size that the head count does not divide.
+    config = FAMILIES[name].config()
+    config.update({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4})
+    model = FAMILIES[name].auto.from_config(config).eval()
+    for site in find_attention(model):
+        zero_heads_(model, site, [2, 3])  # a whole key/value group
+    report = shrink(model)
+    assert {kept for _, kept in report.heads.values()} == {6}
+    plain = name in ("qwen2", "mistral")
+    assert report.config == ({"num_attention_heads": 6, "num_key_value_heads": 3} if plain else {})
+    assert bool(report.uneven) != plain
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(_logits(reloaded, name), _logits(model, name))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_training_step_has_the_gradients_of_the_gated_model(name: str) -> None:
     model = FAMILIES[name].model()
@@ -222,13 +243,9 @@ def test_a_training_step_has_the_gradients_of_the_gated_model(name: str) -> None
     assert all((cut[key] is None) == (whole[key] is None) for key in cut)
 
 
-@pytest.mark.parametrize("name", GENERATES)
-@torch.no_grad()
-def test_generation_with_every_cache_is_that_of_the_gated_model(name: str) -> None:
-    model = FAMILIES[name].model()
-    inputs = {
-        key: value[:1] for key, value in inputs_of(FAMILIES[name]).items() if key in ("input_ids", "input_features")
-    }
+def _generated(model: hf.PreTrainedModel, name: str, **more: Any) -> tuple[Tensor, Tensor]:
+    """Return six tokens that follow, without any chance, and their logits."""
+    inputs = inputs_of(FAMILIES[name])[model.main_input_name][:1]
     options = {
         "max_new_tokens": 6,
         "min_new_tokens": 6,
@@ -236,16 +253,19 @@ def test_generation_with_every_cache_is_that_of_the_gated_model(name: str) -> No
         "output_logits": True,
         "return_dict_in_generate": True,
     }
+    outputs = model.generate(inputs, **options, **more)
+    return outputs.sequences, torch.stack(outputs.logits)
 
-    def run(**more: Any) -> tuple[Tensor, Tensor]:
-        outputs = model.generate(**inputs, **options, **more)
-        return outputs.sequences, torch.stack(outputs.logits)
 
+@pytest.mark.parametrize("name", GENERATES)
+@torch.no_grad()
+def test_generation_with_every_cache_is_that_of_the_gated_model(name: str) -> None:
+    model = FAMILIES[name].model()
     gates = _gated(model, _uneven)
-    expected, logits = run(use_cache=False)
+    expected, logits = _generated(model, name, use_cache=False)
     shrink(model)
-    for more in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}):
-        sequences, found = run(**more)
+    for more in CACHES:
+        sequences, found = _generated(model, name, **more)
         assert torch.equal(sequences, expected), more
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
     assert not any(gate.module._forward_pre_hooks for gate in gates.heads.values())
@@ -274,10 +294,13 @@ def test_zeros_in_the_weights_say_what_is_closed(name: str) -> None:
         _close(_logits(model, name), _logits(gated, name))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gate_gradients_are_first_order_effects(name: str) -> None:
+def test_gate_gradients_are_first_order_effects(name: str, implementation: str) -> None:
     # a gate scales the columns that read its head: dL/dgate = sum of weight times gradient over these columns
     model = FAMILIES[name].model()
+    if name != "deberta_v2":
+        model.set_attn_implementation(implementation)
     attention, ffn = find_attention(model), find_ffn(model)
     keys = set(model.state_dict())
     with attach_gates(model, attention, ffn) as gates:
@@ -412,6 +435,26 @@ def test_a_first_layer_without_open_heads_still_counts_the_tokens_of_the_cache()
     for more in ({"use_cache": True}, {"cache_implementation": "static"}):
         found = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, **more)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_units_that_are_not_there_are_refused(wrong: int) -> None:
+    model = tiny_bert()
+    site, block = find_attention(model)[0], find_ffn(model)[0]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    heads = rf"bert\.encoder\.layer\.0\.attention\..* has 4 units, numbered 0 to 3, no {wrong}\."
+    with pytest.raises(ModelError, match=heads):
+        zero_heads_(model, site, [0, wrong])
+    with attach_gates(model, [site], [block]) as gates:
+        for units in ([0, wrong], torch.tensor([0, wrong])):
+            with pytest.raises(ModelError, match=heads):
+                gates.heads[site.name].close_(units)
+        with pytest.raises(ModelError, match=r"layer\.0\.output\.dense has .*, no -1, 100000\."):
+            gates.neurons[block.name].close_([100_000, 1, -1])
+        assert all(bool((gate.values == 1).all()) for gate in (*gates.heads.values(), *gates.neurons.values()))
+    with pytest.raises(ModelError, match=r"layer\.0\.output\.dense has .*, no -1, 100000\."):
+        zero_neurons_(model, block, [100_000, 1, -1])
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_frozen_weights_stay_frozen() -> None:

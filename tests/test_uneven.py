@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,19 @@ def test_generates_with_dynamic_static_and_no_cache(implementation: str | None, 
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(TOKENS, use_cache=False, **options)
     assert torch.equal(reloaded.generate(TOKENS, cache_implementation=implementation, **options), expected)
+
+
+def test_static_caches_that_chunked_prefill_makes_early_have_the_heads_of_each_layer(tmp_path: Path) -> None:
+    """Transformers would make them all as the config counts heads."""
+    model = FAMILIES["llama"]()
+    reloaded = reload(saved(model, tmp_path), AutoModelForCausalLM)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(TOKENS, use_cache=False, **options)
+    for one in (model, copy.deepcopy(reloaded), pickle.loads(pickle.dumps(reloaded))):
+        found = one.generate(TOKENS, cache_implementation="static", prefill_chunk_size=4, **options)
+        assert torch.equal(found, expected)
+    dense = llama()
+    assert dense._get_static_cache_init_shape() == (4, 4)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama-classifier"])

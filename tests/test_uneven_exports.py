@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertForNextSentencePrediction, PreTrainedModel
 
 import hfcompress
-from hfcompress.errors import ModelError
+from hfcompress.checkpoint import Probe
+from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.structure import shrink
 from hfcompress.structure.shapes import meta_twin, record_shapes, uneven_shapes
 from tests.families import FAMILIES as STRUCTURE_FAMILIES
 from tests.reloading import same_but_for_rounding
 from tests.test_structure_shrink import _gated, _logits, _uneven
-from tests.uneven import FAMILIES, bert, inputs_of, output_of
+from tests.uneven import FAMILIES, bert, cut_bert, inputs_of, output_of
 
 WITH_LOGITS = [name for name in FAMILIES if name != "bert-base"]
 
@@ -140,6 +141,28 @@ def test_remote_code_loads_without_hfcompress_where_it_is_trusted(tmp_path: Path
     )
     assert run.stdout.splitlines() == expected, run.stdout + run.stderr
     assert (tmp_path / "bert-again" / "modeling_uneven.py").is_file()
+
+
+def test_saved_with_remote_code_is_verified_by_the_class_that_runs_it(tmp_path: Path) -> None:
+    model = cut_bert(bert(BertForNextSentencePrediction))  # has no Auto class of its own
+    saved = hfcompress.save_compressed(model, tmp_path / "out", uneven="remote-code", verify=True)
+    assert saved.format == "remote code"
+    assert saved.verification is not None
+    assert (saved.verification.loaded_by, saved.verification.with_hfcompress) == ("AutoModel", False)
+    assert same_but_for_rounding(saved.verification)
+
+
+def test_verifying_runs_the_code_of_a_folder_only_if_told_to(tmp_path: Path) -> None:
+    model, ran = FAMILIES["bert"](), tmp_path / "ran"
+    hfcompress.save_compressed(model, tmp_path / "out", uneven="remote-code")
+    with (tmp_path / "out" / "modeling_uneven.py").open("a") as code:
+        code.write(f"open({str(ran)!r}, 'w').close()\n")
+    probe = Probe.of(model)
+    with pytest.raises(CheckpointError, match=r"code of its own, which was not run.* pass trust_remote_code=True"):
+        hfcompress.verify_checkpoint(tmp_path / "out", probe)
+    assert not ran.exists()
+    assert same_but_for_rounding(hfcompress.verify_checkpoint(tmp_path / "out", probe, trust_remote_code=True))
+    assert ran.exists()
 
 
 def test_fresh_models_in_uneven_shapes(tmp_path: Path) -> None:

@@ -276,12 +276,21 @@ def test_resumed_run_is_bit_for_bit_the_whole_one(criterion: str, tmp_path: Path
 @pytest.mark.parametrize("criterion", ["entropy", "mutual_information"])
 @pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
 def test_autocast_and_compiled_models_are_watched(criterion: str, options: dict[str, Any], tmp_path: Path) -> None:
+    closed = []
+    for more in ({}, options):
+        torch.compiler.reset()
+        model = tiny_bert()
+        callback = HeadPruneCallback(0.5, criterion=criterion, start=0.3)
+        trainer = trainer_for(
+            model, tmp_path, [callback], max_steps=4, rows=class_rows(8), learning_rate=0.0, **more
+        )  # fmt: skip
+        trainer.train()
+        closed.append(torch.cat([closed_heads(model, site) for site in find_attention(model)]).tolist())
     torch.compiler.reset()
-    model = tiny_bert(layers=1)
-    callback = HeadPruneCallback(0.5, criterion=criterion, start=0.3)
-    trainer_for(model, tmp_path, [callback], max_steps=4, rows=class_rows(8), **options).train()
-    torch.compiler.reset()
-    assert callback.reached(model) == 0.5
+    assert [sum(one) for one in closed] == [4, 4]
+    assert [True] * 4 + [False] * 4 not in closed  # what goes when nothing was seen
+    # bfloat16 decides otherwise between two heads that say nearly as much.
+    assert sum(one and other for one, other in zip(*closed)) >= (3 if "bf16" in options else 4)
 
 
 def _close_in_one_process(folder: str, batch_size: int = 4, **options: Any) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hfcompress.checkpoint.inspect import inspect_checkpoint
 from hfcompress.errors import RecipeError
 from hfcompress.pipeline import compress
 from hfcompress.pruning import HeadPruneOptions, NeuronPruneOptions
+from hfcompress.publish.numbers import megabytes, millions, percent
 from hfcompress.recipe import Finetune, parse_recipe
 from hfcompress.structure import find_attention, find_ffn
-from tests.runs import language_recipe
+from tests.runs import language_recipe, run_command
 
 TRAINING = {"per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-3}
 
@@ -41,7 +43,17 @@ def test_distilled_then_shrunk_model_reloads_without_its_heads(sources: Path, tm
     facts = (output / "measurements.json").read_text()
     assert "50.0% of the targeted heads pruned, 75.0% of the targeted neurons pruned, " in facts
     assert "8 heads and 384 neurons removed" in facts
-    assert "- pruned" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "- pruned" in card
+    summary = inspect_checkpoint(output)
+    assert len(summary.layers) == 4
+    for layer in summary.layers:
+        sizes = [millions(layer.parameters), percent(layer.sparsity), f"{layer.bits_per_weight:.2f}"]
+        assert f"| {' | '.join([layer.name, *sizes, megabytes(layer.bytes)])} |" in card
+    shown = run_command("inspect", output)
+    assert "uneven shapes" in shown
+    assert all(name in "".join(shown.split()) for name in summary.uneven)
+    assert any(".mlp." in name for name in summary.uneven)
 
 
 def test_stages_without_pruning_have_none_of_its_options() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, Olmo2Config, PreTrainedModel, TrainerCallback
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
-from hfcompress.errors import HFCompressError, ModelError
+from hfcompress.errors import HFCompressError
 from hfcompress.pruning import (
     HeadPruneCallback,
     HeadPruneOptions,
@@ -348,14 +348,37 @@ def test_sharding_that_the_launcher_chose_is_refused(tmp_path: Path, monkeypatch
         HeadPruneCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
-def test_model_whose_heads_cannot_be_found_is_refused_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def nothing(model: PreTrainedModel) -> Any:
-        raise ModelError("TinyModel runs no attention through Transformers' attention interface")
+UNFOUND = {
+    "olmo2": (
+        Olmo2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            eos_token_id=5,
+        ),
+        HeadPruneCallback,
+        r"q_proj cannot be cut by heads: one of its features acts on several of them",
+    ),
+    "bloom": (
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+        HeadPruneCallback,
+        "runs no attention through Transformers' attention interface",
+    ),
+    "mamba": (
+        MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=5),
+        NeuronPruneCallback,
+        "has no feed-forward block of linear layers",
+    ),
+}
 
-    monkeypatch.setattr("hfcompress.pruning.units.callback.find_attention", nothing)
-    _refused(small_llama(), [HeadPruneCallback()], tmp_path, "runs no attention through Transformers'")
+
+@pytest.mark.parametrize("name", UNFOUND)
+def test_model_whose_units_cannot_be_found_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    config, kind, reason = UNFOUND[name]
+    _refused(AutoModelForCausalLM.from_config(config), [kind()], tmp_path, reason)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,6 +41,9 @@ class Uneven{name}({name}):
         super().__init__(config, *args, **kwargs)
         for name, values in config.{record}.items():
             _resize_module_(self.get_submodule(name), values)
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let ``generate`` make static caches at the first call: layers have other numbers of heads."""
 '''
 
 
@@ -50,6 +53,12 @@ def refuse_remote_code(model: PreTrainedModel) -> None:
         raise ModelError("A checkpoint with remote code cannot be packed; save it with uneven='loader'.")
     if type(model).__module__.split(".")[0] != "transformers":
         raise ModelError(f"{type(model).__name__} is not a class of Transformers, which the remote code could resize.")
+
+
+def remote_class_of(model: PreTrainedModel) -> str:
+    """Return the name of the Auto class that loads the model with its remote code."""
+    auto = auto_class_of(model)
+    return auto if auto.startswith("Auto") else "AutoModel"
 
 
 def add_remote_code(folder: Path, model: PreTrainedModel) -> None:
@@ -62,6 +71,5 @@ def add_remote_code(folder: Path, model: PreTrainedModel) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config[RECORD] = config.pop("quantization_config")["modules"]
-    auto = auto_class_of(model)
-    config["auto_map"] = {auto if auto.startswith("Auto") else "AutoModel": f"{MODULE}.Uneven{name}"}
+    config["auto_map"] = {remote_class_of(model): f"{MODULE}.Uneven{name}"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

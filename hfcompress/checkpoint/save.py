@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.atomic import MARKER, new_folder, recover, refuse_foreign, refuse_full_disk
 from hfcompress.checkpoint.dense import to_dense
-from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code
+from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code, remote_class_of
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.loading.record import is_ours, record_uneven
@@ -76,6 +76,8 @@ def save_compressed(
     _refuse_inexpressible(model, shapes)
     refuse_full_disk(folder, _bytes_of(model))
     probe = Probe.of(model, inputs) if verify else None
+    if probe is not None and remote:
+        probe = replace(probe, loaded_by=remote_class_of(model))
     form = "remote code" if remote else format_of(model)
     verification = None
     with new_folder(folder) as scratch, _cache_on(model), quiet_bars():
@@ -89,7 +91,7 @@ def save_compressed(
         for name, text in (extra_files or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")
         if probe is not None:
-            verification = verify_checkpoint(scratch, probe)
+            verification = verify_checkpoint(scratch, probe, trust_remote_code=remote)
         facts = {
             "hfcompress": version("hfcompress"),
             "format": form,

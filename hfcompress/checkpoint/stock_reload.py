@@ -1,8 +1,9 @@
 """Reload a checkpoint with Transformers and compare its logits.  Run as a script; imports nothing of ours by itself.
 
-Usage: stock_reload.py CHECKPOINT CLASS PROBE DEVICE [PLUGIN].  PROBE is a safetensors file with the inputs
+Usage: stock_reload.py CHECKPOINT CLASS PROBE DEVICE [PLUGIN [TRUST]].  PROBE is a safetensors file with the inputs
 (``input.*``) and the logits that the model gave in memory.  DEVICE is where it ran, ``auto`` for several.  PLUGIN is
-imported first, as the checkpoint's users do.  Prints one line of JSON.
+imported first, as the checkpoint's users do; empty for none.  TRUST, if not empty, runs the checkpoint's own code.
+Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def answer_of(output: Mapping[str, Any]) -> torch.Tensor:
     return torch.stack([output[name].cpu() for name in names])
 
 
-def main(folder: str, class_name: str, probe_file: str, device: str, plugin: str = "") -> None:
+def main(folder: str, class_name: str, probe_file: str, device: str, plugin: str = "", trust: str = "") -> None:
     """Compare and print: the largest difference of a logit, the largest logit, and the seconds that loading took."""
     if plugin:
         importlib.import_module(plugin)
@@ -37,8 +37,7 @@ def main(folder: str, class_name: str, probe_file: str, device: str, plugin: str
     inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
     started = time.perf_counter()
     spread = {"device_map": "auto"} if device == "auto" else {}
-    trusted = {"trust_remote_code": True} if (Path(folder) / "modeling_uneven.py").is_file() else {}
-    model = getattr(transformers, class_name).from_pretrained(folder, **spread, **trusted).eval()
+    model = getattr(transformers, class_name).from_pretrained(folder, trust_remote_code=bool(trust), **spread).eval()
     if device not in ("cpu", "auto"):
         model = model.to(device)
     seconds = time.perf_counter() - started

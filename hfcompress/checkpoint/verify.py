@@ -48,6 +48,9 @@ AUTO_CLASSES = (
 )
 
 
+_ABOUT_CODE = (
+    "\nIt has Python code of its own, which was not run: read it, and pass trust_remote_code=True if you trust it."
+)
 _EXTRAS = {"compressed_tensors": "ct", "bitsandbytes": "bnb"}
 
 
@@ -124,13 +127,15 @@ def auto_class_of(model: PreTrainedModel) -> str:
     return type(model).__name__
 
 
-def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
+def verify_checkpoint(folder: str | Path, probe: Probe, trust_remote_code: bool = False) -> Verification:
     """Reload a checkpoint in a fresh process, with stock Transformers where its format allows, and compare logits.
 
+    trust_remote_code: whether Python code that lies in the folder may run; never without it.
     Raises CheckpointError when it does not load, or when a logit differs by more than the tolerance of its dtype
     times the largest logit.
     """
-    plugin = needs_hfcompress(read_json(Path(folder) / "config.json"))
+    config = read_json(Path(folder) / "config.json")
+    plugin = needs_hfcompress(config)
     with tempfile.TemporaryDirectory() as scratch:
         probe_file = Path(scratch) / "probe.safetensors"
         tensors = {f"input.{name}": value.contiguous() for name, value in probe.inputs.items()}
@@ -138,13 +143,14 @@ def verify_checkpoint(folder: str | Path, probe: Probe) -> Verification:
         # Run as text and in an empty folder: a script's own folder would come first on the import path.
         script = Path(__file__).with_name("stock_reload.py").read_text(encoding="utf-8")
         command = [sys.executable, "-c", script, str(Path(folder).absolute()), probe.loaded_by, str(probe_file)]
-        command += [probe.device, *([METHOD] if plugin else [])]
+        command += [probe.device, METHOD if plugin else "", "trust" if trust_remote_code else ""]
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", **(_import_path() if plugin else {})}
         with busy("verifying in a fresh process"):
             run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     if run.returncode != 0:
         tail = "\n".join(run.stderr.strip().splitlines()[-3:])
-        raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}")
+        hint = "" if trust_remote_code or not config.get("auto_map") else _ABOUT_CODE
+        raise CheckpointError(f"{folder} does not load with {probe.loaded_by}.from_pretrained:\n{tail}{hint}")
     found = json.loads(run.stdout.strip().splitlines()[-1])
     if found["hfcompress_imported"] and not plugin:
         raise CheckpointError(

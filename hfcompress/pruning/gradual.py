@@ -134,12 +134,13 @@ class GradualPruneCallback(TrainerCallback, ABC):
             if weight.requires_grad:
                 mask = masking.GradientMask(self._masks, name, scratch)
                 self._hooks.append(weight.register_post_accumulate_grad_hook(mask))
+        # Before anything is pruned here: what was evaluated and saved so far was denser than it should have been.
+        wanted = self.sparsity_at(self._last_update(state.global_step, state), state)
+        self._is_behind = state.global_step > 0 and self._misses(model, weights, wanted)
         if self.options.schedule == "constant":
             self._prune(weights, self.options.sparsity)
         masking.apply_masks_(weights, self._masks)
         clear_moments_(kwargs["optimizer"], weights, self._masks)
-        wanted = self.sparsity_at(self._last_update(state.global_step, state), state)
-        self._is_behind = state.global_step > 0 and self._misses(model, weights, wanted)
 
     def _check(
         self, args: TrainingArguments, model: nn.Module, weights: Weights, criterion: Criterion, data: Any

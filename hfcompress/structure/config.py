@@ -140,6 +140,9 @@ def _built(model: PreTrainedModel, changes: Mapping[Key, int]) -> Shapes | None:
         config = copy.deepcopy(model.config)
         for (path, key), value in changes.items():
             setattr(_at(config, path), key, value)
+        # What save_pretrained will ask: a class's own rules are not checked when a value is set.
+        if hasattr(config, "validate"):
+            config.validate()
         return shapes_of(meta_twin(model, config))
     except Exception:  # each architecture refuses in its own way what it cannot express
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.structure.resize import Edits, input_dim, weight_of
-from hfcompress.structure.sites import AttentionSite, FfnSite, Part
+from hfcompress.structure.sites import AttentionSite, FfnSite, Part, units_of
 
 
 class Gate:
@@ -26,7 +26,7 @@ class Gate:
         weight = weight_of(module)
         unit_of_column = torch.empty(part.features.numel(), dtype=torch.long)
         unit_of_column[part.features.flatten()] = torch.arange(len(part)).repeat_interleave(part.features.shape[1])
-        self.module = module
+        self.name, self.module = part.name, module
         self.unit_of_column = unit_of_column.to(weight.device)
         self.values = torch.ones(len(part), device=weight.device, requires_grad=True)
         self.attach()
@@ -41,10 +41,10 @@ class Gate:
         return self.values[self.unit_of_column]
 
     def close_(self, units: Iterable[int] | Tensor) -> None:
-        """Set the gates of these units to 0."""
-        indices = torch.as_tensor(units if isinstance(units, Tensor) else list(units), dtype=torch.long)
+        """Set the gates of these units to 0.  Raises ModelError when there are not so many."""
+        chosen = units_of(self.name, len(self.values), units)
         with torch.no_grad():
-            self.values[indices.to(self.values.device)] = 0.0
+            self.values[torch.tensor(chosen, dtype=torch.long, device=self.values.device)] = 0.0
 
     def attach(self) -> None:
         """Put the gate on its layer."""

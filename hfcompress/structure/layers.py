@@ -15,6 +15,7 @@ from hfcompress.errors import DataError, ModelError
 from hfcompress.structure.layer_count import follow_, layer_count_of, skeleton
 from hfcompress.structure.layer_scores import least_angular_block, least_loss_layers
 from hfcompress.structure.running import Batch
+from hfcompress.structure.shapes import has_shapes_recorded, record_shapes
 from hfcompress.structure.stack import LayerStack, layer_stacks
 
 
@@ -82,10 +83,11 @@ def drop_layers(model: PreTrainedModel, method: DropLayers, calibration: Iterabl
     """Remove layers from one of the model's stacks in place and return the indices that stayed.
 
     calibration: batches for the measured choices, as the model takes them; for ``loss`` with labels.
-    The config is changed with the modules (layer count, per-layer lists, cache indices), so that the model reloads
-    with plain ``from_pretrained``.  Raises, before anything changed: ModelError for a model with several stacks of
-    which none is named, whose config cannot say how many layers there are, or whose layers cannot stand where they
-    would come to stand; DataError when a measured choice has no batches, or no labels for ``loss``.
+    The config is changed with the modules (layer count, per-layer lists, cache indices, the record of a shrunk model's
+    shapes), so that the model reloads with plain ``from_pretrained``.  Raises, before anything changed: ModelError for
+    a model with several stacks of which none is named, whose config cannot say how many layers there are, or whose
+    layers cannot stand where they would come to stand; DataError when a measured choice has no batches, or no labels
+    for ``loss``.
     """
     stack = find_stack(model, method.stack)
     total = len(stack)
@@ -111,6 +113,8 @@ def drop_layers(model: PreTrainedModel, method: DropLayers, calibration: Iterabl
         for module in stack.layers[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = new  # type: ignore[assignment]
+    if has_shapes_recorded(model.config):  # by module names, of which many are other ones now
+        record_shapes(model)
     return kept
 
 

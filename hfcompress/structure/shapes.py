@@ -18,6 +18,7 @@ from hfcompress.errors import ModelError
 from hfcompress.formats import METHOD, VERSION
 
 Shapes = dict[str, dict[str, Any]]
+_EARLY_SHAPE = "_get_static_cache_init_shape"
 _SIZES = (("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
@@ -104,6 +105,7 @@ def resize_(model: PreTrainedModel, shapes: Shapes) -> None:
         )
     for name, module in found.items():
         _resize_module_(module, shapes[name])
+    _make_caches_lazily_(model, bool(found))
 
 
 def find_module(model: PreTrainedModel, name: str) -> nn.Module | None:
@@ -157,7 +159,8 @@ def record_shapes(model: PreTrainedModel) -> Shapes:
     imported.  A quantization that the config already names is kept, inside the record.
     """
     shapes = uneven_shapes(model)
-    quantization = _quantization_of(getattr(model.config, "quantization_config", None))
+    recorded = getattr(model.config, "quantization_config", None)
+    quantization = _values_of(recorded).get("quantization") if _is_ours(recorded) else recorded
     if shapes:
         record: Any = {"quant_method": METHOD, "version": VERSION, "modules": shapes}
         model.config.quantization_config = record | ({"quantization": quantization} if quantization else {})
@@ -165,12 +168,34 @@ def record_shapes(model: PreTrainedModel) -> Shapes:
         model.config.quantization_config = quantization
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    _make_caches_lazily_(model, bool(shapes))
     return shapes
 
 
-def _quantization_of(recorded: Any) -> Any:
-    """Return the quantization that a config names, without our record around it."""
-    values = recorded if isinstance(recorded, dict) or recorded is None else recorded.to_dict()
-    if values and values.get("quant_method") == METHOD:
-        return values.get("quantization")
-    return recorded
+def _make_caches_lazily_(model: PreTrainedModel, uneven: bool) -> None:
+    """Let ``generate`` make static caches at the first call of an uneven model, by the keys that each layer gives.
+
+    Where it fills the cache in chunks it makes them before that, with the config's one head count for all layers,
+    unless the model says that it does not know the count.
+    """
+    vars(model).pop(_EARLY_SHAPE, None)
+    if uneven and model.can_generate():
+        setattr(model, _EARLY_SHAPE, _no_shape)
+
+
+def _no_shape() -> None:
+    return None
+
+
+def has_shapes_recorded(config: PreTrainedConfig) -> bool:
+    """Tell whether a config holds a record of uneven shapes."""
+    recorded = getattr(config, "quantization_config", None)
+    return _is_ours(recorded) and bool(_values_of(recorded).get("modules"))
+
+
+def _is_ours(recorded: Any) -> bool:
+    return _values_of(recorded).get("quant_method") == METHOD
+
+
+def _values_of(recorded: Any) -> dict[str, Any]:
+    return (recorded if isinstance(recorded, dict) or recorded is None else recorded.to_dict()) or {}

@@ -29,6 +29,15 @@ class Part:
         return len(self.features)
 
 
+def units_of(name: str, count: int, units: Iterable[int] | Tensor) -> list[int]:
+    """Return the numbers of units in rising order.  Raises ModelError when what is called ``name`` has not all."""
+    chosen = sorted(units.tolist() if isinstance(units, Tensor) else units)
+    beyond = [unit for unit in chosen if not 0 <= unit < count]
+    if beyond:
+        raise ModelError(f"{name} has {count} units, numbered 0 to {count - 1}, no {', '.join(map(str, beyond))}.")
+    return chosen
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """One attention: its heads, and the linear layers they are cut from.

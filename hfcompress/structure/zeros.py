@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.structure.resize import input_dim, output_dim, weight_of
-from hfcompress.structure.sites import AttentionSite, FfnSite, Part
+from hfcompress.structure.sites import AttentionSite, FfnSite, Part, units_of
 
 
 def closed_heads(model: nn.Module, site: AttentionSite) -> Tensor:
@@ -26,9 +26,9 @@ def zero_heads_(model: nn.Module, site: AttentionSite, heads: Iterable[int]) -> 
     """Close query heads by zeros in what they are made of and in what reads them.
 
     Keys and values are zeroed where every query head that reads them is closed, now or before.  Position bias tables
-    and what several attentions share stay.
+    and what several attentions share stay.  Raises ModelError when the site has not all of these heads.
     """
-    chosen = sorted(heads)
+    chosen = units_of(site.name, site.heads, heads)
     _zero_(model, site.output, chosen, rows=False)
     closed = closed_heads(model, site).reshape(site.key_value_heads, site.group_size)
     groups = closed.all(1).nonzero().flatten().tolist()
@@ -41,8 +41,11 @@ def zero_heads_(model: nn.Module, site: AttentionSite, heads: Iterable[int]) -> 
 
 @torch.no_grad()
 def zero_neurons_(model: nn.Module, site: FfnSite, neurons: Iterable[int]) -> None:
-    """Close neurons by zeros in their rows of every producer (with the bias) and in their column of ``down``."""
-    chosen = sorted(neurons)
+    """Close neurons by zeros in their rows of every producer (with the bias) and in their column of ``down``.
+
+    Raises ModelError when the block has not all of these neurons.
+    """
+    chosen = units_of(site.name, site.width, neurons)
     _zero_(model, site.down, chosen, rows=False)
     for part in site.ups:
         _zero_(model, part, chosen, rows=True)
