@@ -26,6 +26,7 @@ from hfcompress.errors import DataError, ModelError, OutputError, look_up
 from hfcompress.pruning.oneshot import PruningReport, prune
 from hfcompress.pruning.oneshot.plan import plan_weights
 from hfcompress.quantization import QuantizationReport, quantize
+from hfcompress.quantization.bitsandbytes import ALL_IN_MEMORY, BitsAndBytes
 from hfcompress.quantization.checks import check_joint_pruning
 from hfcompress.quantization.plan import plan_linears
 from hfcompress.recipe import DataSpec, ModelSpec, Prune, Quantize, read_method
@@ -141,6 +142,8 @@ class OneShot:
         if isinstance(stage, Prune):
             plan_weights(model, stage.method, stage.targets, stage.exclude, loaded=False)
             return {}
+        if self.low_memory and isinstance(stage.method, BitsAndBytes):
+            raise ModelError(f"--low-memory leaves layers on disk. {ALL_IN_MEMORY}")
         require_loader(stage.method.package)
         planned = plan_linears(model, stage.method, loaded=False)
         if stage.prune is not None:

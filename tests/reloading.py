@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.verify import Verification
 from hfcompress.quantization import QuantizationReport
+from tests.runs import model_files
 
 ROOT = Path(__file__).parents[1]
 ROUNDING = 2**-20  # of the largest logit
@@ -81,13 +83,19 @@ class Case:
         inputs: dict[str, Tensor],
         output: str = "logits",
     ) -> Case:
-        """Save a model, and what a fresh process needs to run it.  output: the field that is compared."""
-        folder.mkdir(parents=True)
+        """Save a model before and after it is called, and what a fresh process needs to run it.
+
+        output: the field that is compared.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder / "model")
         facts = {"class": type(model).__name__, "output": output, "generates": model.can_generate()}
         (folder / "facts.json").write_text(json.dumps(facts))
         save_file(inputs, folder / "inputs.safetensors")
-        return cls(folder, model, report, outputs(model, inputs, output))
+        case = cls(folder, model, report, outputs(model, inputs, output))
+        model.save_pretrained(folder / "after")
+        save_compressed(model, folder / "ours")
+        return case
 
     def reloads_alike(self, plugins: int) -> None:
         """Check what the process with so many plugins imported found."""
@@ -99,6 +107,13 @@ class Case:
         same_logits(found["logits"], self.expected["logits"])
         if "tokens" in found:
             assert torch.equal(found["tokens"], self.expected["tokens"])
+
+    def saved_alike(self) -> None:
+        """Check that a call, and our own way to save, change no file of the model."""
+        first, after, ours = (model_files(self.folder / name) for name in ("model", "after", "ours"))
+        assert {"config.json", "model.safetensors"} <= first.keys()
+        assert after == first
+        assert ours == first
 
     def saved_again_alike(self) -> None:
         """Check that what was loaded, called and saved with hfcompress has the files that were loaded."""

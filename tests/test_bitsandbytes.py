@@ -7,6 +7,7 @@ import json
 import warnings
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from hfcompress.recipe.options import Quantize
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama, token_batches
 from tests.families import CLASSIFIER, DECODER, FAMILIES, SEQ2SEQ, inputs_of
 from tests.reloading import Case, outputs, reload_all
+from tests.runs import model_files
 from tests.test_uneven_quantized import blocky
 from tests.uneven import output_of
 
@@ -63,9 +65,10 @@ def dense_case(family: str, method: str) -> tuple[PreTrainedModel, dict[str, Ten
 
 
 def quantized_case(family: str, method: str, folder: Path) -> tuple[Tensor, Case]:
-    """Return the logits before the model was saved, and the case."""
+    """Return the logits before the model was first saved, and the case."""
     model, inputs = dense_case(family, method)
     report = quantize(model, FOUR_BITS.get(method, BitsAndBytes(bits=8)))
+    model.save_pretrained(folder / "uncalled")
     before = outputs(model, inputs)["logits"]  # calls may rearrange the weights
     return before, Case.write(folder, model, report, inputs)
 
@@ -85,6 +88,8 @@ def test_saved_after_calls_it_is_the_same_model(
     family: str, method: str, cases: dict[tuple[str, str], tuple[Tensor, Case]]
 ) -> None:
     before, case = cases[family, method]
+    case.saved_alike()
+    assert model_files(case.folder / "uncalled") == model_files(case.folder / "model")
     assert {row.name for row in case.report.rows} == set(bitsandbytes_layers(case.model))
     assert torch.equal(case.expected["logits"], before)
     for plugins in (0, 1):
@@ -96,6 +101,25 @@ def test_loaded_run_and_saved_again_it_has_the_same_files(
     family: str, method: str, cases: dict[tuple[str, str], tuple[Tensor, Case]]
 ) -> None:
     cases[family, method][1].saved_again_alike()
+
+
+@pytest.mark.parametrize("method", FOUR_BITS)
+def test_what_a_call_rearranges_on_some_processors_is_saved_as_it_was(method: str, tmp_path: Path) -> None:
+    """The package's own conversion, which a call makes only with AVX512-BF16, is made here on every processor."""
+    model = tiny_llama().eval()
+    quantize(model, FOUR_BITS[method])
+    model.save_pretrained(tmp_path / "before")
+    for layer in bitsandbytes_layers(model).values():
+        for note in layer._forward_pre_hooks.values():
+            note(layer, ())
+        converted = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+        layer.weight.data, layer.weight.quant_state = converted
+        assert layer.weight.quant_state.packing_format_for_cpu
+    model.save_pretrained(tmp_path / "after")
+    assert model_files(tmp_path / "after") == model_files(tmp_path / "before")
+    inputs = inputs_of(FAMILIES["llama"])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "after").eval()
+    assert torch.equal(outputs(again, inputs)["logits"], outputs(model, inputs)["logits"])
 
 
 @pytest.mark.parametrize(("kind", "stored"), [({}, "nf4"), ({"kind": "fp4"}, "fp4"), ({"bits": 8}, "int8")])

@@ -35,6 +35,15 @@ def as_file(suffix: str) -> Any:
     return write
 
 
+def as_dataset_folder(folder: Path) -> str:
+    """A dataset's id that needs no Hub: the datasets library opens a folder's name by the same way as an id."""
+    file: Path = as_file(".jsonl")(folder)
+    place = folder / "corpus"
+    place.mkdir()
+    file.rename(place / "train.jsonl")
+    return str(place)
+
+
 FORMS: dict[str, Any] = {
     "texts": lambda folder: TEXTS,
     "generator": lambda folder: (text for text in TEXTS),
@@ -43,6 +52,7 @@ FORMS: dict[str, Any] = {
     "splits": lambda folder: {"train": as_dataset(folder)},
     **{suffix: as_file(suffix) for suffix in (".csv", ".jsonl", ".parquet")},
     "file name": lambda folder: str(as_file(".jsonl")(folder)),
+    "dataset's id": as_dataset_folder,
 }
 
 

@@ -105,6 +105,18 @@ def test_bits_that_differ_are_in_a_picture_and_in_the_table(tmp_path: Path) -> N
     assert bits_rows(load_facts(tmp_path)) == {"self_attn.q_proj": {0: 4, 1: 3, 2: 4}}
 
 
+def test_an_error_is_said_to_be_the_outputs_only_where_inputs_weighed_it(tmp_path: Path) -> None:
+    """SmoothQuant's layers saw calibration tokens, but their error is the weight's."""
+    values = measurements()
+    assert "Relative error of a layer's output on the calibration data" in card_of(tmp_path, values)
+    for row in values["quantization_report"]:
+        row["damping"] = None
+    assert "Relative error of a layer's weight: from 0.0500" in card_of(tmp_path, values)
+    for row in values["quantization_report"]:
+        row["scaled"] = False  # AWQ, which has a Hessian and needs no factor of it
+    assert "Relative error of a layer's output on the calibration data" in card_of(tmp_path, values)
+
+
 def test_the_same_facts_give_the_same_bytes(tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):

@@ -19,6 +19,7 @@ from hfcompress.quantization import GPTQ, quantize
 from hfcompress.quantization.drift import correct_drift
 from hfcompress.structure.running import watching
 from hfcompress.structure.stack import linear_weights_of
+from tests.conftest import tiny_llama, token_batches
 from tests.families import FAMILIES, inputs_of
 
 FAST, BEST = GPTQ(bits=3, group_size=8), GPTQ(bits=3, group_size=8, quality="best")
@@ -131,12 +132,27 @@ def test_the_correction_is_the_damped_least_squares_solution() -> None:
     inputs, lacking = (torch.randn(200, size, generator=generator) for size in (24, 6))
     weight = torch.randn(6, 24, generator=generator)
     hessian = inputs.T @ inputs
-    corrected = correct_drift(weight, hessian, lacking.T @ inputs)
+    (corrected, other), used = correct_drift([weight, weight], hessian, [lacking.T @ inputs, None])
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(24)
     torch.testing.assert_close(corrected, weight + lacking.T @ inputs @ torch.linalg.inv(damped), rtol=1e-4, atol=1e-4)
     wanted = inputs @ weight.T + lacking
     assert (inputs @ corrected.T - wanted).norm() < (inputs @ weight.T - wanted).norm()
-    assert torch.equal(correct_drift(weight, hessian, None), weight)
+    assert torch.equal(other, weight)
+    assert used == 0.05
+    assert correct_drift([weight], hessian, [None]).damping_used == 0
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+def test_a_correction_that_needs_more_damping_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten tokens leave the Hessians singular; GPTQ's own damping is enough for them."""
+    for module in ("drift", "calibrated"):
+        monkeypatch.setattr(f"hfcompress.quantization.{module}.DAMPING", 1e-12)
+    few = token_batches(count=1, rows=1, length=10)
+    with pytest.warns(UserWarning, match="could not be factored with damping 1e-12") as told:
+        report = quantize(tiny_llama(), GPTQ(bits=3, group_size=32, quality="best"), few)
+    said = [str(one.message) for one in told if "could not be factored with damping 1e-12" in str(one.message)]
+    assert any("self_attn.o_proj" in one for one in said)
+    assert {row.damping for row in report.rows} == {0.01}
 
 
 def test_solving_undoes_the_damped_hessian() -> None:

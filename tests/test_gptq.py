@@ -39,17 +39,24 @@ def hessian_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
 def textbook_gptq(weight: Tensor, hessian: Tensor, bits: int, scale: Tensor, size: int, damping: float) -> Tensor:
     """Frantar et al.'s algorithm 1 in float64, one column at a time, with the inverse's Cholesky factor."""
+    return textbook_columns(weight, hessian, bits, scale, size, damping, weight.shape[1])[0]
+
+
+def textbook_columns(
+    weight: Tensor, hessian: Tensor, bits: int, scale: Tensor, size: int, damping: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Round the first columns alone; return all codes, and the weights (out, in) float64 as these have moved them."""
     low, high = code_range(bits)
     rest, damped = weight.double().clone(), hessian.double().clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     codes = torch.zeros_like(rest)
-    for column in range(rest.shape[1]):
+    for column in range(count):
         step = scale[:, column // size].double()
         codes[:, column] = (rest[:, column] / step).round().clamp(low, high)
         error = (rest[:, column] - codes[:, column] * step) / inverse[column, column]
         rest[:, column:] -= error[:, None] * inverse[column, column:]
-    return codes.to(torch.int8)
+    return codes.to(torch.int8), rest
 
 
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
@@ -61,6 +68,22 @@ def test_blocked_loop_equals_the_textbook_column_by_column(bits: int, group_size
     expected = textbook_gptq(weight, hessian, bits, scale, size, damping=0.01)
     codes, _ = round_columns(weight, factor_hessian(hessian, 0.01), bits, group_size, torch.float32, scale)
     assert torch.equal(codes, expected)
+
+
+def test_a_groups_scale_is_searched_on_the_weights_as_errors_before_it_have_moved_them() -> None:
+    weight, hessian = problem()
+    result = gptq(weight, hessian, 3, 32, damping=0.01)
+    codes, moved = textbook_columns(weight, hessian, 3, result.scale, 32, 0.01, count=32)
+    same = (codes[:, :32] == result.codes[:, :32]).all(1)  # a tie may flip between float32 and float64
+    assert float(same.float().mean()) > 0.9
+    importance = factor_hessian(hessian, 0.01).strength[32:64]
+    expected, static = (
+        search_scale(columns[:, 32:64].T.float().contiguous(), importance, 3, torch.float32)
+        for columns in (moved, weight)
+    )
+    found = result.scale[:, 1]
+    assert bool(torch.isclose(found, expected, rtol=1e-4)[same].all())
+    assert not bool(torch.isclose(found, static, rtol=1e-4).any())
 
 
 def test_the_factor_rebuilds_the_damped_hessian() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import hfcompress
@@ -17,12 +18,16 @@ from hfcompress.calibration import factor_hessian, walk_layers
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.packed import packed_layers
 from hfcompress.packed.weight import PARTS
+from hfcompress.publish import load_facts
+from hfcompress.publish.pictures import bits_rows
 from hfcompress.quantization import GPTQ, mixed, sensitivity
 from hfcompress.quantization.gptq import gptq
 from hfcompress.quantization.plan import plan_linears
 from tests.conftest import tiny_llama, token_batches
 from tests.families import FAMILIES, inputs_of
+from tests.here import compress_here
 from tests.reloading import Case, Cases, reload_all
+from tests.runs import language_recipe
 
 AUTO = GPTQ(bits="auto", average_bits=4.5, group_size=32)
 
@@ -194,6 +199,7 @@ def test_stock_reload_gives_the_same_logits_and_ours_saves_it_packed_again(famil
     assert len({row.bits for row in case.report.rows}) > 1
     groups = case.model.config.quantization_config["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == {row.bits for row in case.report.rows}
+    case.saved_alike()
     case.reloads_alike(plugins=0)
     case.reloads_alike(plugins=1)
     case.saved_again_alike()
@@ -273,3 +279,22 @@ def test_a_run_that_goes_on_keeps_its_choice_and_ends_with_the_same_bits(
     again = uneven_llama()
     hfcompress.quantize(again, AUTO, token_batches(8), shards=tmp_path)
     assert bits_of(again) == bits_of(whole)
+
+
+def test_a_recipes_card_draws_the_bits_of_its_checkpoint(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"method": "gptq", "bits": "auto", "average_bits": 4.5, "group_size": 32}
+    stages = [{"quantize": {**stage, "calibration_rows": 8, "calibration_length": 32}}]
+    recipe = language_recipe(sources / "llama", sources / "text.jsonl", tmp_path / "out", stages=stages)
+    folder = compress_here(recipe, monkeypatch)
+    assert (folder / "bits.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Bits of each linear layer](bits.png)" in (folder / "README.md").read_text()
+    stored: dict[str, dict[int, int]] = {}
+    state = load_file(folder / "model.safetensors")
+    for name, packed in state.items():
+        if name.endswith(".weight_packed"):
+            _, _, layer, linear = name.removesuffix(".weight_packed").split(".", 3)
+            columns = int(state[name.replace("weight_packed", "weight_shape")][1])
+            stored.setdefault(linear, {})[int(layer)] = 32 * packed.shape[1] // columns
+    assert bits_rows(load_facts(folder)) == stored

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 import hfcompress
 from hfcompress.checkpoint import save_compressed
@@ -291,6 +293,35 @@ def test_a_damaged_checkpoint_is_refused(hub: Hub, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:-4])
     assert "model.safetensors is damaged" in hub.push(folder, "tester/damaged")["error"]
     assert hub.files("tester/damaged") is None
+
+
+RUN_AND_PUSH = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+with torch.no_grad():
+    model(torch.arange(6, 14).unsqueeze(0))
+model.push_to_hub("tester/run")
+"""
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+@pytest.mark.parametrize("columns", [128, 80], ids=["one scheme", "two schemes"])
+def test_a_packed_model_that_was_run_is_pushed_packed(columns: int, hub: Hub, tmp_path: Path) -> None:
+    """Stock Transformers would push its unpacked weights; two group sizes are unpacked at the first call."""
+    model = tiny_llama(intermediate_size=columns)
+    hfcompress.quantize(model, hfcompress.RTN(bits=4, group_size=32))
+    save_compressed(model, tmp_path / "packed")
+    hub.run(RUN_AND_PUSH.replace("FOLDER", repr(str(tmp_path / "packed"))))
+    found = {}
+    for name in ("config.json", "model.safetensors"):
+        with urllib.request.urlopen(f"{hub.url}/tester/run/resolve/main/{name}") as answer:
+            found[name] = answer.read()
+    before, after = (load((tmp_path / "packed" / "model.safetensors").read_bytes()), load(found["model.safetensors"]))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads(one) for one in ((tmp_path / "packed" / "config.json").read_bytes(), found["config.json"])]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
 TRAIN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.grids import Rounded
 from tests.conftest import tiny_llama, token_batches
 from tests.families import FAMILIES, inputs_of
-from tests.reloading import same_but_for_rounding
-from tests.test_calibration import t5_case
+from tests.reloading import Case, Cases, reload_all, same_but_for_rounding
 from tests.test_gptq import problem
 
 
@@ -97,7 +97,7 @@ def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def tokens_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    batch = t5_case()[1][0] if model.config.is_encoder_decoder else token_batches(count=1)[0]
+    batch = inputs_of(FAMILIES["t5"]) if model.config.is_encoder_decoder else token_batches(count=1)[0]
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
@@ -111,36 +111,52 @@ OUTSIDE = {
         {"model.embed_tokens", "lm_head"},
     ),
     "t5": (
-        lambda: t5_case()[0],
+        lambda: FAMILIES["t5"].model(),
         {"embeddings": True},
         {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"},
     ),
 }
 
 
-@pytest.mark.parametrize("method", [RTN, GPTQ])
-@pytest.mark.parametrize("case", OUTSIDE)
-def test_embeddings_and_heads_are_packed_and_come_back(case: str, method: type[RTN | GPTQ], tmp_path: Path) -> None:
-    make, options, expected = OUTSIDE[case]
+OUTSIDE_CASES = [(case, method) for case in OUTSIDE for method in ("rtn", "gptq")]
+
+
+def outside_case(case: str, method: str, folder: Path) -> Case:
+    make, options, _ = OUTSIDE[case]
     model = make().eval()
     batch = tokens_of(model)
-    report = quantize(model, method(bits=4, group_size=16, symmetric=case != "both", **options), calibration=[batch])
+    kind = {"rtn": RTN, "gptq": GPTQ}[method]
+    report = quantize(model, kind(bits=4, group_size=16, symmetric=case != "both", **options), calibration=[batch])
+    return Case.write(folder, model, report, batch)
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    root = tmp_path_factory.mktemp("outside")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*calibration tokens are fewer")
+        warnings.filterwarnings("ignore", message="Group sizes that do not divide")
+        made = {case: outside_case(*case, root / "-".join(case)) for case in OUTSIDE_CASES}
+    reload_all(root, tmp_path_factory.mktemp("empty"))
+    return made
+
+
+@pytest.mark.parametrize(("case", "method"), OUTSIDE_CASES)
+def test_embeddings_and_heads_are_packed_and_come_back(case: str, method: str, outside: Cases) -> None:
+    """From stock Transformers, in a process without hfcompress, too."""
+    written, expected = outside[case, method], OUTSIDE[case][2]
+    model = written.model
     found = {name for name in packed_layers(model) if "layers." not in name and "block." not in name}
     assert found == expected
-    before = logits(model, batch)
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
+    state = load_file(written.folder / "model" / "model.safetensors")
     copies = {name for name in expected if f"{name}.weight_packed" in state}
     assert len(copies) == (1 if model.config.tie_word_embeddings else len(expected))
     assert not any(f"{name}.weight" in state for name in expected)
-    assert len({row.name for row in report.rows}) == len(report.rows)
-    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
-    assert torch.equal(logits(again, batch), before)
-    again.save_pretrained(tmp_path / "again")
-    second = load_file(tmp_path / "again" / "model.safetensors")
-    assert second.keys() == state.keys()
-    assert all(torch.equal(second[name], state[name]) for name in state)
+    assert len({row.name for row in written.report.rows}) == len(written.report.rows)
+    written.saved_alike()
+    for plugins in (0, 1):
+        written.reloads_alike(plugins)
+    written.saved_again_alike()
 
 
 def test_embeddings_of_pixels_and_scaled_ones_are_refused() -> None:

@@ -17,7 +17,7 @@ from hfcompress.errors import HFCompressError
 from hfcompress.packed import packed_layers
 from hfcompress.recipe import METHODS, options_beside_method
 from tests.forks import Forks
-from tests.runs import run_command, write_text
+from tests.runs import model_files, run_command, write_text
 
 SHAPE = ["--rows", "8", "--length", "32"]
 
@@ -85,6 +85,17 @@ def test_the_command_does_what_the_function_does(llama_dir: Path, tmp_path: Path
     assert all(torch.equal(written.get_submodule(name).weight, one) for name, one in expected.items())
 
 
+def test_a_datasets_id_gives_the_rows_of_its_train_split(llama_dir: Path, tmp_path: Path) -> None:
+    """A folder's name is opened as an id is, without the Hub."""
+    place = tmp_path / "corpus"
+    place.mkdir()
+    text = write_text(place / "train.jsonl")
+    write_text(place / "test.jsonl", rows=3)
+    for name, data in (("id", place), ("file", text)):
+        quantize(llama_dir, "--group-size", 32, "--data", data, *SHAPE, "-o", tmp_path / name)
+    assert model_files(tmp_path / "id") == model_files(tmp_path / "file")
+
+
 def test_a_method_without_data_warns_in_one_line_and_is_not_repeated(
     llama_dir: Path, tmp_path: Path, forks: Forks
 ) -> None:
@@ -114,6 +125,7 @@ def test_a_method_without_data_warns_in_one_line_and_is_not_repeated(
         (["--data", "text.jsonl", "--length", "128"], "text.jsonl has less than 128 tokens"),
         (["--data", "text.jsonl", "--exclude", "*"], "leaves no linear layer of LlamaForCausalLM"),
         (["--data", "text.jsonl", "--exclude", "*.q_prj"], r"'\*\.q_prj' matches no module of LlamaForCausalLM"),
+        (["--method", "bitsandbytes", "--low-memory"], "--low-memory .* bitsandbytes takes the whole dense model"),
         (["--method", "rtn", "-o", "."], "exists and was not written by hfcompress"),
     ],
 )

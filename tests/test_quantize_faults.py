@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from hfcompress.errors import ModelError
 from hfcompress.packed import packed_layers
-from hfcompress.quantization import GPTQ, quantize
+from hfcompress.quantization import AWQ, GPTQ, SmoothQuant, quantize
 from tests.conftest import tiny_llama, token_batches
+
+Method = GPTQ | AWQ | SmoothQuant
+CALIBRATED: dict[str, Method] = {
+    "gptq": GPTQ(group_size=32),
+    "best": GPTQ(group_size=32, quality="best"),
+    "awq": AWQ(group_size=32),
+    "smoothquant": SmoothQuant(),
+}
 
 
 @pytest.mark.usefixtures("few_tokens_are_fine")
@@ -60,16 +70,29 @@ def test_group_sizes_that_do_not_divide_fall_back_by_name_and_in_the_report() ->
     }
 
 
+@pytest.mark.parametrize("method", CALIBRATED.values(), ids=CALIBRATED)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_activations_that_are_no_numbers_are_refused_with_the_layer_s_name(value: float) -> None:
+def test_activations_that_are_no_numbers_are_refused_with_the_layer_s_name(value: float, method: Method) -> None:
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
         lambda module, args: (args[0].index_fill(-1, torch.tensor([5]), value),), prepend=True
     )
     with pytest.raises(ModelError, match=r"model\.layers\.1: the inputs of mlp\.down_proj hold NaN or infinite"):
-        quantize(model, GPTQ(group_size=32), token_batches(8))
+        quantize(model, method, token_batches(8))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("method", CALIBRATED.values(), ids=CALIBRATED)
+def test_linears_that_see_no_token_are_named(method: Method) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.expert = nn.Linear(64, 64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"No calibration token reaches model\.layers\.1\.mlp\.expert\."):
+        quantize(model, method, token_batches(8))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    report = quantize(model, replace(method, exclude=("*.expert",)), token_batches(8))
+    assert len(report.rows) == 14
 
 
 def test_enough_tokens_that_all_reach_every_layer_give_no_warning() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -184,8 +185,7 @@ def test_scales_by_the_hessian_lose_least_and_by_absmax_are_the_widest() -> None
         errors[scale] = result.relative_error
         first = absmax_scale(weight[:, :32], 3, torch.float32).squeeze(1)
         assert torch.equal(result.scale[:, 0], first) == (scale == "absmax")
-    assert errors["hessian"] < errors["absmax"]
-    assert errors["mse"] < errors["absmax"]
+    assert errors["hessian"] < errors["mse"] < errors["absmax"]
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
@@ -202,13 +202,18 @@ def test_what_is_pruned_in_the_same_pass_stays_pruned(pattern: str | None) -> No
 
 @pytest.mark.parametrize("options", [{"sweeps": 2}, {"order": "groups"}, {"order": "columns"}, {"scale": "absmax"}])
 def test_a_model_is_rounded_by_these_options(options: dict[str, Any]) -> None:
-    """GPT-2's Conv1D has neither order nor sweeps, but a scale."""
+    """GPT-2's Conv1D has neither order nor sweeps, as a warning says, but a scale."""
     rows: dict[tuple[str, bool], list[float]] = {}
     for family in ("llama", "gpt2"):
         for chosen in (False, True):
             model = FAMILIES[family].model()
             method = GPTQ(bits=3, group_size=8, **(options if chosen else {}))
-            report = quantize(model, method, [inputs_of(FAMILIES[family])] * 4)
+            ignored = family == "gpt2" and chosen and "scale" not in options
+            told = pytest.warns(
+                UserWarning, match=r"do not concern Conv1D: 16 layers, such as transformer\.h\.0\.attn"
+            )
+            with told if ignored else nullcontext():
+                report = quantize(model, method, [inputs_of(FAMILIES[family])] * 4)
             rows[family, chosen] = [row.relative_error for row in report.rows]
             assert len(packed_layers(model)) == len(report.rows)
     assert rows["llama", False] != rows["llama", True]

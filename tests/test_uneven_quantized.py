@@ -17,13 +17,19 @@ from hfcompress.errors import ModelError
 from hfcompress.loading.quantizer import HFCompressConfig
 from hfcompress.packed import PackedLinear, packed_layers
 from hfcompress.structure.shapes import record_shapes, uneven_shapes
-from tests.uneven import FAMILIES, TOKENS, llama, narrow, output_of, separate_heads
+from tests.families import FAMILIES as EVEN
+from tests.families import inputs_of as even_inputs
+from tests.reloading import same_but_for_rounding
+from tests.test_structure_shrink import _gated, _uneven
+from tests.uneven import FAMILIES, TOKENS, inputs_of, llama, narrow, output_of, separate_heads
 
 
-def packed(name: str, **options: object) -> PreTrainedModel:
+def packed(
+    name: str, method: type[hfcompress.RTN | hfcompress.GPTQ] = hfcompress.RTN, **options: object
+) -> PreTrainedModel:
     model = FAMILIES[name]()
     with pytest.warns(UserWarning, match="Group sizes that do not divide"):
-        hfcompress.quantize(model, hfcompress.RTN(**{"bits": 4, "group_size": 16, **options}))
+        hfcompress.quantize(model, method(**{"bits": 4, "group_size": 16, **options}), [inputs_of(model)])
     return model
 
 
@@ -31,9 +37,13 @@ def codes_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: layer.codes() for name, layer in packed_layers(model).items()}
 
 
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are fewer")
+@pytest.mark.parametrize("method", [hfcompress.RTN, hfcompress.GPTQ])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_quantized_after_shrinking_reloads_to_the_same_codes(name: str, tmp_path: Path) -> None:
-    model = packed(name)
+def test_quantized_after_shrinking_reloads_to_the_same_codes(
+    name: str, method: type[hfcompress.RTN | hfcompress.GPTQ], tmp_path: Path
+) -> None:
+    model = packed(name, method)
     expected = output_of(model)
     model.save_pretrained(tmp_path)  # after a forward
     reloaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -41,6 +51,26 @@ def test_quantized_after_shrinking_reloads_to_the_same_codes(name: str, tmp_path
     assert torch.equal(output_of(reloaded), expected)
     own, theirs = codes_of(model), codes_of(reloaded)
     assert own.keys() == theirs.keys() != set()
+    assert all(torch.equal(own[key], theirs[key]) for key in own)
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+def test_a_model_that_shrink_made_uneven_is_quantized_and_verified(tmp_path: Path) -> None:
+    """One of its layers has no neuron left, and so nothing to quantize there."""
+    model = EVEN["llama"].model()
+    _gated(model, _uneven)
+    report = hfcompress.shrink(model)
+    assert report.uneven
+    rows = hfcompress.quantize(model, hfcompress.GPTQ(bits=4, group_size=16), [even_inputs(EVEN["llama"])]).rows
+    saved = hfcompress.save_compressed(model, tmp_path / "out", verify=True)
+    assert saved.format == "hfcompress pack-quantized"
+    assert saved.verification is not None
+    assert same_but_for_rounding(saved.verification)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {row.name for row in rows} == packed_layers(again).keys()
+    empty = [name for name, one in again.named_modules() if isinstance(one, nn.Linear) and not one.weight.numel()]
+    assert {name.rpartition(".")[2] for name in empty} == {"gate_proj", "up_proj", "down_proj"}
+    own, theirs = codes_of(model), codes_of(again)
     assert all(torch.equal(own[key], theirs[key]) for key in own)
 
 

@@ -140,6 +140,23 @@ def test_uneven_models_are_refused_before_anything_changes(method: object) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("method", [RTN(activations=8), SmoothQuant()], ids=["rtn", "smoothquant"])
+def test_the_report_tells_the_error_of_the_weight_that_is_rounded(method: RTN | SmoothQuant) -> None:
+    """With calibration, too: SmoothQuant sees the largest inputs alone, which tell no error of the output."""
+    model = with_outliers(tiny_llama())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = quantize(model, method, calibration=token_batches(count=1))
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    for row in report.rows:
+        layer, block, linear = row.name.rsplit(".", 2)
+        norm = f"{layer}.{norms[block]}.weight"
+        reads_norm = linear not in ("o_proj", "down_proj")
+        smooth = before[f"{row.name}.weight"] * (before[norm] / model.state_dict()[norm] if reads_norm else 1)
+        change = (byte_layers(model)[row.name].dequantize() - smooth).norm() / smooth.norm()
+        assert row.relative_error == pytest.approx(float(change), rel=1e-3)
+        assert (row.damping, row.tokens > 0) == (None, isinstance(method, SmoothQuant))
+
+
 def test_nothing_to_smooth_is_said() -> None:
     with pytest.warns(UserWarning, match=r"No norm of BertForSequenceClassification .* this is RTN"):
         quantize(tiny_bert(), SmoothQuant(), calibration=[inputs_of(FAMILIES["bert"])])

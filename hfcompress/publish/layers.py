@@ -85,10 +85,17 @@ def _summary(rows: tuple[dict[str, Any], ...]) -> str:
     if not errors:
         return f"Relative errors: {NOT_MEASURED}."
     low, high = min(errors), max(errors)
+    what = "output on the calibration data (of its weight, without such data)"
+    if all(map(_is_of_weight, rows)):
+        what = "weight"
     return (
-        f"Relative error of a layer's output on the calibration data (of its weight, without such data): from "
-        f"{low[0]:.4f} ({code(low[1])}) to {high[0]:.4f} ({code(high[1])})."
+        f"Relative error of a layer's {what}: from {low[0]:.4f} ({code(low[1])}) to {high[0]:.4f} ({code(high[1])})."
     )
+
+
+def _is_of_weight(row: dict[str, Any]) -> bool:
+    """Tell whether no Hessian weighed the error of a quantized layer, as none does of SmoothQuant or of RTN."""
+    return "bits" in row and row.get("damping") is None and row.get("scaled") is None
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

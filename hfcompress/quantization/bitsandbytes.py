@@ -31,11 +31,16 @@ from hfcompress.quantization.checks import check_values, chosen_layers
 from hfcompress.quantization.options import FORBID_UNKNOWN, WhileLoading
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.structure.experts import fused_experts
+from hfcompress.structure.offload import is_offloaded
 from hfcompress.structure.stack import LINEAR_TYPES
 
 BLOCK = 64  # weights that share a scale in 4 bits
 OUTPUTS = 32  # the 4-bit kernel for processors with AVX512-BF16 takes multiples of these only
 LARGEST_FLOAT16 = 65504.0
+ALL_IN_MEMORY = (
+    "bitsandbytes takes the whole dense model in memory; load it there, or use RTN, GPTQ or AWQ, which read one layer "
+    "at a time."
+)
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
@@ -73,10 +78,12 @@ def plan_bitsandbytes(model: PreTrainedModel, method: BitsAndBytes) -> tuple[lis
 
     Layers that Transformers itself would leave dense, and 4-bit layers of sizes that some processors have no kernel
     for, stay dense with a warning.  Raises MissingDependencyError without the package, ModelError when the model is
-    quantized already, has NaN, or has no layer that can be replaced.
+    quantized already, has layers on disk, has NaN, or has no layer that can be replaced.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError("BitsAndBytes needs the package: pip install 'hfcompress[bnb]' for that.")
+    if is_offloaded(model):
+        raise ModelError(f"{type(model).__name__} has layers on disk. {ALL_IN_MEMORY}")
     asked = chosen_layers(model, method.exclude)
     _refuse_experts(model, method)
     for name, module in asked.items():

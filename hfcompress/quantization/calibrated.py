@@ -14,7 +14,7 @@ from hfcompress.calibration.observe import GRAM
 from hfcompress.calibration.turns import Turn
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.quantization.conv1d import gptq_conv1d
-from hfcompress.quantization.drift import correct_drift
+from hfcompress.quantization.drift import DAMPING, correct_drift
 from hfcompress.quantization.gptq import gptq_siblings
 from hfcompress.quantization.options import GPTQ
 from hfcompress.quantization.placing import Rows, pack_, row_of
@@ -74,13 +74,15 @@ def _round_siblings_(
         round_all = gptq_siblings if isinstance(alike[0].module, nn.Linear) else gptq_conv1d
         grid = (alike[0].bits, alike[0].group_size)
         try:
-            goals = [correct_drift(one.weight, found.hessian, (missing or {}).get(one.name)) for one in alike]
+            goals, used = correct_drift(weights, found.hessian, [(missing or {}).get(one.name) for one in alike])
             results = round_all(
                 weights, found.hessian, *grid, method.damping, prune, method.symmetric, goals, method.steps
             )
         except HFCompressError as error:
             raise ModelError(f"{', '.join(one.name for one in alike)}: {error}") from error
-        warn_about_damping([one.name for one in alike], method.damping, results[0].damping_used)
+        names = [one.name for one in alike]
+        warn_about_damping(names, DAMPING, used)
+        warn_about_damping(names, method.damping, results[0].damping_used)
         for one, result in zip(alike, results):
             pack_(model, one, result.rounded)
         seconds = time.perf_counter() - started

@@ -27,6 +27,7 @@ def chosen_layers(
 ) -> dict[str, nn.Module]:
     """Return the linear layers of the model's stacks by name, and ``more``, without those that are excluded.
 
+    Layers that shrinking left no weight stay as they are: there is nothing in them to store in fewer bits.
     Raises ModelError when the model is quantized already, or when nothing is left.
     """
     recorded = getattr(model.config, "quantization_config", None)
@@ -34,7 +35,9 @@ def chosen_layers(
         raise ModelError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead.")
     candidates = {**stack_linears(model), **(more or {})}
     _check_exclude(model, candidates, exclude)
-    chosen = {name: module for name, module in candidates.items() if not _matches(name, exclude)}
+    chosen = {
+        name: module for name, module in candidates.items() if not (_matches(name, exclude) or _is_empty(module))
+    }
     if not chosen:
         raise ModelError(
             f"exclude={list(exclude)} leaves no linear layer of {type(model).__name__} to quantize. "
@@ -70,6 +73,12 @@ def check_joint_pruning(method: object, prune: ColumnPruning, planned: Iterable[
                 f"{one.name}: groups of {period} columns of the pruning pattern do not divide its "
                 f"{in_features} input columns or its quantization groups of {one.group_size} columns."
             )
+
+
+def _is_empty(module: nn.Module) -> bool:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel() == 0
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

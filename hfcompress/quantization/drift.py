@@ -6,6 +6,9 @@ The linear layers have to be taken one after another for that, each on what the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from hfcompress.calibration import factor_hessian
@@ -14,12 +17,24 @@ from hfcompress.calibration import factor_hessian
 DAMPING = 0.05
 
 
-def correct_drift(weight: Tensor, hessian: Tensor, missing: Tensor | None) -> Tensor:
-    """Return the weight that makes up for what its output lacks, as far as its inputs tell.
+class Corrected(NamedTuple):
+    """Weights (out_i, in) float32, and the damping that the Hessian needed; 0 where nothing was missing."""
+
+    weights: list[Tensor]
+    damping_used: float
+
+
+def correct_drift(weights: Sequence[Tensor], hessian: Tensor, missing: Sequence[Tensor | None]) -> Corrected:
+    """Return the weights that make up for what their outputs lack, as far as their inputs tell.
 
     The least-squares solution of W' x = W x + lack over all tokens, drawn towards W by ``DAMPING`` of the Hessian's
-    mean diagonal.  weight: (out, in).  hessian: (in, in) float32.  missing: (out, in) float32, the sum over tokens of
-    lack times input; None is nothing.  Returns (out, in) float32.
+    mean diagonal, or by more where that cannot be factored.  weights: (out_i, in), of layers that see the same input.
+    hessian: (in, in) float32.  missing: (out_i, in) float32 each, the sum over tokens of lack times input; None is
+    nothing.
     """
-    dense = weight.detach().float()
-    return dense if missing is None else dense + factor_hessian(hessian, DAMPING).solve(missing)
+    dense = [weight.detach().float() for weight in weights]
+    if all(lack is None for lack in missing):
+        return Corrected(dense, 0.0)
+    factor = factor_hessian(hessian, DAMPING)
+    corrected = [one if lack is None else one + factor.solve(lack) for one, lack in zip(dense, missing)]
+    return Corrected(corrected, factor.damping)

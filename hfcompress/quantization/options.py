@@ -60,7 +60,8 @@ class RTN(WhileLoading):
     bits: of one code.  group_size: input columns that share a scale; None is one scale per output row.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
-    scale: ``absmax`` takes it from the group's largest values, ``mse`` the one with the smallest squared error.
+    scale: ``absmax`` takes it from the group's largest values, ``mse`` the one with the smallest squared error;
+    that with the smallest error of the layer's output needs data, so it belongs to ``GPTQ``.
     embeddings, head: quantize the input embeddings or the output head too; tied ones go together.
     activations: round the inputs of linear layers to 8 bits too, each token by a scale of its own (W8A8).
     """
@@ -138,7 +139,8 @@ class GPTQ(WhileLoading):
     order: ``groups`` rounds groups, and columns inside them, in the order of the Hessian's diagonal, largest first;
     ``columns`` does so with all columns, whatever their group, by scales chosen on the weights as they are. Both store
     columns where they were, with no index.  sweeps: how often every code and scale is set to the best one given all
-    others once the loop is done.  Order and sweeps do not concern Conv1D, whose groups lie across columns.
+    others once the loop is done.  Order and sweeps do not concern Conv1D, whose groups lie across columns, and a
+    warning says so.
     """
 
     needs_calibration: ClassVar[bool] = True

@@ -8,6 +8,7 @@ from math import gcd
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import ModelError
 from hfcompress.packed.experts import routers, split_experts
@@ -25,8 +26,8 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
     loaded: False checks a model on the meta device, by shapes alone, before its weights are loaded.  Bits that are yet
     to be chosen stand there as the most that a layer may get.  Raises ModelError when the model is quantized already,
     has layers that cannot be packed, shares or damages a targeted weight, when nothing is left to quantize, or when
-    the target for the bits is out of reach. Warns once about group sizes that do not divide. Routers of experts are
-    left out.
+    the target for the bits is out of reach. Warns once about group sizes that do not divide, and about options that do
+    not concern Conv1D. Routers of experts are left out.
     """
     if not loaded:
         fused = split_experts_(model, method)
@@ -36,6 +37,7 @@ def plan_linears(model: PreTrainedModel, method: LinearMethod, *, loaded: bool =
             join_experts_(model, fused)
     planned = _planned(model, method, loaded)
     _warn_about_group_sizes(planned)
+    _warn_about_conv1d(planned, method)
     return planned
 
 
@@ -107,3 +109,14 @@ def _warn_about_group_sizes(planned: Iterable[PlannedLinear]) -> None:
         parts = [f"{note} ({len(names)} layers, such as {names[0]})" for note, names in changed.items()]
         message = f"Group sizes that do not divide the input columns were changed: {'; '.join(parts)}."
         warnings.warn(message, stacklevel=5)
+
+
+def _warn_about_conv1d(planned: Iterable[PlannedLinear], method: LinearMethod) -> None:
+    """Say which of GPTQ's options are not followed where a group lies across columns, with scales for each column."""
+    names = [one.name for one in planned if isinstance(one.module, Conv1D)]
+    if names and isinstance(method, GPTQ) and (method.order != "stored" or method.sweeps):
+        warnings.warn(
+            f"order={method.order!r} and sweeps={method.sweeps} do not concern Conv1D: {len(names)} layers, such as "
+            f"{names[0]}, are rounded in stored order without sweeps.",
+            stacklevel=5,
+        )

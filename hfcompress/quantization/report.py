@@ -11,8 +11,9 @@ class QuantizedLinear:
     """One quantized linear layer.
 
     group_size: input columns per scale; None is one scale per output row.  requested_group_size: what was asked for.
-    relative_error: sqrt(tr(D H D^T) / tr(W H W^T)) on the calibration data, or the Frobenius norms' ratio where
-    there is none.  damping: what the Hessian needed, as a share of its mean diagonal; None without a Hessian.
+    relative_error: sqrt(tr(D H D^T) / tr(W H W^T)) on the calibration data (GPTQ, AWQ), or the Frobenius norms' ratio
+    where no Hessian is taken: SmoothQuant's is that of the smoothed weight.
+    damping: what the Hessian needed, as a share of its mean diagonal; None without a Hessian, and for AWQ.
     tokens: calibration tokens that the layer saw.  scaled: whether its inputs' scales moved into what is before it, as
     AWQ does where it finds something that can take them; None for methods that do not.
     """
