@@ -18,6 +18,7 @@ from hfcompress.evaluate import Measurement
 from hfcompress.recipe import ModelSpec, Recipe
 from hfcompress.workspace import ORIGINAL, Workspace
 
+_OF_STAGE = ("summary", "seconds", "machine")
 _KINDS_OF_UNITS = ("heads", "key_value_heads", "neurons")
 
 
@@ -31,7 +32,7 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
         facts = space.facts_of(position, name)
         assert facts is not None
         measured = json.loads(space.measurement_file(position, name).read_text(encoding="utf-8"))
-        rows.append({"name": name, **{k: facts[k] for k in ("summary", "seconds")}, "measurement": measured})
+        rows.append({"name": name, **{k: facts.get(k) for k in _OF_STAGE}, "measurement": measured})
         reports.append((stage.kind if stage else ORIGINAL, facts["report"] or {}))
     return {
         "hfcompress": version("hfcompress"),
