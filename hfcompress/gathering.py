@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hfcompress import opening
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.checkpoint.atomic import MARKER
 from hfcompress.evaluate import Measurement
+from hfcompress.publish.licence import license_of
 from hfcompress.recipe import ModelSpec, Recipe
 from hfcompress.workspace import ORIGINAL, Workspace
 
@@ -84,7 +84,7 @@ def base_model(spec: ModelSpec) -> dict[str, str | None]:
     if is_packaged(spec.id):
         packaged = packaged_model(spec.id)
         return {"base_model": packaged.hub_id, "base_model_license": packaged.license}
-    return {"base_model": spec.id, "base_model_license": opening.license_of(spec)}
+    return {"base_model": spec.id, "base_model_license": license_of(spec.id, spec.revision)}
 
 
 def benchmark_entry(recipe: Recipe, facts: Mapping[str, Any]) -> str | None:

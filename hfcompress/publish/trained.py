@@ -25,6 +25,7 @@ from hfcompress.evaluate import Measurement, describe_machine
 from hfcompress.packed import packed_layers
 from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.facts import FILE_NAME
+from hfcompress.publish.licence import license_of
 from hfcompress.publish.loading import TASK_PAGES
 
 _NOT_QUALITY = ("runtime", "per_second", "sparsity", "pruned", "epoch")
@@ -67,7 +68,7 @@ class ModelCardMixin(_Base):
             self.save_model(_internal_call=True)
         facts = facts_of_trainer(self, folder, name=model_name)
         if finetuned_from:
-            facts |= {"base_model": finetuned_from, "base_model_license": _license_of(finetuned_from)}
+            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from)}
         facts["base_model_license"] = license or facts["base_model_license"]
         facts["data"] = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
         facts["training"] |= {
@@ -130,7 +131,7 @@ def facts_of_trainer(
         "task": task_of(model),
         "created": datetime.now(timezone.utc).date().isoformat(),
         "base_model": origin or type(model).__name__,
-        "base_model_license": _license_of(origin),
+        "base_model_license": license_of(origin) if origin else None,
         "data": None,
         "recipe": None,
         "seed": trainer.args.seed,
@@ -147,14 +148,6 @@ def facts_of_trainer(
         "layers": [{"name": one.name, "parameters": one.parameters, "nonzero": one.nonzero, "bytes": one.bytes}
                    for one in summary.layers],
     }  # fmt: skip
-
-
-def _license_of(origin: str) -> str | None:
-    """Return the licence of the model that a training began with, as far as its card can be read here."""
-    from hfcompress.opening import license_of
-    from hfcompress.recipe import ModelSpec
-
-    return license_of(ModelSpec(id=origin)) if origin else None
 
 
 def _rounds_weights(model: nn.Module) -> bool:
