@@ -10,14 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hfcompress import opening
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.checkpoint.atomic import MARKER
 from hfcompress.evaluate import Measurement
+from hfcompress.publish.licence import license_of
 from hfcompress.recipe import ModelSpec, Recipe
 from hfcompress.workspace import ORIGINAL, Workspace
 
+_OF_STAGE = ("summary", "seconds", "machine")
 _KINDS_OF_UNITS = ("heads", "key_value_heads", "neurons")
 
 
@@ -31,7 +32,7 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
         facts = space.facts_of(position, name)
         assert facts is not None
         measured = json.loads(space.measurement_file(position, name).read_text(encoding="utf-8"))
-        rows.append({"name": name, **{k: facts[k] for k in ("summary", "seconds")}, "measurement": measured})
+        rows.append({"name": name, **{k: facts.get(k) for k in _OF_STAGE}, "measurement": measured})
         reports.append((stage.kind if stage else ORIGINAL, facts["report"] or {}))
     return {
         "hfcompress": version("hfcompress"),
@@ -83,7 +84,7 @@ def base_model(spec: ModelSpec) -> dict[str, str | None]:
     if is_packaged(spec.id):
         packaged = packaged_model(spec.id)
         return {"base_model": packaged.hub_id, "base_model_license": packaged.license}
-    return {"base_model": spec.id, "base_model_license": opening.license_of(spec)}
+    return {"base_model": spec.id, "base_model_license": license_of(spec.id, spec.revision)}
 
 
 def benchmark_entry(recipe: Recipe, facts: Mapping[str, Any]) -> str | None:

@@ -198,28 +198,3 @@ def model_digest(spec: ModelSpec) -> str:
     config = try_to_load_from_cache(where, "config.json", revision=options["revision"])
     commit = Path(config).parent.name if isinstance(config, str) else options["revision"]
     return f"{where}@{commit}"
-
-
-def license_of(spec: ModelSpec) -> str | None:
-    """Return the licence that the metadata of a model's card name; None where there is no card to read.
-
-    A Hub model's card is taken from the cache or the Hub; one that cannot be reached now is not known.
-    """
-    folder = Path(spec.id).expanduser()
-    card = folder / "README.md" if folder.is_dir() else _card_of(spec)
-    if card is None or not card.is_file():
-        return None
-    from huggingface_hub import ModelCard
-
-    named = ModelCard.load(card).data.license
-    return named if isinstance(named, str) else None
-
-
-def _card_of(spec: ModelSpec) -> Path | None:
-    """Return the cached or downloaded card of a Hub model.  Missing and out of reach are OSErrors, all of them."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(spec.id, "README.md", revision=spec.revision))
-    except (OSError, ValueError):
-        return None

@@ -12,7 +12,9 @@ from transformers import set_seed
 from hfcompress.checkpoint import save_compressed
 from hfcompress.checkpoint.atomic import new_folder, write_text
 from hfcompress.checks import check_before_work
+from hfcompress.clock import begin_attempt
 from hfcompress.errors import HFCompressError
+from hfcompress.evaluate import describe_machine
 from hfcompress.fresh import FreshProcesses
 from hfcompress.gathering import benchmark_entry, gather_facts
 from hfcompress.job import Job, Source
@@ -61,8 +63,8 @@ def _work_of_next(space: Workspace, recipe: Recipe, position: int) -> Path:
 
 def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job, is_last: bool) -> None:
     """Run a stage and leave its checkpoint, with the facts of the stage in the same atomic step."""
-    started = time.monotonic()
     name = stage.name if stage else ORIGINAL
+    started = time.monotonic() - begin_attempt(space.work_folder(name))
     say(f"stage {position} of {len(space.recipe.stages)}, {name}")
     # Anew for each stage, so that it ends alike in a resumed run, and for the original, whose head may be new.
     set_seed(space.recipe.seed)
@@ -71,6 +73,7 @@ def _run_and_save(space: Workspace, position: int, stage: Stage | None, job: Job
         "fingerprint": space.fingerprint(position),
         "summary": outcome.summary,
         "seconds": round(time.monotonic() - started, 1),
+        "machine": describe_machine(),
         "report": outcome.report,
     }
     files = {STAGE: json.dumps(facts, indent=2) + "\n"}

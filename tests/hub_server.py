@@ -1,7 +1,8 @@
 """A small Hub for tests, in a process of its own: repositories, LFS uploads, commits, downloads and faults on demand.
 
 ``python -m tests.hub_server`` prints its address and serves until it is killed. POST /_faults sets a list of
-``[part of "METHOD /path", status, "drop" or "drop answer", times]``; GET /_log returns requests and repositories.
+``[part of "METHOD /path", status, "drop", "drop answer" or "someone commits", times]``; GET /_log returns requests and
+repositories.
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"log": LOG, "repos": shown})
         LOG.append(f"{self.command} {path}")
         found = self.fault(LOG[-1])
+        if found == "someone commits":
+            REPOS[path.split("/", 3)[3].partition("/preupload")[0]]["branches"]["main"] |= {"theirs.txt": b"between"}
+            found = None
         if found == "drop answer":
             self.wfile = io.BytesIO()  # the request is served, its answer is lost
             self.route(path, query, body)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,9 @@ from huggingface_hub import parse_eval_result_entries
 from hfcompress.errors import RecipeError
 from hfcompress.gathering import benchmark_entry
 from hfcompress.recipe import parse_recipe
+from tests.here import compress_here, stages_of
 from tests.test_publish import measurements
+from tests.tiny_tasks import TINY, reviews
 
 RECIPE: dict[str, Any] = {
     "name": "n", "task": "sequence-classification", "model": {"id": "a/b"},
@@ -38,6 +43,22 @@ def test_the_hub_reads_the_value_of_the_reloaded_checkpoint(named: str | None, v
     assert (entry.dataset_id, entry.task_id, entry.value) == ("nyu-mll/glue", "sst2", value)
     assert str(entry.date) == measured["created"]
     assert (entry.notes or "").startswith(f"{named or 'accuracy'}, measured by hfcompress")
+
+
+def test_a_run_writes_the_file_where_the_hub_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(folder: Path) -> dict[str, Any]:
+        (folder / "data").mkdir(exist_ok=True)
+        rows = Path(reviews(folder)["files"])
+        for split in ("train", "validation"):
+            shutil.copy(rows, folder / "data" / f"{split}.jsonl")
+        return {"id": str(folder / "data"), "max_length": 16, "splits": {"held_out": "validation"}}
+
+    evaluate = {"metrics": ["accuracy"], "benchmark": {"id": "nyu-mll/glue", "task": "sst2"}}
+    tiny = dataclasses.replace(TINY["single-label"], data=named, evaluate=evaluate)
+    folder = compress_here(tiny.recipe(tmp_path, [{"quantize": {"method": "rtn", "bits": 8}}]), monkeypatch)
+    (entry,) = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "hfcompress.yaml").read_text()))
+    assert (entry.dataset_id, entry.task_id) == ("nyu-mll/glue", "sst2")
+    assert entry.value == stages_of(folder)[-1]["measurement"]["metrics"]["accuracy"]
 
 
 def test_without_a_benchmark_or_a_number_nothing_is_written() -> None:

@@ -49,6 +49,15 @@ def test_its_python_runs(
     assert run_python(PAGES[page], page, readers_names(tmp_path, tokenizer)) > 0
 
 
+def test_every_call_in_the_tables_of_moving_here_can_be_made() -> None:
+    """The right column's calls of our classes, without what stands for a reader's own (``...``)."""
+    cells = [line.rpartition(" | ")[2] for line in PAGES["docs/migrating.md"].splitlines() if line.startswith("| ")]
+    calls = [call for cell in cells for call in re.findall(r"`([A-Z]\w+\([^`.]*(?:\.\d[^`.]*)*\))`", cell)]
+    assert len(calls) >= 6
+    for call in calls:
+        assert eval(call, {name: getattr(hfcompress, name) for name in hfcompress.__all__}), call
+
+
 @pytest.mark.parametrize("code", of("yaml"))
 def test_its_recipes_are_valid(code: str) -> None:
     """A block that shows stages alone is read within a recipe of the simplest kind."""

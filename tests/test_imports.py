@@ -24,7 +24,7 @@ LAYERS = [
     {"opening"},
     {"job"},
     {"teaching"},
-    {"stages", "workspace", "measuring", "checks", "oneshot"},
+    {"stages", "workspace", "measuring", "checks", "oneshot", "clock"},
     {"gathering", "commands"},
     {"pipeline"},
     {"cli"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +22,7 @@ from hfcompress.pipeline import compress
 from hfcompress.recipe import Recipe, load_recipe, parse_recipe
 from tests.conftest import tiny_bert
 from tests.forks import Forks
+from tests.here import compress_here
 from tests.runs import language_recipe, model_files, write_reviews
 
 
@@ -114,6 +116,18 @@ def test_classification_from_an_encoder_without_a_head(
     layers = inspect_checkpoint(folder).layers
     share = 1 - sum(layer.nonzero for layer in layers) / sum(layer.parameters for layer in layers)
     assert share > 0.75
+
+
+def test_a_card_carries_the_base_models_licence(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_bert().save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    (tmp_path / "encoder" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A model")
+    write_reviews(tmp_path / "reviews.tsv")
+    stages: list[dict[str, Any]] = [{"quantize": {"method": "rtn", "bits": 8}}]
+    folder = compress_here(reviews_recipe(tmp_path, "out", stages), monkeypatch)
+    assert ModelCard.load(folder / "README.md").data.license == "cc-by-4.0"
 
 
 SEEDED = """

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from hfcompress import progress
+import hfcompress
+from hfcompress import GPTQ, Wanda, progress
+from hfcompress.calibration.texts import pack
+from tests.conftest import tiny_llama, token_batches, word_tokenizer
+from tests.runs import WORDS
 
 
 @contextmanager
@@ -63,22 +68,52 @@ def test_reports_end_with_the_step_also_by_an_error(
     assert threading.active_count() == before
 
 
+COUNTED = "meter('distill', 8) as shown:\n    for _ in range(3):\n        time.sleep(0.05)\n        shown.advance()"
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo terminal")
-@pytest.mark.parametrize("step", ["busy('saving')", "meter('distill', 8)"])
-def test_a_terminal_shows_something_that_moves(step: str) -> None:
-    """The display is redrawn again and again while the step itself says nothing."""
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [("busy('saving'):", rb"saving [-|/\\\\] 0:00:\d\d"), (COUNTED, rb"distill [^\r]* 3/8 0:00:\d\d left 0:0\d:\d\d")],
+    ids=["busy", "meter"],
+)
+def test_a_terminal_shows_something_that_moves(step: str, expected: bytes) -> None:
+    """The display is redrawn again and again while the step itself says nothing: the time, and what is left of it."""
     controller, terminal = os.openpty()
-    code = f"import sys\nfrom hfcompress.progress import busy, meter\nwith {step}:\n    sys.stdin.read()"
-    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
+    code = f"import sys, time\nfrom hfcompress.progress import busy, meter\nwith {step}\n    sys.stdin.read()"
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "120"}
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=terminal, env=environment)
     os.close(terminal)
     seen = b""
-    while seen.count(b"0:00:0") < 3:
+    while len(re.findall(expected, seen)) < 3:
         seen += os.read(controller, 1024)
     process.communicate(b"")
     os.close(controller)
     assert process.returncode == 0
-    assert seen.count(b"0:00:0") >= 3
+
+
+METERS: dict[str, Callable[[], object]] = {
+    "Quantizing with GPTQ": lambda: hfcompress.quantize(tiny_llama(), GPTQ(group_size=32), token_batches()),
+    "Pruning with Wanda": lambda: hfcompress.prune(tiny_llama(), Wanda(sparsity=0.5), token_batches()),
+    "measure": lambda: hfcompress.measure(tiny_llama(), batches=token_batches(), metrics=["perplexity"]),
+    "packing texts into rows of 16 tokens": lambda: pack(["the model"] * 600, word_tokenizer(WORDS), 16, 60),
+}
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+@pytest.mark.parametrize("what", METERS)
+def test_long_work_shows_how_much_time_is_left(
+    what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance_to = progress.Meter.advance_to
+
+    def advance_and_print(meter: progress.Meter, done: int, note: str | None = None) -> None:
+        advance_to(meter, done, note)
+        meter._print_line()  # as the thread does every few seconds
+
+    monkeypatch.setattr(progress.Meter, "advance_to", advance_and_print)
+    METERS[what]()
+    assert re.search(rf"^{what}: \d+/\d+ in \d+:\d\d, \d+:\d\d left", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("widgets", [True, False])

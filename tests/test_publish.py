@@ -233,7 +233,7 @@ def test_the_dtype_of_a_measurement_is_said_below_the_table(tmp_path: Path) -> N
 OPTIONAL = (
     ["hfcompress", "created", "base_model_license", "data", "recipe", "seed", "loads_without_hfcompress",
      "verification", "quantization_report", "pruning_report", "structure", "layers", "inputs"],
-    ["summary", "seconds"],
+    ["summary", "seconds", "machine"],
     ["bytes_on_disk", "tokens_per_second", "speed_kind", "peak_memory_bytes", "continuation", "dtype",
      "stored_dtypes", "device", "machine", "rows", "tokens", "latency", "correct"],
 )  # fmt: skip
@@ -302,6 +302,35 @@ def test_classifier_that_needs_hfcompress(tmp_path: Path) -> None:
     assert data.tags == ["hfcompress", "pruned"]
     assert data.base_model_relation == "finetune"
     assert {result.dataset_name for result in data.eval_results} == {"test.tsv"}  # what the metrics are of
+
+
+def test_a_model_with_code_of_its_own_is_loaded_by_lines_that_allow_it(tmp_path: Path) -> None:
+    values = measurements()
+    assert "trust_remote_code" not in card_of(tmp_path, values)
+    values["recipe"]["model"] = {"id": "a/b", "trust_remote_code": True}
+    assert card_of(tmp_path, values).count('runs/smollm2-small", trust_remote_code=True)') == 2
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Own"}}))
+    assert card_of(tmp_path, values | {"recipe": None}).count(", trust_remote_code=True)") == 2
+
+
+def test_the_page_says_which_data_model_and_teacher_exactly(tmp_path: Path) -> None:
+    values = measurements()
+    values["data"]["revision"] = "a1b2c3d4"
+    values["inputs"]["teacher of stage distill"] = "big/teacher@0f0f0f 5e5e5e5e"
+    text = card_of(tmp_path, values)
+    assert "Data: `Salesforce/wikitext wikitext-2-raw-v1`, revision `a1b2c3d4`, content `Salesforce/" in text
+    assert "content `HuggingFaceTB/SmolLM2-135M@d4e5f6`" in text
+    assert "Teacher of stage distill: content `big/teacher@0f0f0f` and `5e5e5e5e`." in text
+
+
+def test_a_stage_that_ran_on_another_machine_says_so(tmp_path: Path) -> None:
+    values = measurements()
+    values["stages"][1]["machine"] = MACHINE
+    assert "Not run on what measured it" not in card_of(tmp_path, values)
+    values["stages"][2]["machine"] = {**MACHINE, "cpu": "Fast GPU host", "threads": 64}
+    text = card_of(tmp_path, values)
+    assert "- Not run on what measured it: distill, on Fast GPU host, 2 cores, 64 threads, Linux x86_64" in text
+    assert text.count("Not run on what measured it") == 1
 
 
 def test_text_from_outside_cannot_break_the_page(tmp_path: Path) -> None:

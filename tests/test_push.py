@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -73,6 +74,13 @@ class Hub:
         found = self.ask("/_log")["repos"].get(repo)
         return None if found is None else found["branches"].get(branch)
 
+    def bytes_of(self, repo: str, branch: str = "main") -> dict[str, bytes]:
+        found = {}
+        for name in self.files(repo, branch) or []:
+            with urllib.request.urlopen(f"{self.url}/{repo}/resolve/{branch}/{name}") as answer:
+                found[name] = answer.read()
+        return found
+
     def close(self) -> None:
         for process in (self.client, self.server):
             process.kill()
@@ -103,12 +111,14 @@ def folder(tmp_path: Path, tokenizer: Any) -> Path:
     write_model_card(folder)
     (folder / ".eval_results").mkdir()
     (folder / ".eval_results" / "hfcompress.yaml").write_text("- dataset: {id: nyu-mll/glue, task_id: sst2}\n")
-    for name in ("optimizer.pt", "training_args.bin", ".env", "checkpoint-4/model.safetensors", ".cache/x.json"):
+    for name in NOT_FOR_OTHERS:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not for others")
     return folder
 
 
+NOT_FOR_OTHERS = (".cache/x.json", ".env", "backup.py", "checkpoint-4/model.safetensors", "credentials.json",
+                  "notes.md", "notes.txt", "optimizer.pt", "train_results.json", "training_args.bin")  # fmt: skip
 EXPECTED = [".eval_results/hfcompress.yaml", "README.md", "config.json", "generation_config.json", "hfcompress.json",
             "layers.png", "measurements.json", "model.safetensors", "recipe.yaml", "size_against_quality.png",
             "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
@@ -119,8 +129,7 @@ def test_push_pull_and_push_again(hub: Hub, folder: Path) -> None:
     assert first["changed"]
     assert first["url"] == f"{hub.url}/tester/small"
     assert hub.files("tester/small") == EXPECTED
-    left = (".cache/x.json", ".env", "checkpoint-4/model.safetensors", "optimizer.pt", "training_args.bin")
-    assert tuple(first["left_out"]) == left
+    assert tuple(first["left_out"]) == NOT_FOR_OTHERS
     assert hub.ask("/_log")["repos"]["tester/small"]["private"] is True
     pulled = hub.run(
         "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -172,9 +181,12 @@ def test_a_branch_and_a_pull_request(hub: Hub, folder: Path) -> None:
     assert branch["url"].endswith("/tester/other/tree/v2")
     assert hub.files("tester/other", "v2") == EXPECTED
     (folder / "recipe.yaml").write_text("name: proposed\n")
+    before = hub.bytes_of("tester/other")
     pull = hub.push(folder, "tester/other", create_pr=True)["result"]
     assert pull["url"].endswith("/tester/other/discussions/1")
     assert len(hub.ask("/_log")["repos"]["tester/other"]["commits"]) == 3
+    assert hub.bytes_of("tester/other") == before
+    assert before["recipe.yaml"] != (folder / "recipe.yaml").read_bytes()
 
 
 FAULTS: dict[str, tuple[list[list[Any]], str]] = {
@@ -221,6 +233,48 @@ def test_a_second_attempt_sends_no_weights_twice(hub: Hub, folder: Path) -> None
     assert sum(line.startswith("PUT /_lfs/") for line in hub.ask("/_log")["log"]) == before
 
 
+def test_a_second_attempt_sends_the_one_shard_that_is_missing(hub: Hub, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tiny_llama(seed=78).save_pretrained(folder, max_shard_size="50KB")
+    shards = {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 2
+    missing = sorted(shards)[1]
+    hub.ask("/_faults", [[f"PUT /_lfs/{missing}", "drop", 99]])
+    assert "The connection to the Hub broke" in hub.push(folder, "tester/shard")["error"]
+    hub.ask("/_faults", [])
+    before = len(hub.ask("/_log")["log"])
+    assert hub.push(folder, "tester/shard")["result"]["changed"]
+    sent = [line for line in hub.ask("/_log")["log"][before:] if line.startswith("PUT /_lfs/")]
+    assert sent == [f"PUT /_lfs/{missing}"]
+
+
+def test_a_commit_of_somebody_else_in_between_stops_the_push(hub: Hub, folder: Path) -> None:
+    hub.push(folder, "tester/between")
+    (folder / "recipe.yaml").write_text("name: changed\n")
+    before = hub.bytes_of("tester/between")
+    hub.ask("/_faults", [["/preupload/", "someone commits", 1]])
+    failed = hub.push(folder, "tester/between")
+    hub.ask("/_faults", [])
+    assert "Somebody else changed tester/between at the same time" in failed.get("error", "")
+    assert hub.bytes_of("tester/between") == {**before, "theirs.txt": b"between"}
+
+
+@pytest.mark.parametrize("fault", [["PUT /_lfs/", "drop", 99], ["/commit/", 500, 99]])
+def test_an_update_that_fails_leaves_the_earlier_version_whole(hub: Hub, folder: Path, fault: list[Any]) -> None:
+    repo = f"tester/update-{fault[1]}"
+    hub.push(folder, repo)
+    before = hub.bytes_of(repo)
+    save_compressed(tiny_llama(seed=200 + len(repo)), folder.parent / "newer")
+    shutil.copy(folder.parent / "newer" / "model.safetensors", folder)
+    (folder / "recipe.yaml").write_text("name: newer\n")
+    hub.ask("/_faults", [fault])
+    assert "error" in hub.push(folder, repo)
+    hub.ask("/_faults", [])
+    assert hub.bytes_of(repo) == before
+    assert hub.push(folder, repo)["result"]["changed"]
+    assert hub.bytes_of(repo)["model.safetensors"] == (folder / "model.safetensors").read_bytes() != before
+
+
 def test_a_commit_whose_answer_is_lost_is_found_by_the_next_push(hub: Hub, folder: Path) -> None:
     hub.ask("/_faults", [["/commit/", "drop answer", 1]])
     failed = hub.push(folder, "tester/unheard")
@@ -241,6 +295,10 @@ def test_a_wrong_token_is_refused_and_not_shown(hub: Hub, folder: Path) -> None:
     failed = hub.push(folder, "tester/nothing", token=other)
     assert "`hf auth login`" in failed["error"]
     assert other not in failed["error"]
+    hub.ask("/_faults", [["/repos/create", 400, 1]])  # whose message repeats the header with the token
+    failed = hub.push(folder, "tester/nothing", token="an-older-kind-of-token")
+    hub.ask("/_faults", [])
+    assert "an-older-kind-of-token" not in failed["error"]
     assert hub.files("tester/nothing") is None
 
 
@@ -254,6 +312,56 @@ def test_the_command_pushes_and_says_where(hub: Hub, folder: Path) -> None:
     assert f"{hub.url}/tester/command" in found["result"][1]
     assert "optimizer.pt" in found["result"][1]  # what was left out is said
     assert hub.files("tester/command") == EXPECTED
+
+
+def test_the_commands_options_arrive(hub: Hub, folder: Path) -> None:
+    def command(*words: str) -> str:
+        found = hub.run(
+            "import typer.testing, hfcompress.cli as cli\n"
+            f"words = ['push', {str(folder)!r}, 'tester/options', *{words!r}]\n"
+            "run = typer.testing.CliRunner().invoke(cli.app, words)\n"
+            "result = [run.exit_code, run.output]"
+        )["result"]
+        assert found[0] == 0, found
+        return str(found[1])
+
+    command("--private")
+    assert hub.ask("/_log")["repos"]["tester/options"]["private"] is True
+    (folder / "recipe.yaml").write_text("name: changed\n")
+    assert f"{hub.url}/tester/options/tree/v2" in command("--revision", "v2")
+    assert b"changed" in hub.bytes_of("tester/options", "v2")["recipe.yaml"]
+    assert f"{hub.url}/tester/options/discussions/1" in command("--create-pr")
+    assert b"changed" not in hub.bytes_of("tester/options")["recipe.yaml"]
+
+
+def test_offline_the_command_says_what_to_do(folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "hfcompress", "push", str(folder), "me/x"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.endswith(
+        "hfcompress: HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and run this again.\n"
+    )
+    assert "Traceback" not in run.stderr
+
+
+def test_code_goes_up_only_where_a_config_names_it(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_own.Own", "AutoConfig": "else/where--configuration.C"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text("from .parts import Part\n")
+    (folder / "parts.py").write_text("Part = object\n")
+    (folder / "spiece.model").write_bytes(b"pieces")
+    upload = choose_files(folder, "me/x")
+    assert {"modeling_own.py", "parts.py", "spiece.model"} <= set(upload.files)
+    assert "backup.py" in upload.left_out
+
+
+def test_a_folder_says_nothing_of_its_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(HFCompressError, match="Name the repository to push to"):
+        hfcompress.push(folder)
 
 
 def test_offline_is_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,14 +450,17 @@ trainer = hfcompress.DistillationTrainer(
 )
 trainer.train()
 trainer.push_to_hub(tags=["mine"])
-result = hfcompress.push(trainer, "tester/trainer").changed
+args.hub_model_id = None
+unnamed = hfcompress.push(trainer).url
+args.hub_model_id = "tester/trainer"
+result = [unnamed, hfcompress.push(trainer).changed]
 """
 
 
 def test_a_trainers_own_ways_to_the_hub_keep_working(hub: Hub, folder: Path) -> None:
     """push_to_hub of the arguments, and of the Trainer, go through our card; push takes the Trainer itself."""
     found = hub.run(f"FOLDER = {str(folder)!r}\n{TRAIN}")
-    assert found["result"] is True, found
+    assert found["result"] == [f"{hub.url}/tester/{folder.name}-out", True], found
     names = hub.files("tester/pushed") or []
     assert {"README.md", "measurements.json", "model.safetensors", "tokenizer.json"} <= set(names)
     with urllib.request.urlopen(f"{hub.url}/tester/pushed/resolve/main/README.md") as answer:

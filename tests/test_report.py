@@ -26,6 +26,8 @@ def second() -> dict[str, Any]:
     values["name"] = HOSTILE
     values["recipe"]["seed"] = 11
     values["recipe"]["stages"] = values["recipe"].get("stages", [])[:1]
+    rows = [{**row, "name": row["name"].replace("q_proj", "o_proj")} for row in values["quantization_report"]]
+    values["quantization_report"] += rows
     values["structure"] = {"heads": {"model.layers.0": [9, 3], "model.layers.1": [9, 9]}}
     values["stages"] = values["stages"][:3]
     values["stages"][1]["measurement"]["metrics"] = {"perplexity": math.inf}
@@ -127,7 +129,14 @@ def test_its_controls_do_what_they_say(browser: Browser, page: Path) -> None:
     browser.click("#log")
     assert "more is better" in " ".join(browser.texts("#chart text"))
 
+    assert browser.texts("#changes tbody tr:first-child td") == [
+        "smollm2-small", "perplexity", "29.29", "40.83", "+11.54", "not measured"]  # fmt: skip
+    assert len(browser.find("#layers rect")) == 3  # the one linear layer of each layer
+    assert not browser.find("#layers circle")
+
     browser.choose("#run", HOSTILE)
+    assert len(browser.find("#layers circle")) == 2 * 3
+    assert not browser.find("#layers rect")
     assert browser.texts("#layers .heat td") == ["3", "9"]
     browser.click("#only")
     assert "+ seed: 11" in browser.texts("#diff span.add")

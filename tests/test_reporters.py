@@ -42,12 +42,31 @@ def events(folder: Path) -> list[tuple[int, Any]]:
     return found
 
 
-def test_tensorboard_has_sparsity_losses_and_pictures(tmp_path: Path) -> None:
-    trainer = hfcompress.DistillationTrainer(
+def distilling(folder: Path, report_to: str, **given: Any) -> hfcompress.DistillationTrainer:
+    return hfcompress.DistillationTrainer(
         model=tiny_llama(), teacher_model=tiny_llama(seed=2), train_dataset=ROWS, eval_dataset=ROWS[:4],
-        args=hfcompress.DistillationConfig(**options(tmp_path, "tensorboard")),
-        callbacks=[hfcompress.PruneCallback(sparsity=0.5, start=0.0, end=0.75)],
+        args=hfcompress.DistillationConfig(**options(folder, report_to)), **given,
     )  # fmt: skip
+
+
+def fake_trackio(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Put a module in trackio's place; return the list that everything logged goes to."""
+    logged: list[dict[str, Any]] = []
+    trackio = ModuleType("trackio")
+    none = SimpleNamespace(get=lambda: None)
+    vars(trackio).update(
+        __version__="0.43.0", init=lambda **_: None, finish=lambda: None, log=logged.append, config=MagicMock(),
+        Image=lambda value, caption: ("picture", value, caption),
+        context_vars=SimpleNamespace(current_space_id=none, current_project=none),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: True)
+    return logged
+
+
+def test_tensorboard_has_sparsity_losses_and_pictures(tmp_path: Path) -> None:
+    pruning = hfcompress.PruneCallback(sparsity=0.5, start=0.0, end=0.75)
+    trainer = distilling(tmp_path, "tensorboard", callbacks=[pruning])
     trainer.train()
     found = events(tmp_path)
     scalars = {(value.tag, step): value.simple_value for step, value in found if value.HasField("simple_value")}
@@ -75,16 +94,7 @@ def test_tensorboard_has_sparsity_losses_and_pictures(tmp_path: Path) -> None:
 
 
 def test_trackio_has_sparsity_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[dict[str, Any]] = []
-    trackio = ModuleType("trackio")
-    none = SimpleNamespace(get=lambda: None)
-    vars(trackio).update(
-        __version__="0.43.0", init=lambda **_: None, finish=lambda: None, log=logged.append, config=MagicMock(),
-        Image=lambda value, caption: ("picture", value, caption),
-        context_vars=SimpleNamespace(current_space_id=none, current_project=none),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "trackio", trackio)
-    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: True)
+    logged = fake_trackio(monkeypatch)
     args = TrainingArguments(**options(tmp_path, "trackio"))
     callbacks = [hfcompress.HeadPruneCallback(sparsity=0.5, end=0.75), hfcompress.PruneCallback(sparsity=0.25)]
     trainer = Trainer(model=tiny_llama(), args=args, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=callbacks)
@@ -103,6 +113,17 @@ def test_trackio_has_sparsity_and_pictures(tmp_path: Path, monkeypatch: pytest.M
     assert sent == [logs["sparsity"] for logs in history]
 
 
+def test_trackio_has_both_losses_of_a_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = fake_trackio(monkeypatch)
+    trainer = distilling(tmp_path, "trackio")
+    trainer.train()
+    expected = [logs for logs in trainer.state.log_history if "kd_loss" in logs]
+    for name in ("kd_loss", "task_loss"):
+        sent = [logs[f"train/{name}"] for logs in logged if f"train/{name}" in logs]
+        assert sent == [logs[name] for logs in expected]
+        assert len(sent) == 4
+
+
 def test_nothing_is_drawn_when_nobody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hfcompress.publish.reporters.pixels_of", lambda _: pytest.fail("drawn for nobody"))
     trainer = Trainer(model=tiny_llama(), args=TrainingArguments(**options(tmp_path, "none")), train_dataset=ROWS,
@@ -111,8 +132,8 @@ def test_nothing_is_drawn_when_nobody_looks(tmp_path: Path, monkeypatch: pytest.
     assert trainer.model.model_tags == ["hfcompress", "pruned"]
 
 
-@pytest.mark.parametrize("by", ["steps", "epoch"])
-def test_a_notebooks_table_has_the_sparsity(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the Trainer's callback for notebooks, which keeps its table, where there is no notebook."""
     ipython, display = ModuleType("IPython"), MagicMock()
     ipython.display = display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", ipython)
@@ -125,8 +146,28 @@ def test_a_notebooks_table_has_the_sparsity(by: str, tmp_path: Path, monkeypatch
             self.table = self.training_tracker.inner_table
             super().on_train_end(*args, **kwargs)
 
+    return Kept()
+
+
+def test_a_notebooks_table_has_both_losses_of_a_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = notebook(monkeypatch)
+    trainer = distilling(tmp_path, "none", callbacks=[shown])
+    trainer.train()
+    columns, *lines = shown.table
+    logged = {logs["step"]: logs for logs in trainer.state.log_history if "kd_loss" in logs}
+    assert [line[0] for line in lines] == [2, 4]
+    for line in lines:
+        row = dict(zip(columns, line))
+        assert (row["Kd loss"], row["Task loss"]) == tuple(
+            f"{logged[line[0]][n]:.4f}" for n in ("kd_loss", "task_loss")
+        )
+        assert row["Validation Loss"] > 0
+
+
+@pytest.mark.parametrize("by", ["steps", "epoch"])
+def test_a_notebooks_table_has_the_sparsity(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {**options(tmp_path, "none"), "eval_strategy": by, **({"num_train_epochs": 4} if by == "epoch" else {})}
-    callbacks = [hfcompress.PruneCallback(sparsity=0.5, end=0.75), Kept()]
+    callbacks = [hfcompress.PruneCallback(sparsity=0.5, end=0.75), notebook(monkeypatch)]
     trainer = Trainer(model=tiny_llama(), args=TrainingArguments(**given), train_dataset=ROWS,
                       eval_dataset=ROWS[:4], callbacks=callbacks)  # fmt: skip
     trainer.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterable
@@ -113,6 +114,21 @@ def test_killed_and_resumed_ends_with_the_same_files(moment: Moment, runs: Runs,
     assert runs.steps() == []
     assert model_files(output) == model_files(finished)
     assert sorted(path.name for path in runs.folder.iterdir()) == ["out", "recipe.yaml"]
+
+
+def test_a_resumed_stage_took_the_time_before_the_kill_too(runs: Runs) -> None:
+    runs.killed("step 5")
+    clock = runs.folder / TRAINING / "clock.json"
+    began = json.loads(clock.read_text())
+    last = max(file.stat().st_mtime for file in clock.parent.rglob("*") if file.is_file())
+    clock.write_text(json.dumps({**began, "began": began["began"] - 1000}))
+    os.utime(clock, (last, last))
+    runs.ended("--resume")
+    stages = json.loads((runs.folder / "out" / "measurements.json").read_text())["stages"]
+    spent = {stage["name"]: stage["seconds"] for stage in stages}
+    assert 1000 < spent["distill"] < 1300
+    assert max(spent["drop_layers"], spent["quantize"]) < 300
+    assert all(stage["machine"]["threads"] for stage in stages)
 
 
 def test_quantization_goes_on_after_its_finished_layers(runs: Runs, finished: Path) -> None:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hfcompress
 from hfcompress.errors import HFCompressError
 from hfcompress.publish import load_facts
-from hfcompress.publish.trained import saved_for_push
+from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
+from tests.kinds import encoder, family, wav2vec2
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 ROWS = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
@@ -54,6 +56,41 @@ def test_the_card_says_what_was_trained_and_measured(tmp_path: Path, tokenizer: 
     data = ModelCard.load(tmp_path / "pruned" / "README.md").data
     assert (data.license, data.tags, data.datasets) == ("mit", ["hfcompress", "pruned", "mine"], ["me/data"])
     assert (data.language, data.pipeline_tag) == ("en", "text-generation")
+
+
+def test_the_card_has_what_stock_takes_and_keeps_tags_that_are_there(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = pruning(tmp_path / "told", tokenizer)
+    trainer.train()
+    trainer.create_model_card(tags=["first"])
+    trainer.create_model_card(
+        tags="second", tasks="summarization", dataset=["The News", "Others"], dataset_tags=["me/news", "me/others"],
+        dataset_args=["2026"],
+    )  # fmt: skip
+    data = ModelCard.load(tmp_path / "told" / "README.md").data
+    assert set(data.tags) == {"hfcompress", "pruned", "first", "second"}
+    assert len(data.tags) == 4
+    assert (data.pipeline_tag, data.datasets) == ("summarization", ["me/news", "me/others"])
+    (result,) = data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_name, result.dataset_config) == (
+        "summarization", "me/news", "The News", "2026")  # fmt: skip
+    assert "`The News`" in (tmp_path / "told" / "README.md").read_text()
+    trainer.create_model_card(dataset=["me/one", "me/two"])
+    assert ModelCard.load(tmp_path / "told" / "README.md").data.datasets == ["me/one", "me/two"]
+
+
+def test_the_base_models_licence_is_carried_over(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A model")
+    trainer = pruning(tmp_path / "licensed", tokenizer)
+    trainer.model.config._name_or_path = str(tmp_path / "base")
+    card = tmp_path / "licensed" / "README.md"
+    trainer.create_model_card()
+    assert ModelCard.load(card).data.license == "cc-by-4.0"
+    assert "licence is not known" not in card.read_text()
+    trainer.create_model_card(license="mit")
+    assert ModelCard.load(card).data.license == "mit"
 
 
 def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,6 +152,16 @@ def test_a_model_trained_for_its_grid_is_pushed_once_exported(
     assert "quantized" in data.tags
     assert data.base_model_relation == "quantized"
     assert "bits=4" in facts.training["options"]["QuantizeAwareCallback"]
+
+
+KINDS = {"seq2seq-lm": family("t5"), "multiple-choice": encoder(transformers.BertForMultipleChoice),
+         "speech-ctc": wav2vec2, "speech-seq2seq": family("whisper"),
+         "feature-extraction": encoder(transformers.BertModel)}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_card_of_any_model_names_its_task(task: str) -> None:
+    assert task_of(KINDS[task]()) == task
 
 
 def test_only_folders_and_trainers_are_pushed() -> None:

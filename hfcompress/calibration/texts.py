@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hfcompress.calibration.checks import calibration_list
 from hfcompress.calibration.running import Batch
 from hfcompress.errors import DataError, did_you_mean
-from hfcompress.progress import busy
+from hfcompress.progress import meter
 from hfcompress.structure.lengths import longest_input
 
 Calibration = str | Path | Iterable[str] | Iterable[Mapping[str, Any]]
@@ -33,10 +33,12 @@ def pack(
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not special else []
     waiting, stream = iter(texts), list[int]()
-    with busy(f"packing texts into rows of {length} tokens"):
+    total = count or (len(texts) if isinstance(texts, Sized) else None)
+    with meter(f"packing texts into rows of {length} tokens", total) as shown:
         while (some := list(islice(waiting, _TEXTS_AT_ONCE))) and (count is None or len(stream) < count * length):
             encoded = tokenizer(some, add_special_tokens=special, verbose=False)["input_ids"]
             stream.extend(token for ids in encoded for token in (*ids, *end))
+            shown.advance_to(min(count, len(stream) // length) if count else shown.done + len(some))
     rows = [stream[first : first + length] for first in range(0, len(stream) - length + 1, length)]
     return rows[:count]
 

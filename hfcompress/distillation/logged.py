@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,3 +30,9 @@ class LoggedTerms:
             name: float(gather(total.reshape(1)).mean()) / (self.steps - self.written * (name == "task_loss"))
             for name, total in self._sums.items()
         }
+
+
+def last_terms(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the distillation and the task loss that were logged last; none before the first log."""
+    last = next((logs for logs in reversed(history) if "kd_loss" in logs), {})
+    return {name: last[name] for name in ("kd_loss", "task_loss") if name in last}

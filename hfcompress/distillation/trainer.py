@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import IntervalStrategy, PreTrainedModel
 
 from hfcompress.distillation.checks import check_pair, check_run, check_sharding, logit_losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.crossing import crossing_loss, reading_texts
 from hfcompress.distillation.head import run_for_logits
-from hfcompress.distillation.logged import LoggedTerms
+from hfcompress.distillation.logged import LoggedTerms, last_terms
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
@@ -24,6 +24,7 @@ from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_ta
 from hfcompress.distillation.tokens import real_tokens
 from hfcompress.outputs import row_count
 from hfcompress.outputs.trainer import PerItemTrainer
+from hfcompress.publish.reporters import show_in_notebook
 from hfcompress.publish.trained import ModelCardMixin
 
 
@@ -265,4 +266,10 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
             if self.args.on_policy is not None:
                 logs["on_policy"] = self._logged.written / self._logged.steps
             self._logged = LoggedTerms()
+        elif "eval_loss" in logs:
+            by_epoch = self.args.eval_strategy == IntervalStrategy.EPOCH
+            show_in_notebook(
+                self.callback_handler.callbacks, last_terms(self.state.log_history),
+                int(self.state.epoch or 0) if by_epoch else self.state.global_step,
+            )  # fmt: skip
         super().log(logs, start_time)

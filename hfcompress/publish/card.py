@@ -21,7 +21,7 @@ from hfcompress.publish.comparison import comparison_markdown, comparison_note
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.layers import layers_markdown, linear_reports
 from hfcompress.publish.limits import limits
-from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install
+from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install, runs_own_code
 from hfcompress.publish.markdown import cell
 from hfcompress.publish.numbers import NOT_MEASURED, duration
 from hfcompress.publish.pictures import plot_bits, plot_kept, plot_layers
@@ -75,7 +75,7 @@ def render_card(
         headline=sections.headline(facts),
         description=sections.description(facts),
         packages=packages_to_install(config, stock),
-        loading=loading_lines(facts.task, _place(facts, repo_id), stock),
+        loading=loading_lines(facts.task, _place(facts, repo_id), stock, runs_own_code(facts.recipe, config)),
         loads_without_hfcompress=sections.yes_or_no(facts.loads_without_hfcompress),
         verification=sections.verification(facts),
         comparison=comparison_markdown(facts),
@@ -102,6 +102,7 @@ def render_card(
         recipe=_yaml(shared_recipe(facts.recipe)) if facts.recipe else "",
         provenance=sections.provenance(facts),
         environment=sections.environment(facts),
+        where_run=sections.where_run(facts),
     )  # fmt: skip
     return f"---\n{metadata(facts).to_yaml()}\n---\n\n{page.strip()}\n"
 
@@ -115,18 +116,20 @@ def metadata(facts: Facts) -> ModelCardData:
     tags = technique_tags(facts)
     page = TASK_PAGES.get(facts.task)
     dataset = _hub_id(facts.data.get("id"))
+    datasets = [name for name in facts.training.get("datasets") or [dataset] if _hub_id(name)]
+    kind = next(iter(facts.training.get("tasks") or ()), page.pipeline_tag if page else None)
     return ModelCardData(
         base_model=_hub_id(facts.base_model),
         base_model_relation="quantized" if "quantized" in tags else "finetune",
         library_name="transformers",
         license=facts.base_model_license,
-        pipeline_tag=page.pipeline_tag if page else None,
+        pipeline_tag=kind,
         tags=list(dict.fromkeys(["hfcompress", *tags, *(facts.training.get("tags") or ())])),
         language=facts.training.get("language"),
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         metrics=list(facts.metric_names) or None,
         model_name=facts.name,
-        eval_results=_eval_results(facts, page.pipeline_tag if page else facts.task, dataset) or None,
+        eval_results=_eval_results(facts, kind or facts.task, dataset) or None,
     )
 
 

@@ -25,12 +25,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One stage: what it did, how many seconds it took and what was measured after it; None is what is not known."""
+    """One stage: what it did, how many seconds it took and what was measured after it; None is what is not known.
+
+    machine: what the stage itself ran on; the measurement has its own.
+    """
 
     name: str
     summary: str | None
     seconds: float | None
     measurement: Measurement
+    machine: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ def _faults(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) ->
 
 _STAGE_KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,), "summary": (str, _ABSENT), "seconds": (*_NUMBER, _ABSENT), "measurement": _OBJECT,
+    "machine": (dict, _ABSENT),
 }  # fmt: skip
 _COUNT, _TEXT = (int, _ABSENT), (str, _ABSENT)
 _MEASUREMENT_KINDS: dict[str, tuple[type, ...]] = {
@@ -194,4 +199,5 @@ def _stage(values: Any) -> StageFacts:
         values.get("summary"),
         values.get("seconds"),
         Measurement.from_dict(values["measurement"]),
+        values.get("machine"),
     )

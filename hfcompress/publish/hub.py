@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
@@ -39,7 +39,7 @@ class Pushed:
 
 def push(
     source: Any,
-    repo_id: str,
+    repo_id: str | None = None,
     *,
     private: bool | None = None,
     revision: str | None = None,
@@ -48,10 +48,12 @@ def push(
 ) -> Pushed:
     """Upload a checkpoint folder, or a Trainer's model with a card of its training, in one commit.
 
+    repo_id: None is a Trainer's ``hub_model_id``, or else the name of its ``output_dir``, as for ``push_to_hub``.
     private: of a repository that is made now; one that exists must not be public when True is asked for.
     revision: the branch, made if it is not there.  create_pr: open a pull request instead of writing to the branch.
     Files of a large checkpoint go up one by one, and a second call sends only what is still missing; nobody sees any
-    of it before the one commit at the end.  Weight files of an earlier push that this checkpoint lacks are removed by
+    of it before the one commit at the end.  Uploading a large folder in many commits would show others half of one
+    model and half of another in between.  Weight files of an earlier push that this checkpoint lacks are removed by
     the same commit.
     Raises CheckpointError for a folder that is no whole checkpoint with a card, HFCompressError for what the Hub or
     the way to it refuses; the token is in no message.
@@ -60,6 +62,7 @@ def push(
         raise HFCompressError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and run this again.")
     if create_pr and revision not in (None, "main"):
         raise HFCompressError(f"A pull request is against main; leave revision={revision!r} or create_pr out.")
+    repo_id = repo_id or _own_repository(source)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -72,8 +75,15 @@ def push(
     folder = Path(source).expanduser()
     upload = choose_files(folder, repo_id)
     check_card(folder)
-    with _explained(repo_id):
+    with _explained(repo_id, token or get_token()):
         return _commit(HfApi(token=token), upload, repo_id, private, revision or "main", create_pr)
+
+
+def _own_repository(source: Any) -> str:
+    """Return where a Trainer would push to of itself."""
+    if isinstance(source, (str, Path)) or not hasattr(source, "args"):
+        raise HFCompressError("Name the repository to push to: push(folder, 'me/name').")
+    return source.args.hub_model_id or Path(str(source.args.output_dir)).absolute().name
 
 
 def check_card(folder: Path) -> None:
@@ -151,7 +161,7 @@ def _is_weight(name: str) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _explained(repo_id: str, token: str | None) -> Iterator[None]:
     """Turn what the Hub and the network raise into one message that says what to do."""
     try:
         yield
@@ -162,7 +172,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         found = _explanation(error, repo_id) or (error.__cause__ and _explanation(error.__cause__, repo_id))
         if not found:
             raise
-        raise HFCompressError(found) from None
+        raise HFCompressError(_without_token(found, token)) from None
 
 
 def _explanation(error: BaseException, repo_id: str) -> str | None:
@@ -172,11 +182,10 @@ def _explanation(error: BaseException, repo_id: str) -> str | None:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
         meaning = _MEANING.get(status, f"The Hub failed (status {status}) while pushing to {{repo}}. {_AGAIN}")
-        said = _without_token(error.server_message or str(error).splitlines()[0])
+        said = error.server_message or str(error).splitlines()[0]
         return f"{meaning.format(repo=repo_id)} ({said})"
     if isinstance(error, (OSError, HTTPError)):
-        said = _without_token(str(error))
-        return f"The connection to the Hub broke while pushing to {repo_id}: {type(error).__name__}: {said}. {_AGAIN}"
+        return f"The connection to the Hub broke while pushing to {repo_id}: {type(error).__name__}: {error}. {_AGAIN}"
     return None
 
 
@@ -190,6 +199,6 @@ _MEANING = {
 }
 
 
-def _without_token(text: str) -> str:
-    """Take anything that looks like a token out of a message; ours never hold one, a server's may."""
-    return re.sub(r"\bhf_[A-Za-z0-9_]+", "hf_***", text)
+def _without_token(text: str, token: str | None) -> str:
+    """Take the token in use, and all that looks like one, out of a message; ours never hold one, a server's may."""
+    return re.sub(r"\bhf_[A-Za-z0-9_]+", "hf_***", text.replace(token, "***") if token else text)

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from hfcompress.publish.facts import Facts
-from hfcompress.publish.loading import loading_lines
+from hfcompress.publish.loading import loading_lines, runs_own_code
 from hfcompress.publish.sections import headline
 from hfcompress.publish.tables import stage_table
 
@@ -26,7 +26,8 @@ def print_result(folder: Path, facts: Facts, console: Console) -> None:
             console.print(Padding(Text(str(found.continuation).strip(), style="italic"), (0, 0, 0, 2)))
     loads = "Load it with stock Transformers" if facts.loads_without_hfcompress else "Load it"
     console.print(f"\n{loads}:")
-    lines = loading_lines(facts.task, str(folder), bool(facts.loads_without_hfcompress))
+    trusted = runs_own_code(facts.recipe, {})
+    lines = loading_lines(facts.task, str(folder), bool(facts.loads_without_hfcompress), trusted)
     for line in lines.splitlines():
         console.print(Text(f"  {line}"), soft_wrap=True)  # never cut or broken: it is there to be copied
     console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True, highlight=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hfcompress.evaluate import Measurement
 from hfcompress.publish.facts import Facts
 from hfcompress.publish.markdown import code, fenced, table
@@ -46,6 +49,8 @@ def data_name(facts: Facts, held_out: bool = False) -> str:
     held_out: of the rows that were measured on alone, where they have files of their own.
     """
     data = facts.data
+    if data.get("called"):
+        return str(data["called"])
     if data.get("id"):
         return " ".join(str(part) for part in (data["id"], data.get("name")) if part)
     files = data.get("files") or []
@@ -130,7 +135,7 @@ def training(facts: Facts) -> str:
 
 
 def provenance(facts: Facts) -> str:
-    """Say which data and which model exactly, and how long the stages took in all."""
+    """Say which data, which model and which teachers from outside exactly, and how long the stages took in all."""
     lines = []
     data = data_name(facts)
     if data:
@@ -143,6 +148,10 @@ def provenance(facts: Facts) -> str:
         lines.append(
             f"Model: {code(shared_name(facts.base_model))}, content {code(shared_name(facts.inputs['model']))}."
         )
+    for name, digests in facts.inputs.items():
+        if name.startswith("teacher"):
+            shown = " and ".join(code(shared_name(one)) for one in digests.split())
+            lines.append(f"T{name[1:]}: content {shown}.")
     spent = [stage.seconds for stage in facts.stages if stage.seconds is not None]
     if spent and facts.recipe:
         lines.append(f"The stages took {duration(sum(spent))} in all, without the measurements between them.")
@@ -183,11 +192,7 @@ def environment(facts: Facts) -> str:
     places: dict[str, list[str]] = {}
     for stage in facts.stages:
         found = stage.measurement
-        known = [
-            text.format((found.machine or {})[key])
-            for key, text in _MACHINE.items()
-            if (found.machine or {}).get(key) is not None
-        ]
+        known = _machine(found.machine)
         parts = {"device": found.device, "dtype": found.dtype}
         known += [f"{part} {value}" for part, value in parts.items() if value is not None]
         place = ", ".join(known) or "a machine that was not recorded"
@@ -195,3 +200,19 @@ def environment(facts: Facts) -> str:
     if len(places) == 1:
         return f"All stages: {next(iter(places))}."
     return "\n".join(f"- {', '.join(names)}: {place}." for place, names in places.items())
+
+
+def where_run(facts: Facts) -> str:
+    """Say on what stages ran, where that is not what they were measured on: their times are of that."""
+    places: dict[str, list[str]] = {}
+    for stage in facts.stages:
+        if stage.machine and _machine(stage.machine) != _machine(stage.measurement.machine):
+            places.setdefault(", ".join(_machine(stage.machine)), []).append(stage.name)
+    return "\n".join(
+        f"- Not run on what measured it: {', '.join(names)}, on {place}." for place, names in places.items()
+    )
+
+
+def _machine(values: Mapping[str, Any] | None) -> list[str]:
+    known = values or {}
+    return [text.format(known[key]) for key, text in _MACHINE.items() if known.get(key) is not None]

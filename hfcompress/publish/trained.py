@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -22,8 +23,9 @@ from hfcompress.checkpoint.verify import Verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
 from hfcompress.packed import packed_layers
-from hfcompress.publish.card import write_model_card
+from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.facts import FILE_NAME
+from hfcompress.publish.licence import license_of
 from hfcompress.publish.loading import TASK_PAGES
 
 _NOT_QUALITY = ("runtime", "per_second", "sparsity", "pruned", "epoch")
@@ -64,15 +66,36 @@ class ModelCardMixin(_Base):
         folder = Path(str(self.args.output_dir))
         if not (folder / "config.json").is_file():
             self.save_model(_internal_call=True)
-        asked = [tags] if isinstance(tags, str) else list(tags or ())
-        data = dataset if isinstance(dataset, str) or dataset is None else next(iter(dataset), None)
         facts = facts_of_trainer(self, folder, name=model_name)
-        facts |= {"base_model": finetuned_from or facts["base_model"], "base_model_license": license}
-        facts["data"] = {"id": data} if data else facts["data"]
-        facts["training"]["tags"] = asked
-        facts["training"]["language"] = language
+        if finetuned_from:
+            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from)}
+        facts["base_model_license"] = license or facts["base_model_license"]
+        facts["data"] = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
+        facts["training"] |= {
+            "tags": [*_listed(tags), *(_tags_there(folder) if tags else ())],
+            "language": language,
+            "tasks": _listed(tasks),
+            "datasets": _listed(dataset_tags) or _listed(dataset),
+        }
         write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _data_told(names: list[str], ids: list[str], configurations: list[str]) -> dict[str, Any] | None:
+    """Return what the card says of the data: of the first, which is the one that was evaluated on."""
+    found = {"id": next(iter(ids or names), None), "name": next(iter(configurations), None),
+             "called": next(iter(names), None) if ids else None}  # fmt: skip
+    return {key: value for key, value in found.items() if value} or None
+
+
+def _tags_there(folder: Path) -> list[str]:
+    """Return the tags of a card that lies in the folder: tags that are given now are added to them."""
+    file = folder / CARD
+    return list(ModelCard.load(file).data.tags or ()) if file.is_file() else []
 
 
 def facts_of_trainer(
@@ -95,6 +118,7 @@ def facts_of_trainer(
     steps = f"{trainer.state.global_step} steps"
     shares = [f"{one.reached(model):.1%} of the targeted {one.what} pruned" for one in callbacks]
     summary = inspect_checkpoint(folder)
+    origin = getattr(model.config, "_name_or_path", "")
     measured = Measurement(
         parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=metrics,
         bytes_on_disk=summary.bytes_on_disk, dtype=str(model.dtype).removeprefix("torch."),
@@ -104,10 +128,10 @@ def facts_of_trainer(
     return {
         "hfcompress": version("hfcompress"),
         "name": name or Path(str(trainer.args.output_dir)).absolute().name,
-        "task": _task_of(model),
+        "task": task_of(model),
         "created": datetime.now(timezone.utc).date().isoformat(),
-        "base_model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "base_model_license": None,
+        "base_model": origin or type(model).__name__,
+        "base_model_license": license_of(origin) if origin else None,
         "data": None,
         "recipe": None,
         "seed": trainer.args.seed,
@@ -155,7 +179,7 @@ def _rows(data: Any) -> int | None:
     return len(data) if hasattr(data, "__len__") and not isinstance(data, Mapping) else None
 
 
-def _task_of(model: PreTrainedModel) -> str:
+def task_of(model: PreTrainedModel) -> str:
     """Return the task by the Auto class that knows the model's class."""
     for task, page in TASK_PAGES.items():
         auto = getattr(transformers, page.auto_class, None)

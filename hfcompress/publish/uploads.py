@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from hfcompress.checkpoint import weight_files
 from hfcompress.checkpoint.atomic import MARKER
@@ -18,10 +20,15 @@ from hfcompress.publish.card import CARD, PICTURES, render_folder
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.sharing import shared, shared_recipe
 
-_TEXT = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".md", ".yaml")
-_OURS = {MARKER, FILE_NAME, "recipe.yaml", CARD, *(file for file, _ in PICTURES.values())}
-# What Transformers writes beside a model while it trains.
-_OF_TRAINING = {"trainer_state.json", "hfcompress_masks.json"}
+_OURS = {MARKER, FILE_NAME, "recipe.yaml", CARD, "quantization_report.json", "pruning_report.json",
+         *(file for file, _ in PICTURES.values())}  # fmt: skip
+_CONFIGS = {"config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
+            "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
+            "feature_extractor_config.json"}  # fmt: skip
+# Vocabularies have names of their own in some tokenizers; theirs are asked for.
+_TOKENIZERS = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+               "merges.txt", "normalizer.json", "chat_template.jinja", "chat_template.json"}  # fmt: skip
+_VOCABULARIES = (".model", ".spm", ".tiktoken")
 _FOLDERS = {".eval_results", "additional_chat_templates"}
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
@@ -37,36 +44,55 @@ class Upload:
 def choose_files(folder: Path, repo_id: str) -> Upload:
     """Choose a checkpoint's own files: weights, configs, tokenizer, code, card and facts.
 
-    The rest (optimizer states, caches, pickles, Trainer's checkpoints) is left out.  Paths of this machine are cut out
-    of the facts, and the card's loading example names the repository unless somebody edited the card.
+    They are known by name, or asked for by a config.  The rest (optimizer states, caches, notes, credentials) is left
+    out, whatever it is.  Paths of this machine are cut out of the facts, and the card's loading example names the
+    repository unless somebody edited the card.
     Raises CheckpointError for a damaged or missing weight file, and for an access token in a file.
     """
     weights = weight_files(folder)
     for file in weights:
         read_header(file)
-    names = {file.name for file in weights}
+    names = {file.name for file in weights} | {INDEX} | _OURS | _CONFIGS | _TOKENIZERS | _named_by_configs(folder)
     files: dict[str, Path | bytes] = {}
     left_out = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name in names or _belongs(path, name):
+        if name in names or _is_told_by_place_or_kind(path, name):
             files[name] = path
         else:
             left_out.append(name)
     if len(weights) == 1:
         files.pop(INDEX, None)
     files.update(_for_others(folder, repo_id))
-    _refuse_tokens({name: content for name, content in files.items() if name not in names})
+    _refuse_tokens({name: content for name, content in files.items() if not name.endswith(".safetensors")})
     return Upload(files, tuple(left_out))
 
 
-def _belongs(path: Path, name: str) -> bool:
+def _is_told_by_place_or_kind(path: Path, name: str) -> bool:
     above = name.rpartition("/")[0]
     if above:
         return above in _FOLDERS and path.suffix in (".yaml", ".jinja")
-    if path.name.startswith(".") or path.name in _OF_TRAINING or path.suffix == ".safetensors":
-        return False
-    return path.name in _OURS or path.suffix in _TEXT or path.name.startswith("LICENSE")
+    return path.suffix in _VOCABULARIES or path.name.startswith(("LICENSE", "NOTICE"))
+
+
+def _named_by_configs(folder: Path) -> set[str]:
+    """Return the files that configs ask for: a tokenizer's vocabularies, and modules with what they import."""
+    found: set[str] = set()
+    for file in (folder / name for name in _CONFIGS):
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        tokenizer = getattr(transformers, str(config.get("tokenizer_class")), None)
+        found |= set(getattr(tokenizer, "vocab_files_names", {}).values())
+        for module in _modules_of(config.get("auto_map") or {}):
+            if (folder / module).is_file():
+                used = get_relative_import_files(str(folder / module))
+                found |= {module, *(Path(one).relative_to(folder).as_posix() for one in used)}
+    return found
+
+
+def _modules_of(auto_map: dict[str, Any]) -> set[str]:
+    """Return the files of an ``auto_map``: each value is ``module.Class``, or several, as a tokenizer's are."""
+    told = [one for value in auto_map.values() for one in (value if isinstance(value, list) else [value]) if one]
+    return {f"{one.rpartition('.')[0]}.py" for one in told if "--" not in one}
 
 
 def _for_others(folder: Path, repo_id: str) -> dict[str, Path | bytes]:

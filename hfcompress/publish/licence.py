@@ -1,0 +1,29 @@
+"""The licence of the model that a card's model was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, hf_hub_download
+
+
+def license_of(name: str, revision: str | None = None) -> str | None:
+    """Return the licence that the metadata of a model's card name; None where there is no card to read.
+
+    name: a folder or an id.  A Hub model's card is taken from the cache or the Hub; one that cannot be reached now is
+    not known.
+    """
+    folder = Path(name).expanduser()
+    card = folder / "README.md" if folder.is_dir() else _card_of(name, revision)
+    if card is None or not card.is_file():
+        return None
+    named = ModelCard.load(card).data.license
+    return named if isinstance(named, str) else None
+
+
+def _card_of(name: str, revision: str | None) -> Path | None:
+    """Return the cached or downloaded card of a Hub model.  Missing and out of reach are OSErrors, all of them."""
+    try:
+        return Path(hf_hub_download(name, "README.md", revision=revision))
+    except (OSError, ValueError):
+        return None
