@@ -78,7 +78,7 @@ class CachedTeacher(Teacher):
         """Raise DataError unless there are answers to a dataset's rows.
 
         rows: a sequence of encoded examples.  collator: makes a batch of them, as the training does.
-        Rows of tokens are all looked up: half a minute for 100,000 of 256 tokens, most of it to batch them.
+        Rows of tokens are all looked up; most of what that takes is to batch them.
         Images and sounds have to be read and resized first, so of their rows it is the first, the middle and the last.
         """
         total = len(rows)
