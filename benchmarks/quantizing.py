@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import hfcompress
 from hfcompress.calibration.texts import pack
-from hfcompress.devices import keep_freed_memory
 from hfcompress.evaluate import evaluate_model
 from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.opening import open_model, open_processor
@@ -172,7 +171,6 @@ def quantize_here(row: Row, options: argparse.Namespace) -> None:
         calibration = load_file(options.output / "tokens.safetensors")["calibration"]
         batches = [{"input_ids": part} for part in calibration.to(device).split(options.batch_size)]
         model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).to(device)
-        keep_freed_memory()  # as the commands do
         method = METHODS[row.method](bits=row.bits, group_size=GROUP, **row.options)
         before, started = peak_memory_bytes(), time.perf_counter()
         hfcompress.quantize(model, method, batches if method.needs_calibration else None)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 # Names and values of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# What glibc's own thresholds come to in a process that has freed large blocks: it doubles the one for the other.
+LARGEST_THRESHOLD = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)
 
 
 def fast_bfloat16(device: torch.device | str | None = None) -> bool:
@@ -44,10 +48,37 @@ def keep_freed_memory() -> None:
     CPU.  Kept blocks count as memory in use, so ``release_freed_memory`` comes before a peak is measured.  Only on
     Linux with glibc; elsewhere it does nothing.
     """
+    _Kept.for_good = True
+    _set_thresholds(1 << 30, (1 << 31) - 1)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep freed memory as ``keep_freed_memory`` does, and give it back at the end unless that was called."""
+    _Kept.depth += 1
+    _set_thresholds(1 << 30, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        _Kept.depth -= 1
+        if not (_Kept.depth or _Kept.for_good):
+            _set_thresholds(LARGEST_THRESHOLD, 2 * LARGEST_THRESHOLD)
+            release_freed_memory()
+
+
+class _Kept:
+    """Who has asked for freed memory to be kept, in the whole process."""
+
+    depth = 0
+    for_good = False
+
+
+def _set_thresholds(from_kernel: int, to_kernel: int) -> None:
+    """Say from how many bytes a block comes from the kernel by itself, and how many free ones go back to it."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_MMAP_THRESHOLD, from_kernel)
+        mallopt(M_TRIM_THRESHOLD, to_kernel)
 
 
 def release_freed_memory() -> None:

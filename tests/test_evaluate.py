@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -328,6 +330,36 @@ def test_memory_that_loading_left_behind_is_not_the_models() -> None:
         "assert not reset_peak_memory() or peak_memory_bytes() < before + 50e6, peak_memory_bytes() - before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Only glibc can be told what to keep.")
+def test_memory_is_kept_while_a_model_is_compressed_and_given_back_then() -> None:
+    """Page faults tell whether freed memory was asked of the kernel again."""
+    code = (
+        "import resource\n"
+        "import torch\n"
+        "from hfcompress.devices import freed_memory_kept, keep_freed_memory\n"
+        "from hfcompress.evaluate.memory import peak_memory_bytes, reset_peak_memory\n"
+        "def faults(megabytes):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10):\n"
+        "        torch.ones(megabytes * 250_000)\n"
+        "    pages = 10 * megabytes * 1_000_000 / resource.getpagesize()\n"
+        "    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / pages\n"
+        "assert faults(100) > 0.9\n"
+        "with freed_memory_kept():\n"
+        "    with freed_memory_kept():\n"
+        "        assert faults(100) < 0.2\n"
+        "    assert faults(100) < 0.05\n"
+        "    held = peak_memory_bytes()\n"
+        "assert not reset_peak_memory() or peak_memory_bytes() < held - 80e6\n"
+        "assert faults(400) > 0.9  # more than the heap may have kept holes for\n"
+        "keep_freed_memory()\n"
+        "with freed_memory_kept():\n"
+        "    faults(500)\n"
+        "assert faults(500) < 0.05\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "THP_MEM_ALLOC_ENABLE": "0"})
 
 
 def test_infinite_and_undefined_metrics_are_valid_json() -> None:

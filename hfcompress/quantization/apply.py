@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hfcompress.calibration import ColumnPruning
 from hfcompress.calibration.texts import Calibration, batches_for
+from hfcompress.devices import freed_memory_kept
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import compressed_tensors_config
 from hfcompress.packed.bytes import byte_config, byte_layers
@@ -44,6 +45,7 @@ Method = RTN | GPTQ | AWQ | BitsAndBytes | SmoothQuant | Float8
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 
 
+@freed_memory_kept()
 @with_split_experts
 def quantize(
     model: PreTrainedModel,

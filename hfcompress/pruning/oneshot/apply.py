@@ -16,6 +16,7 @@ from hfcompress.calibration.hessian import relative_error
 from hfcompress.calibration.observe import GRAM, SQUARES, Statistic
 from hfcompress.calibration.running import Batch
 from hfcompress.calibration.texts import Calibration, batches_for
+from hfcompress.devices import freed_memory_kept
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.progress import meter
 from hfcompress.pruning.oneshot.magnitude import Magnitude, magnitude_pruned
@@ -28,6 +29,7 @@ Planned = Mapping[str, PlannedWeight]
 Rows = list[PrunedLayer]
 
 
+@freed_memory_kept()
 def prune(
     model: PreTrainedModel,
     method: Magnitude | Wanda | SparseGPT,
