@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -96,6 +98,23 @@ def fake_trackio(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: True)
     return trackio.logged
+
+
+@pytest.fixture(scope="module")
+def real_trackio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return trackio itself, which keeps its database where the environment says when it is imported."""
+    folder = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder))
+        module = pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio")
+        assert Path(module.utils.TRACKIO_DIR) == folder
+        yield module
+
+
+def kept_by(trackio: Any, project: str) -> list[dict[str, Any]]:
+    """Return what trackio's database holds of the one run of a project, in order."""
+    (run,) = trackio.Api().runs(project)
+    return trackio.SQLiteStorage.get_logs(project, run.name, run_id=run.id)
 
 
 def test_tensorboard_has_sparsity_losses_and_pictures(tmp_path: Path) -> None:
@@ -205,6 +224,38 @@ def test_trackio_has_both_losses_of_a_distillation(tmp_path: Path, monkeypatch: 
         (2, "step 2"),
         (4, "step 4"),
     ]
+
+
+@pytest.mark.parametrize("name", ["init", "log", "finish", "Image"])
+def test_the_fake_of_trackio_takes_what_trackio_takes(name: str, real_trackio: Any) -> None:
+    def taken(module: Any) -> list[tuple[str, Any, Any]]:
+        return [
+            (one.name, one.kind, one.default) for one in inspect.signature(getattr(module, name)).parameters.values()
+        ]
+
+    assert taken(FakeTrackio()) == taken(real_trackio)
+
+
+def test_trackio_itself_keeps_losses_sparsity_and_pictures(tmp_path: Path, real_trackio: Any) -> None:
+    """What lies in its database, and in its folder of pictures, after a run that distils and prunes."""
+    pruning = hfcompress.PruneCallback(sparsity=0.5, start=0.0, end=0.75)
+    arguments = {**options(tmp_path, "trackio"), "project": "distilled-and-pruned"}
+    trainer = distilling(arguments, callbacks=[pruning])
+    trainer.train()
+    kept = kept_by(real_trackio, arguments["project"])
+    history = trainer.state.log_history
+    for name, among in {"kd_loss": 4, "task_loss": 4, "sparsity": 2, "sparsity/model.layers.1": 2}.items():
+        sent = {logs["train/global_step"]: logs[f"train/{name}"] for logs in kept if f"train/{name}" in logs}
+        assert sent == {logs["step"]: pytest.approx(logs[name]) for logs in history if name in logs}
+        assert len(sent) == among
+    pictures = [(name, logs["train/global_step"], value) for logs in kept for name, value in logs.items()
+                if isinstance(value, dict)]  # fmt: skip
+    names = ("distillation_losses", "sparsity_of_each_layer")
+    assert [(name, step) for name, step, _ in pictures] == [(name, step) for step in (2, 4) for name in names]
+    for _, step, value in pictures:
+        assert (value["_type"], value["caption"]) == ("trackio.image", f"step {step}")
+        file = real_trackio.utils.MEDIA_DIR / value["file_path"]
+        assert len(np.unique(np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
 
 def test_nothing_is_drawn_when_nobody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
