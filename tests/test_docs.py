@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from hfcompress.publish import load_facts
 from hfcompress.publish.numbers import megabytes, metric
 from hfcompress.recipe import STAGES, parse_recipe
 from tests.browser import CHROMIUM, DRIVER, MISSING
-from tests.documents import ROOT, blocks, readers_names, run_python
+from tests.documents import ROOT, blocks, commands, readers_names, run_python, write_readers_files
+from tests.here import everything_here
+from tests.runs import run_command
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.md")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITH_CODE = {page: text for page, text in PAGES.items() if "```" in text}
 
 
@@ -66,15 +70,52 @@ def test_its_recipes_are_valid(code: str) -> None:
     assert parse_recipe({**whole, **values}).stages
 
 
-@pytest.mark.parametrize("code", of("bash"))
-def test_its_commands_are_the_commands(code: str) -> None:
-    """Arguments and options are read as the command reads them, up to the point where it would begin."""
-    for line in code.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[0] != "hfcompress":
-            assert words[0] in ("pip", "make", "source"), line
-            continue
-        all_commands()[words[1]].make_context(words[1], words[2:])
+COMMANDS = {page: commands(text) for page, text in {**PAGES, "README.md": README}.items() if "```bash" in text}
+NOT_RUN = {
+    "make demo": "it installs into the clone; tests/test_makefile.py",
+    "make test": "it would run this",
+    "pip install .[ct]": "it installs",
+    "python recipes/sst2_minilm.py": "it downloads SST-2; tests/test_recipe_scripts.py has it read a file",
+    "hfcompress demo --quick": "it takes a minute; tests/test_demo.py",
+    "hfcompress run smollm2_4bit": "it takes minutes; bundled recipes run in tests/test_real_models.py",
+    "hfcompress run recipes/sst2_minilm.yaml": "it takes minutes and begins with what the script above it writes",
+    "hfcompress push runs/smollm2-4bit me/smollm2-4bit --private": "it goes to the Hub; tests/test_push.py",
+}
+
+
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """What a reader has: models, data, a recipe, and what two runs put out."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_readers_files(folder, tokenizer)
+    changes = ["model.id=HuggingFaceTB/SmolLM2-135M", "data={files: texts.jsonl, block_size: 64}",
+               "evaluate={max_rows: 8}", "stages.0.quantize.calibration_length=64"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, everything_here(patch):
+        patch.chdir(folder)
+        run_command("run", "smollm2_4bit", *(word for change in changes for word in ("--set", change)))
+    shutil.copytree(folder / "runs/smollm2-4bit", folder / "runs/smollm2-python-docs")
+    return folder
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+@pytest.mark.parametrize("page", COMMANDS)
+def test_its_commands_run(page: str, readers_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what is named with its reason; of those, ours are read as the command reads them before it begins."""
+    shutil.copytree(readers_folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for line in COMMANDS[page]:
+        program, command, *words = shlex.split(line)
+        assert program == "hfcompress" or line in NOT_RUN, f"{line}: run it here, or say why not"
+        if line not in NOT_RUN:
+            with everything_here(monkeypatch):
+                assert run_command(command, *words)
+        elif program == "hfcompress":
+            all_commands()[command].make_context(command, words)
+
+
+def test_what_is_not_run_is_in_the_documents() -> None:
+    assert NOT_RUN.keys() <= {line for lines in COMMANDS.values() for line in lines}
+    assert len(NOT_RUN) < sum(map(len, COMMANDS.values())) / 2
 
 
 def test_choosing_has_no_figure_but_measured_ones() -> None:
