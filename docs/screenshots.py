@@ -7,6 +7,7 @@ what the command prints at the end of a run.  Needs Chromium and its driver, see
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 from pathlib import Path
 
@@ -30,13 +31,14 @@ def screenshots(folder: Path) -> list[Path]:
         try:
             page = write_report(COMPARED, Path(scratch) / "report.html")
             terminal = Path(scratch) / "run.svg"
-            terminal.write_text(end_of_run(), encoding="utf-8")
+            drawing = end_of_run()
+            terminal.write_text(drawing, encoding="utf-8")
             made = []
             for dark, name in ((False, "light"), (True, "dark")):
                 browser.open(page, REPORT_WIDTH, dark=dark)
                 browser.choose("#y", "accuracy")
                 made.append(browser.picture(folder / f"report-{name}.png", down_to="#chart"))
-            browser.open(terminal, *_size(browser, terminal))
+            browser.open(terminal, *_size(drawing))
             return [*made, browser.picture(folder / "run.png")]
         finally:
             browser.close()
@@ -50,11 +52,11 @@ def end_of_run() -> str:
     return console.export_svg(title=f"hfcompress run {RUN.name.replace('-', '_')}")
 
 
-def _size(browser: Browser, drawing: Path) -> tuple[int, int]:
+def _size(drawing: str) -> tuple[int, int]:
     """Return the size that a drawing has by itself."""
-    browser.open(drawing, 800)
-    width, height = browser.run("const box = document.documentElement.viewBox.baseVal; return [box.width, box.height]")
-    return round(width), round(height)
+    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
+    assert found
+    return round(float(found[1])), round(float(found[2]))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModel, DistilBertConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from tests.conftest import tiny_llama, token_batches
-from tests.runs import WORDS
+from tests.runs import WORDS, write_reviews, write_text
 from tests.vocabularies import CASES
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,35 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines of a document's shell blocks, without comments."""
+    return [" ".join(shlex.split(line, comments=True)) for language, code in blocks(text) if language == "bash"
+            for line in code.splitlines()]  # fmt: skip
+
+
+def write_readers_files(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write what documents' commands find where they run: models by the names that they have on the Hub, and data."""
+    saved(tiny_llama(max_position_embeddings=512), tokenizer, folder / "HuggingFaceTB/SmolLM2-135M")
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        dim=32,
+        hidden_dim=64,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    saved(AutoModel.from_config(config), tokenizer, folder / "distilbert/distilbert-base-uncased")
+    for name, rows in (("train.csv", 64), ("held-out.csv", 16)):
+        texts = write_reviews(folder / name, rows).read_text(encoding="utf-8")
+        (folder / name).write_text(texts.replace("text\t", "sentence\t").replace("\t", ","), encoding="utf-8")
+    write_text(folder / "texts.jsonl", rows=200)
+    (folder / "texts.txt").write_text(" ".join([*WORDS] * 400), encoding="utf-8")
+    page = (ROOT / "docs/guides/recipes.md").read_text(encoding="utf-8")
+    recipe = next(code for language, code in blocks(page) if language == "yaml")
+    (folder / "my-reviews.yaml").write_text(recipe, encoding="utf-8")
 
 
 def run_python(text: str, source: str, names: dict[str, Any]) -> int:

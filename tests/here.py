@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from hfcompress.measuring import evaluate_folder
 from hfcompress.recipe import Recipe, load_recipe
 
 
-def compress_here(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Run the main path; measurements and the verification happen here, on the same files."""
+@contextmanager
+def everything_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let measurements and verifications happen in this process, on the same files, for the length of the block."""
 
     class Here(nullcontext["Here"]):
         """``FreshProcesses`` without any."""
@@ -48,6 +49,12 @@ def compress_here(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as here:
         here.setattr(pipeline, "FreshProcesses", Here)
         here.setattr(save, "verify_checkpoint", verified)
+        yield
+
+
+def compress_here(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the main path with everything in this process."""
+    with everything_here(monkeypatch):
         return pipeline.compress(recipe)
 
 

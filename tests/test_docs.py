@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import struct
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 import hfcompress
@@ -21,10 +23,13 @@ from hfcompress.publish import load_facts
 from hfcompress.publish.numbers import megabytes, metric
 from hfcompress.recipe import STAGES, parse_recipe
 from tests.browser import CHROMIUM, DRIVER, MISSING
-from tests.documents import ROOT, blocks, readers_names, run_python
+from tests.documents import ROOT, blocks, commands, readers_names, run_python, write_readers_files
+from tests.here import everything_here
+from tests.runs import run_command
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.md")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITH_CODE = {page: text for page, text in PAGES.items() if "```" in text}
 
 
@@ -66,15 +71,52 @@ def test_its_recipes_are_valid(code: str) -> None:
     assert parse_recipe({**whole, **values}).stages
 
 
-@pytest.mark.parametrize("code", of("bash"))
-def test_its_commands_are_the_commands(code: str) -> None:
-    """Arguments and options are read as the command reads them, up to the point where it would begin."""
-    for line in code.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[0] != "hfcompress":
-            assert words[0] in ("pip", "make", "source"), line
-            continue
-        all_commands()[words[1]].make_context(words[1], words[2:])
+COMMANDS = {page: commands(text) for page, text in {**PAGES, "README.md": README}.items() if "```bash" in text}
+NOT_RUN = {
+    "make demo": "it installs into the clone; tests/test_makefile.py",
+    "make test": "it would run this",
+    "pip install .[ct]": "it installs",
+    "python recipes/sst2_minilm.py": "it downloads SST-2; tests/test_recipe_scripts.py has it read a file",
+    "hfcompress demo --quick": "it takes a minute; tests/test_demo.py",
+    "hfcompress run smollm2_4bit": "it takes minutes; bundled recipes run in tests/test_real_models.py",
+    "hfcompress run recipes/sst2_minilm.yaml": "it takes minutes and begins with what the script above it writes",
+    "hfcompress push runs/smollm2-4bit me/smollm2-4bit --private": "it goes to the Hub; tests/test_push.py",
+}
+
+
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """What a reader has: models, data, a recipe, and what two runs put out."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_readers_files(folder, tokenizer)
+    changes = ["model.id=HuggingFaceTB/SmolLM2-135M", "data={files: texts.jsonl, block_size: 64}",
+               "evaluate={max_rows: 8}", "stages.0.quantize.calibration_length=64"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, everything_here(patch):
+        patch.chdir(folder)
+        run_command("run", "smollm2_4bit", *(word for change in changes for word in ("--set", change)))
+    shutil.copytree(folder / "runs/smollm2-4bit", folder / "runs/smollm2-python-docs")
+    return folder
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+@pytest.mark.parametrize("page", COMMANDS)
+def test_its_commands_run(page: str, readers_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what is named with its reason; of those, ours are read as the command reads them before it begins."""
+    shutil.copytree(readers_folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for line in COMMANDS[page]:
+        program, command, *words = shlex.split(line)
+        assert program == "hfcompress" or line in NOT_RUN, f"{line}: run it here, or say why not"
+        if line not in NOT_RUN:
+            with everything_here(monkeypatch):
+                assert run_command(command, *words)
+        elif program == "hfcompress":
+            all_commands()[command].make_context(command, words)
+
+
+def test_what_is_not_run_is_in_the_documents() -> None:
+    assert NOT_RUN.keys() <= {line for lines in COMMANDS.values() for line in lines}
+    assert len(NOT_RUN) < sum(map(len, COMMANDS.values())) / 2
 
 
 def test_choosing_has_no_figure_but_measured_ones() -> None:
@@ -125,15 +167,43 @@ def test_screenshots_are_of_what_is_here() -> None:
     assert f"{facts.after.metrics['perplexity']:.2f}" in printed
 
 
+GREY_LEVELS = 12  # apart: another font made 7 at most, and a report without one of its runs 16
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Return how many of 256 grey levels apart two pictures are at most, each made into 24 by 16 squares."""
+    squares = []
+    for picture in (one.convert("RGBA"), other.convert("RGBA")):
+        ground = Image.new("RGBA", picture.size, "white")
+        ground.alpha_composite(picture)
+        squares.append(np.asarray(ground.convert("L").resize((24, 16), Image.Resampling.BOX), dtype=float))
+    return float(np.abs(squares[0] - squares[1]).max())
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 def test_screenshots_can_be_taken_again(tmp_path: Path) -> None:
+    """They are what the pages look like now, but for fonts."""
     made = screenshots.screenshots(tmp_path)
     kept = {file.name: file for file in (ROOT / "docs/images").glob("*.png")}
     assert {file.name for file in made} == kept.keys()
     for file in made:
-        sizes = [struct.unpack(">II", one.read_bytes()[16:24]) for one in (file, kept[file.name])]  # PNG's header
-        assert sizes[0][0] == sizes[1][0], file.name
-        assert sizes[0][1] == pytest.approx(sizes[1][1], rel=0.1), file.name
+        with Image.open(file) as new, Image.open(kept[file.name]) as old:
+            assert new.width == old.width, file.name
+            assert new.height == pytest.approx(old.height, rel=0.1), file.name
+            assert difference(new, old) < GREY_LEVELS, f"{file.name}: take it again, python -m docs.screenshots"
+
+
+@pytest.mark.parametrize("name", ["report-light.png", "report-dark.png", "run.png"])
+def test_a_screenshot_that_shows_something_else_is_noticed(name: str) -> None:
+    """A picture that is two pixels taller is the same; one without its lower half is not."""
+    with Image.open(ROOT / "docs/images" / name) as kept:
+        taller = kept.resize((kept.width, kept.height + 2))
+        without = kept.copy()
+        without.paste(
+            kept.getpixel((kept.width // 2, kept.height - 3)), (0, kept.height // 2, kept.width, kept.height)
+        )
+        assert difference(kept, taller) < GREY_LEVELS
+        assert difference(kept, without) > GREY_LEVELS
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,21 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hfcompress
-from hfcompress import GPTQ, Wanda, progress
+from hfcompress import GPTQ, DistillationTrainer, Wanda, progress
 from hfcompress.calibration.texts import pack
+from hfcompress.training import train
 from tests.conftest import tiny_llama, token_batches, word_tokenizer
 from tests.runs import WORDS
 
@@ -92,9 +95,32 @@ def test_a_terminal_shows_something_that_moves(step: str, expected: bytes) -> No
     assert process.returncode == 0
 
 
+def distil() -> None:
+    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = hfcompress.DistillationConfig(
+            folder, num_train_epochs=2, use_cpu=True, disable_tqdm=True, save_strategy="no"
+        )
+        train(DistillationTrainer(tiny_llama(), args, teacher_model=tiny_llama(), train_dataset=rows), "distill")
+
+
+def cache_answers() -> None:
+    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
+    with tempfile.TemporaryDirectory() as folder:
+        hfcompress.cache_teacher(tiny_llama(), rows, Path(folder) / "answers", batch_size=2)
+
+
 METERS: dict[str, Callable[[], object]] = {
     "Quantizing with GPTQ": lambda: hfcompress.quantize(tiny_llama(), GPTQ(group_size=32), token_batches()),
     "Pruning with Wanda": lambda: hfcompress.prune(tiny_llama(), Wanda(sparsity=0.5), token_batches()),
+    "distill": distil,
+    "teacher answers": cache_answers,
+    "measuring the loss without each layer": lambda: hfcompress.drop_layers(
+        tiny_llama(layers=4), hfcompress.DropLayers(keep=3, select="loss"), token_batches()
+    ),
+    "Measuring what bits are worth": lambda: hfcompress.quantize(
+        tiny_llama(), GPTQ(bits="auto", average_bits=4.5, group_size=32), token_batches()
+    ),
     "measure": lambda: hfcompress.measure(tiny_llama(), batches=token_batches(), metrics=["perplexity"]),
     "packing texts into rows of 16 tokens": lambda: pack(["the model"] * 600, word_tokenizer(WORDS), 16, 60),
 }

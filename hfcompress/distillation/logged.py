@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class LoggedTerms:
         }
 
 
-def last_terms(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the distillation and the task loss that were logged last; none before the first log."""
+def last_terms(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
+    """Return the terms of these names that were logged last; none before the first log."""
     last = next((logs for logs in reversed(history) if "kd_loss" in logs), {})
-    return {name: last[name] for name in ("kd_loss", "task_loss") if name in last}
+    return {name: last[name] for name in names if name in last}

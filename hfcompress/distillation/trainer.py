@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_ta
 from hfcompress.distillation.tokens import real_tokens
 from hfcompress.outputs import row_count
 from hfcompress.outputs.trainer import PerItemTrainer
-from hfcompress.publish.reporters import show_in_notebook
+from hfcompress.publish.reporters import draw_losses_over_steps, send_picture, show_in_notebook
 from hfcompress.publish.trained import ModelCardMixin
 
 
@@ -266,10 +267,27 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
             if self.args.on_policy is not None:
                 logs["on_policy"] = self._logged.written / self._logged.steps
             self._logged = LoggedTerms()
-        elif "eval_loss" in logs:
-            by_epoch = self.args.eval_strategy == IntervalStrategy.EPOCH
+        by = self.args.eval_strategy
+        if "eval_loss" in logs or (
+            "loss" in logs and by == IntervalStrategy.NO
+        ):  # when a notebook's table gets a line
             show_in_notebook(
-                self.callback_handler.callbacks, last_terms(self.state.log_history),
-                int(self.state.epoch or 0) if by_epoch else self.state.global_step,
+                self.callback_handler.callbacks, last_terms([*self.state.log_history, logs], self._terms),
+                int(self.state.epoch or 0) if by == IntervalStrategy.EPOCH else self.state.global_step,
             )  # fmt: skip
         super().log(logs, start_time)
+        if "eval_loss" in logs or "train_runtime" in logs:
+            self._send_losses()
+
+    @property
+    def _terms(self) -> list[str]:
+        return ["kd_loss", "task_loss", *named(self.args.chosen)]
+
+    def _send_losses(self) -> None:
+        """Give reporting callbacks the picture of the losses so far; once for a step, and none before the first."""
+        *earlier, _ = history = self.state.log_history
+        drawn = any("eval_loss" in logs and logs["step"] == self.state.global_step for logs in earlier)
+        terms = last_terms(history, self._terms)
+        if terms and not drawn and self.is_world_process_zero():
+            draw = partial(draw_losses_over_steps, history, ["loss", *terms])
+            send_picture(self.callback_handler.callbacks, "distillation_losses", self.state.global_step, draw)

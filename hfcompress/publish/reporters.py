@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
-from hfcompress.publish.plots import INK
+from hfcompress.publish.plots import GRID, INK, LAST, POINT
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -54,6 +57,35 @@ def draw_layers_over_steps(history: Sequence[Mapping[str, Any]], name: str) -> F
     return figure
 
 
+def draw_losses_over_steps(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+    """Draw a log's losses over the steps, a panel for each.
+
+    history: ``state.log_history``.  Evaluations are dots where the task loss is, which is what they measure.
+    """
+    figure = Figure(figsize=(7.2, 0.5 + 1.15 * len(names)), dpi=110, facecolor="white", layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names):
+        axes.plot(*_logged(history, name), color=POINT, linewidth=1.4, marker=".", markersize=4, label="training")
+        if name == "task_loss" and _logged(history, "eval_loss")[0]:
+            axes.plot(
+                *_logged(history, "eval_loss"), color=LAST, linestyle="", marker="o", markersize=5, label="eval_loss"
+            )
+            axes.legend(fontsize=7, frameon=False, labelcolor=INK)
+        axes.set_title(name.replace("_", " "), loc="left", fontsize=9, color=INK)
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.tick_params(colors=INK, labelsize=7, length=0)
+        axes.spines[:].set_visible(False)
+    panels[-1].set_xlabel("step", color=INK, fontsize=9)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _logged(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which a value was logged, and the values."""
+    found = [(one.get("step", 0), one[name]) for one in history if name in one]
+    return [step for step, _ in found], [value for _, value in found]
+
+
 def show_in_notebook(callbacks: Iterable[TrainerCallback], values: Mapping[str, float], epoch_or_step: int) -> None:
     """Put numbers beside the losses into the table that a notebook shows while a Trainer runs.
 
@@ -79,7 +111,21 @@ def _to_trackio(callback: Any, name: str, pixels: Array, step: int) -> None:
     trackio.log({name: trackio.Image(pixels, caption=f"step {step}"), "train/global_step": step})
 
 
+def _to_notebook(callback: Any, name: str, pixels: Array, step: int) -> None:
+    """Show a picture below the table of losses; the next of its name takes its place."""
+    from IPython.display import Image, display  # there is one where there is a notebook
+
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    shown = vars(callback.training_tracker).setdefault("pictures", {})
+    if name in shown:
+        shown[name].update(Image(file.getvalue()))
+    else:
+        shown[name] = display(Image(file.getvalue()), display_id=True)
+
+
 _SENDERS: dict[str, tuple[Callable[..., None], Callable[[Any], bool]]] = {
     "TensorBoardCallback": (_to_tensorboard, lambda one: one.tb_writer is not None),
     "TrackioCallback": (_to_trackio, lambda one: one._initialized),
+    "NotebookProgressCallback": (_to_notebook, lambda one: one.training_tracker is not None),
 }
