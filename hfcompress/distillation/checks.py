@@ -26,7 +26,7 @@ from hfcompress.distillation.pairs import (
 )
 from hfcompress.distillation.teachers import AcrossTokenizers, CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
-from hfcompress.outputs import Classes, NextTokens, Outputs, outputs_of
+from hfcompress.outputs import Classes, Frames, NextTokens, Outputs, outputs_of
 
 WeightedTeachers = list[tuple[Teacher, float]]
 
@@ -230,7 +230,7 @@ def _shared_classes(
         _refuse_other_kind(student, kind, teacher.model)
     if own is None or teacher.classes is None:
         return None
-    if student.get_output_embeddings() is not None:
+    if student.get_output_embeddings() is not None or isinstance(kind, Frames):
         return shared_vocabulary(own, teacher.classes, tokenizer, teacher_tokenizer)
     refuse_other_size(own, teacher.classes, kind.values)
     return own

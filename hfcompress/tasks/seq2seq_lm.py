@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import nn
@@ -27,6 +27,7 @@ class Seq2SeqLM(Task):
     name = "seq2seq-lm"
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = ("perplexity",)
+    predicts_tokens: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the columns of sources and targets, or the one of translations."""

@@ -23,6 +23,7 @@ class Speech(Task):
 
     auto_processor = "AutoProcessor"
     pads: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the columns of sounds and transcripts."""
