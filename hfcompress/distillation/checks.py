@@ -46,7 +46,9 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
             "logits alone."
         )
     how: Any = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and how.get("use_reentrant", False):
+    # What is handed on without saying it gets PyTorch's own default, which is reentrant.
+    handed_on = set(how) - {"every_n_layers", "offload"}
+    if args.gradient_checkpointing and how.get("use_reentrant", bool(handed_on)):
         raise ModelError(
             "Reentrant checkpointing cuts what layers compute off the gradient: set 'use_reentrant': False in "
             "activation_checkpointing_kwargs for losses of features."
