@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import transformers
+from transformers import IntervalStrategy, TrainingArguments
 
 from hfcompress.checkpoint.verify import require_loader
 from hfcompress.distillation import DistillationConfig
+from hfcompress.distillation.checks import check_run
 from hfcompress.distillation.teachers import is_cache
-from hfcompress.errors import ModelError, RecipeError
+from hfcompress.errors import HFCompressError, ModelError, RecipeError
 from hfcompress.evaluate import load_metric, refuse_unreadable
 from hfcompress.job import Source
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Stage
@@ -17,7 +23,7 @@ from hfcompress.structure.layers import kept_count
 from hfcompress.structure.lengths import longest_input
 from hfcompress.tasks.lengths import refuse_longer
 from hfcompress.teaching import check_teachers
-from hfcompress.training import training_options
+from hfcompress.training import training_options, try_arguments
 from hfcompress.vocabulary import refuse_unprunable
 
 
@@ -48,10 +54,7 @@ def _check_stage(source: Source, stage: Stage) -> None:
     if isinstance(options, DropLayers) and options.stack is None:
         kept_count(_layers_before(source, stage), options)
     if isinstance(options, (Finetune, Distill)):
-        try:
-            DistillationConfig(**training_options(options, Path("unused"), source.recipe.seed))
-        except (ValueError, ImportError) as error:
-            raise RecipeError(f"The training options of stage '{stage.name}' do not go together: {error}") from error
+        _check_training(source, stage, options)
     if isinstance(options, Distill):
         check_teachers(source, options)
         _check_on_policy(source, stage, options)
@@ -62,6 +65,47 @@ def _check_stage(source: Source, stage: Stage) -> None:
         require_loader(package)
     if isinstance(options, (Prune, Quantize)) and options.method.needs_calibration:
         source.calibration_rows(options)
+
+
+def _check_training(source: Source, stage: Stage, options: Finetune | Distill) -> None:
+    """Refuse TrainingArguments that do not go together, or with which this stage's Trainer or task cannot work."""
+    here = f"The training options of stage '{stage.name}'"
+    aims: dict[str, Any] = {}
+    if isinstance(options, Distill):
+        aims = {"losses": options.losses, "on_policy": options.on_policy}
+    with TemporaryDirectory() as scratch:
+        told = training_options(options, Path(scratch), source.recipe.seed)
+        try:
+            arguments = DistillationConfig(**told, **aims)
+            if isinstance(options, Distill):
+                check_run(arguments, {})
+            try_arguments(arguments)
+        except (ValueError, TypeError, RuntimeError, ImportError, HFCompressError) as error:
+            raise RecipeError(f"{here} do not go together: {error}") from error
+    _refuse_for_task(arguments, source, here)
+
+
+def _refuse_for_task(arguments: TrainingArguments, source: Source, here: str) -> None:
+    """Raise RecipeError for arguments that the recipe's task or model has no use for.  here: begins the message."""
+    task, forms = source.task, source.task.forms(source.head)
+    if arguments.label_smoothing_factor and "classes" not in forms:
+        raise RecipeError(
+            f"{here} cannot be used: label_smoothing_factor needs a loss of classes, but the answers of {task.name} "
+            f"are {', '.join(forms)}. Take it out."
+        )
+    best, evaluates = arguments.metric_for_best_model, arguments.eval_strategy != IntervalStrategy.NO
+    measured = () if "vectors" in forms else ("loss", "eval_loss")
+    if best is not None and evaluates and best not in measured:
+        has = "the task loss alone: use metric_for_best_model: loss" if measured else "no loss, as there are no labels"
+        raise RecipeError(f"{here} cannot be used: there is no '{best}' to choose by; a stage evaluates {has}.")
+    if arguments.train_sampling_strategy == "group_by_length" and task.row_length(source.recipe.data) is None:
+        raise RecipeError(f"{here} cannot be used: train_sampling_strategy: the rows of {task.name} have no tokens.")
+    known = getattr(transformers, task.auto_class)._model_mapping
+    kind: Any = known.get(type(source.config), None)  # None for code of its own
+    if arguments.activation_checkpointing and kind is not None and not kind.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"{here} cannot be used: activation_checkpointing is not for a {kind.__name__}. Take it out."
+        )
 
 
 def _package_of(options: StageOptions) -> str | None:

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset_builder
 from hfcompress.bundled import is_packaged, packaged_documents
 from hfcompress.checkpoint.files import digest_of
 from hfcompress.errors import DataError, did_you_mean
-from hfcompress.reading import open_dataset, opening_dataset, read_files, refuse_missing
+from hfcompress.reading import open_dataset, opening_dataset, read_files, read_folders, refuse_missing
 from hfcompress.recipe import DataSpec
 
 HELD_OUT_NAMES = ("validation", "dev", "test")
@@ -56,6 +56,12 @@ def _refuse_overlap(spec: DataSpec) -> None:
             for path in paths:
                 if owner.setdefault(path.resolve(), split) != split:
                     raise DataError(f"{path} is in data.files for both {owner[path.resolve()]} and {split}.")
+        for path, split in owner.items():
+            for folder in path.parents:
+                if owner.get(folder, split) != split:
+                    raise DataError(
+                        f"{path} ({split}) lies in {folder} ({owner[folder]}), which data.files names, too."
+                    )
 
 
 def load_train_rows(spec: DataSpec) -> Dataset:
@@ -94,16 +100,21 @@ def data_digest(spec: DataSpec) -> str:
         for split, paths in sorted(_files_by_split(spec).items()):
             for path in paths:
                 refuse_missing(path)
-                digest.update(f"{split}\0{digest_of(path.parent, [path])}\n".encode())
+                content = digest_of(path.parent, [path]) if path.is_file() else _digest_of_folder(path)
+                digest.update(f"{split}\0{content}\n".encode())
         return digest.hexdigest()[:16]
     if is_packaged(spec.id):
         return hashlib.sha256(repr(packaged_documents(spec.id)).encode()).hexdigest()[:16]
     folder = Path(spec.id)
     if folder.is_dir():
-        return digest_of(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+        return _digest_of_folder(folder)
     with opening_dataset(spec.id):
         # The builder's hash is the commit, of what is on the Hub and of what was downloaded from there earlier.
         return f"{spec.id}@{load_dataset_builder(spec.id, spec.name, revision=spec.revision).hash}"
+
+
+def _digest_of_folder(folder: Path) -> str:
+    return digest_of(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
@@ -116,7 +127,10 @@ def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
 
 def _open(spec: DataSpec) -> DatasetDict:
     if spec.id is None:
-        return DatasetDict({split: read_files(paths) for split, paths in _files_by_split(spec).items()})
+        files = _files_by_split(spec)
+        if all(len(paths) == 1 and paths[0].is_dir() for paths in files.values()):
+            return read_folders({split: path for split, (path,) in files.items()})
+        return DatasetDict({split: read_files(paths) for split, paths in files.items()})
     return open_dataset(spec.id, spec.name, spec.revision, spec.text_column or "text")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Audio, Dataset, DatasetDict, Image, load_dataset
 
 from hfcompress.bundled import is_packaged, packaged_documents
 from hfcompress.errors import DataError
@@ -27,8 +27,8 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def refuse_missing(path: Path) -> None:
-    """Raise DataError when there is no such file."""
-    if not path.is_file():
+    """Raise DataError when there is no such file or folder."""
+    if not path.exists():
         raise DataError(f"No such data file: {path}.")
 
 
@@ -36,6 +36,8 @@ def read_files(paths: Sequence[Path]) -> Dataset:
     """Return the rows of files of one kind, in order.  Raises DataError for missing, unknown or damaged files."""
     for path in paths:
         refuse_missing(path)
+        if path.is_dir():
+            raise DataError(f"{path} is a folder. A split is files, or one folder of images or sounds as all are.")
         if path.suffix not in READERS:
             raise DataError(f"{path}: '{path.suffix}' files cannot be read. Known: {', '.join(READERS)}.")
     suffixes = {path.suffix for path in paths}
@@ -47,6 +49,20 @@ def read_files(paths: Sequence[Path]) -> Dataset:
             return load_dataset(builder, data_files=[str(path) for path in paths], split="train", **options)
     except Exception as error:  # the readers raise many kinds; each means that the file is not what its name says
         raise DataError(f"{paths[0]} cannot be read as {builder}: {error}") from error
+
+
+def read_folders(folders: Mapping[str, Path]) -> DatasetDict:
+    """Return folders of images or sounds by split, whatever their files are called.
+
+    Read together, as only so a class has one number in all of them.  Raises DataError for folders of anything else.
+    """
+    first = next(iter(folders.values()))
+    with opening_dataset(str(first)), quiet_bars():
+        patterns = {split: str(folder.resolve() / "**") for split, folder in folders.items()}
+        splits = load_dataset(str(first), data_files=patterns)
+    if not any(isinstance(feature, (Audio, Image)) for feature in next(iter(splits.values())).features.values()):
+        raise DataError(f"{first} is a folder, but not one of images or sounds: name its files.")
+    return splits
 
 
 def open_dataset(name: str, config: str | None, revision: str | None, text_column: str) -> DatasetDict:

@@ -24,6 +24,7 @@ from hfcompress.pruning.oneshot import prune
 from hfcompress.quantization import QuantizeAwareCallback, quantize
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Shrink, Stage
 from hfcompress.structure import DropLayers, drop_layers, find_stack, shrink
+from hfcompress.teaching import tokenizer_of
 from hfcompress.training import train, training_options
 from hfcompress.vocabulary import prune_vocabulary
 
@@ -86,6 +87,8 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
         model=student, teacher_model=teachers, teacher_weights=options.teacher_weights, args=arguments,
         **_data_of(job), **_tokenizers(job, options, student, teachers), callbacks=[*pruning, *aware],
     )  # fmt: skip
+    # It was for comparing the models: a Trainer that has one writes its special tokens into the student's config.
+    trainer.processing_class = None
     train(trainer, name, options.dropout)
     summary = f"teacher {' and '.join(options.teachers)}, {_trained(trainer, pruning)}"
     return _finished(student, job, summary, aware)
@@ -150,14 +153,14 @@ def _tokenizers(
     Otherwise they show that models whose vocabularies are padded differently have one tokenizer, which was compared
     before the first stage.
     """
-    if job.task.name != "causal-lm":  # models of images and sounds have no vocabulary
+    if not job.task.predicts_tokens:
         return {}
     if crossing_loss(named(options.losses or ())) is not None:
         theirs = [job.teacher_processor(name) for name in options.teachers]
         return {"processing_class": job.processor, "teacher_processing_class": theirs}
     sizes = {_vocabulary_size(one) for one in (student, *teachers)}
-    same = {"processing_class": job.processor, "teacher_processing_class": job.processor}
-    return same if len(sizes) > 1 else {}
+    own = tokenizer_of(job.processor)
+    return {"processing_class": own, "teacher_processing_class": own} if len(sizes) > 1 else {}
 
 
 def _vocabulary_size(model: PreTrainedModel | Path) -> int | None:

@@ -27,7 +27,6 @@ from hfcompress.job import Source
 from hfcompress.outputs import label_names
 from hfcompress.recipe import Distill, ModelSpec, Recipe
 from hfcompress.structure.lengths import longest_input
-from hfcompress.tasks import Task
 from hfcompress.tasks.lengths import refuse_longer
 
 ORIGINAL = "original"
@@ -75,16 +74,16 @@ def _check_model(source: Source, teacher: ModelSpec) -> None:
         opening.refuse_other_class(teacher, config, task)
     if (row := task.row_length(source.recipe.data)) is not None:
         refuse_longer(teacher.id, longest_input(config), *row)
-    own, other = (_tokenizer(one) for one in (source.processor, opening.open_processor(teacher, task)))
-    if _predicts_tokens(task) and own is not None:
+    own, other = (tokenizer_of(one) for one in (source.processor, opening.open_processor(teacher, task)))
+    if task.predicts_tokens and own is not None:
         sizes = [int(one.get_text_config().vocab_size or 0) for one in (student, config)]
         shared_vocabulary(sizes[0], sizes[1], own, other)
-        return
-    if own is not None and other is not None:
+    elif own is not None and other is not None:
         refuse_other_vocabulary(own.get_vocab(), other.get_vocab())
     if task.head_name is None:
-        widths = [int(one.get_text_config().hidden_size) for one in (student, config)]
-        refuse_other_size(widths[0], widths[1], "vectors")
+        if not task.predicts_tokens:
+            widths = [int(one.get_text_config().hidden_size) for one in (student, config)]
+            refuse_other_size(widths[0], widths[1], "vectors")
         return
     if not opening.has_trained_head(config, task):
         raise ModelError(f"Teacher '{teacher.id}' has no trained head for {task.name}, so it has nothing to teach.")
@@ -106,15 +105,10 @@ def _check_other_tokenizer(source: Source, loss: str, teacher: str | None) -> No
         )
     spec = None if teacher is None else ModelSpec(id=teacher)
     other = source.processor if spec is None else opening.open_processor(spec, source.task)
-    refuse_tokenizers(loss, _tokenizer(source.processor), _tokenizer(other))
+    refuse_tokenizers(loss, tokenizer_of(source.processor), tokenizer_of(other))
 
 
-def _predicts_tokens(task: Task) -> bool:
-    """Tell whether the task's classes are tokens of a text."""
-    return task.head_name is None and task.auto_class != "AutoModel"
-
-
-def _tokenizer(processor: Any) -> Any:
+def tokenizer_of(processor: Any) -> Any:
     """Return the tokenizer of a processor, None for one of images."""
     found = getattr(processor, "tokenizer", processor)
     return found if hasattr(found, "get_vocab") else None
@@ -125,8 +119,8 @@ def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None
     index = cache.index
     if source.labels:
         refuse_other_size(len(source.labels), len(index.labels))
-    own, size = _tokenizer(source.processor), _classes(source)
-    if _predicts_tokens(source.task) and own is not None and size is not None and index.classes is not None:
+    own, size = tokenizer_of(source.processor), _classes(source)
+    if source.task.predicts_tokens and own is not None and size is not None and index.classes is not None:
         shared_vocabulary(size, index.classes, own, own)  # that the rows' tokens are the teacher's is seen below
     for name, loss in named(options.losses or ()).items():
         if index.k is not None and not getattr(loss, "takes_top_k", False) and not isinstance(loss, FeatureLoss):
@@ -140,7 +134,7 @@ def _classes(source: Source) -> int | None:
     """Return how many classes a place has, None where the recipe does not say."""
     if source.labels:
         return len(source.labels)
-    return int(source.config.get_text_config().vocab_size or 0) if _predicts_tokens(source.task) else None
+    return int(source.config.get_text_config().vocab_size or 0) if source.task.predicts_tokens else None
 
 
 def cache_recipe_teacher(

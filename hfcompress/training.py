@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import is_liger_kernel_available
 
 from hfcompress.checkpoint.atomic import to_disk
 from hfcompress.devices import fast_bfloat16
@@ -39,6 +42,22 @@ def training_options(options: Finetune | Distill, work: Path, seed: int) -> dict
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return {**defaults, **options.training, **length, "disable_tqdm": True, "output_dir": str(work)}
+
+
+def try_arguments(arguments: TrainingArguments) -> None:
+    """Raise what the Trainer raises for arguments it cannot work with: it is made for a model of one weight.
+
+    So packages that are missing, optimizers and schedules with wrong options, and sharding are known before a model
+    is opened.
+    """
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs a package: pip install liger-kernel")
+    alone = copy.copy(arguments)
+    alone.push_to_hub = False
+    alone.label_smoothing_factor = 0.0  # for which the Trainer looks into the model's config
+    trainer = Trainer(nn.Linear(1, 1), alone, train_dataset=[], eval_dataset=[])
+    if not alone.optim_target_modules:  # which a model of one weight has not
+        trainer.create_optimizer_and_scheduler(num_training_steps=10)
 
 
 def train(trainer: Trainer, description: str, dropout: float | None = None) -> None:

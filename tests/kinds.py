@@ -123,7 +123,10 @@ def letters(index: int) -> Tensor:
 
 
 KINDS = {
-    "next tokens": TinyKind(tiny_llama, lambda index: token_labels(index, VOCABULARY_SIZE, 6)),
+    # It sets a seed of its own, with which every model would be the same.
+    "next tokens": TinyKind(
+        lambda: tiny_llama(seed=torch.initial_seed()), lambda index: token_labels(index, VOCABULARY_SIZE, 6)
+    ),
     "class": TinyKind(
         encoder(hf.BertForSequenceClassification, num_labels=3), lambda i: text(i, labels=torch.tensor(i % 3))
     ),

@@ -362,6 +362,7 @@ def test_kd_is_the_sum_of_all_losses_each_times_its_weight_then(tmp_path: Path) 
     [
         ({"torch_compile": True}, "torch_compile does not run the hooks"),
         (checkpointing(True, use_reentrant=True), "Reentrant checkpointing"),
+        (checkpointing(True, preserve_rng_state=True), "Reentrant checkpointing"),
         ({"losses": [{"hidden_states": {"layers": [[0, 2]]}}]}, r"\[0, 2\] names a layer that is not there"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -155,3 +156,16 @@ def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
     rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in text_rows()]
     with pytest.raises(ModelError, match=r"The batches hold no 'labels', only .*input_ids"):
         distiller(llama(), llama(seed=1), tmp_path, rows).train()
+
+
+def test_a_compiled_wrapper_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"a OptimizedModule.*torch_compile=True"):
+        distiller(torch.compile(llama(), backend="eager"), llama(seed=1), tmp_path, text_rows())
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_layers_that_were_compiled_show_no_features(who: str, tmp_path: Path) -> None:
+    models = {"student": llama(), "teacher": llama(seed=1)}
+    models[who].model.layers[1].compile(backend="eager")
+    with pytest.raises(ModelError, match=f"{who} .*compiled in place.*hooks"):
+        distiller(models["student"], models["teacher"], tmp_path, losses=["hidden_states"], temperature=None)

@@ -352,3 +352,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     trainer = PerItemTrainer(model=tiny_bert(), args=arguments, train_dataset=[{"input_ids": [6, 7, 8]}])
     with pytest.raises(ModelError, match="batches hold no 'labels'"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_teacher_is_another_model_than_its_student(name: str) -> None:
+    student, teacher = (KINDS[name].make(seed) for seed in (0, 1))
+    pairs = list(zip(student.parameters(), teacher.parameters()))
+    assert not [one for one, other in pairs if torch.equal(one, other)], "else what they differ by tests nothing"

@@ -19,6 +19,7 @@ from hfcompress.recipe import (
     STAGES,
     TASK_DATA,
     TASKS,
+    DataSpec,
     Distill,
     Finetune,
     Quantize,
@@ -28,7 +29,7 @@ from hfcompress.recipe import (
     recipe_differences,
 )
 from hfcompress.recipe import text as recipe_text
-from hfcompress.recipe.aliases import ALIASES
+from hfcompress.recipe.aliases import ALIASES, CONVERTED, NOT_TAKEN
 from hfcompress.recipe.options import METHODS
 from hfcompress.recipe.training import REFUSED
 
@@ -151,15 +152,90 @@ def test_options_of_the_data_may_have_the_names_of_the_example_scripts(task: str
     own = {**places, "splits": {"train": "one", "held_out": "two"}}
     own |= {name: value for name, value in OWN_NAMES.items() if name in TASK_DATA[task] or name == "max_train_rows"}
     mapping = {**plain, "data": own, "evaluate": {"max_rows": 3}}
-    for split in ("validation_split_name", "eval_split_name"):
+    twice = {
+        "validation_split_name": "eval_split_name",
+        "train_file": "train_dir",
+        "validation_file": "validation_dir",
+    }
+    for left_out in (twice.keys(), twice.values()):
         theirs = {
             alias: value
             for alias, target in ALIASES.items()
-            if (value := value_at(mapping, target)) is not None
-            and (split == alias or target != ("data", "splits", "held_out"))
+            if alias not in left_out and (value := value_at(mapping, target)) is not None
         }
         assert parse_recipe({**plain, "data": theirs}) == parse_recipe(mapping)
         assert len(theirs) >= 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "own"),
+    [
+        ("text_column_names", "sentence", {"text_column": "sentence"}),
+        ("text_column_names", ["sentence"], {"text_column": "sentence"}),
+        ("do_regression", True, {"problem_type": "regression"}),
+        ("do_regression", False, {}),
+        ("validation_split_percentage", 5, {"held_out_share": 0.05}),
+        ("train_val_split", 0.15, {"held_out_share": 0.15}),
+    ],
+)
+def test_what_the_example_scripts_write_otherwise(name: str, value: Any, own: dict[str, Any]) -> None:
+    base = {**yaml.safe_load(PLAIN), "task": "sequence-classification"}
+    theirs, ours = ({**base, "data": {"id": "c/d", **data}} for data in ({name: value}, own))
+    assert parse_recipe(theirs) == parse_recipe(ours)
+
+
+def test_several_columns_of_one_text_are_refused() -> None:
+    mapping = {**yaml.safe_load(PLAIN), "data": {"id": "c/d", "text_column_names": "one,two"}}
+    with pytest.raises(RecipeError, match=r"data\.text_column_names: names several columns: give text_column, and as"):
+        parse_recipe(mapping)
+
+
+@pytest.mark.parametrize(("name", "value"), [("metric_name", "accuracy"), ("eval_metrics", ["accuracy"])])
+def test_metrics_of_the_example_scripts(name: str, value: Any) -> None:
+    assert parse_recipe({**yaml.safe_load(PLAIN), "data": {"id": "c/d", name: value}}).evaluate.metrics == (
+        "accuracy",
+    )
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_else_the_example_scripts_have_is_refused_with_what_there_is(name: str) -> None:
+    harmless, instead = NOT_TAKEN[name]
+    mapping = yaml.safe_load(PLAIN)
+    other = {True: False, False: True}[harmless] if isinstance(harmless, bool) else 3
+    with pytest.raises(RecipeError, match=re.escape(f"data.{name}: is no option of a recipe: {instead}")):
+        parse_recipe({**mapping, "data": {"id": "c/d", name: other}})
+    assert parse_recipe({**mapping, "data": {"id": "c/d", name: harmless}}) == parse_recipe(mapping)
+
+
+# The fields of DataTrainingArguments in Transformers' examples/pytorch that a recipe's tasks have a script for.
+SCRIPTS = {
+    "run_clm": "dataset_name dataset_config_name train_file validation_file max_train_samples max_eval_samples "
+    "streaming block_size overwrite_cache validation_split_percentage preprocessing_num_workers keep_linebreaks",
+    "run_mlm": "max_seq_length mlm_probability line_by_line pad_to_max_length",
+    "run_glue": "task_name test_file max_predict_samples",
+    "run_classification": "do_regression text_column_names text_column_delimiter train_split_name "
+    "validation_split_name test_split_name remove_splits remove_columns label_column_name shuffle_train_dataset "
+    "shuffle_seed metric_name",
+    "run_ner": "text_column_name label_all_tokens return_entity_level_metrics",
+    "run_qa": "version_2_with_negative null_score_diff_threshold doc_stride n_best_size max_answer_length",
+    "run_seq2seq_qa": "context_column question_column answer_column val_max_answer_length",
+    "run_summarization": "lang text_column summary_column max_source_length max_target_length val_max_target_length "
+    "num_beams ignore_pad_token_for_loss source_prefix forced_bos_token",
+    "run_translation": "source_lang target_lang",
+    "run_image_classification": "train_dir validation_dir train_val_split image_column_name",
+    "run_speech_recognition_seq2seq": "audio_column_name max_duration_in_seconds min_duration_in_seconds "
+    "preprocessing_only eval_split_name do_lower_case language task",
+    "run_speech_recognition_ctc": "chars_to_ignore eval_metrics token use_auth_token trust_remote_code unk_token "
+    "pad_token word_delimiter_token phoneme_language",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_name_of_a_script_is_an_option_or_refused_with_the_reason(script: str) -> None:
+    own = {field.name for field in dataclasses.fields(DataSpec)}
+    taken = own | ALIASES.keys() | CONVERTED.keys()
+    for name in SCRIPTS[script].split():
+        assert (name in taken) != (name in NOT_TAKEN), name
 
 
 def value_at(mapping: Any, path: tuple[Any, ...]) -> Any:

@@ -109,7 +109,7 @@ TRAINING_FAULTS = [
     ("bf16: 3", ".bf16: must be true or false, not 3"),
     ("logging_steps: [1]", ".logging_steps: must be a number, not a list"),
     ("report_to: 5", ".report_to: must be text or a list of text, not 5"),
-    ("fsdp_config: 5", ".fsdp_config: must be a mapping or text, not 5"),
+    ("accelerator_config: 5", ".accelerator_config: must be a mapping or text, not 5"),
     ("save_strategy: epochs", ".save_strategy: 'epochs' is not one of no, steps, epoch, best (epoch?)"),
     ("label_names: [1]", ".label_names[0]: must be text, not 1: put it in quotes"),
 ]
@@ -119,6 +119,22 @@ TRAINING_FAULTS = [
 def test_a_fault_in_training(tmp_path: Path, option: str, expected: str) -> None:
     text = with_stages(f"finetune:\n      steps: 1\n      training:\n        {option}\n        fp16: true")
     assert faults(tmp_path, text) == [f"line 9, stages[0].finetune.training{expected}"]
+
+
+@pytest.mark.parametrize(
+    ("task", "stage", "option", "why"),
+    [
+        ("causal-lm", "distill", "use_liger_kernel: true", "leaves no logits to distil from"),
+        ("question-answering", "finetune", "label_smoothing_factor: 0.1", "an answer is two places in a text"),
+        ("speech-ctc", "distill", "label_smoothing_factor: 0.1", "its loss is of all ways to say a text"),
+    ],
+)
+def test_training_fits_the_task(tmp_path: Path, task: str, stage: str, option: str, why: str) -> None:
+    text = with_stages(f"{stage}: {{steps: 1, training: {{{option}}}}}")
+    (found,) = faults(tmp_path, text.replace("task: causal-lm", f"task: {task}"))
+    assert found.startswith(f"line 6, stages[0].{stage}.training.{option.partition(':')[0]}: ")
+    assert found.endswith(f"{why}: remove it")
+    load_recipe(write(tmp_path, with_stages(f"finetune: {{steps: 1, training: {{{option}}}}}")))
 
 
 def test_training_is_a_mapping(tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ import pytest
 import transformers as hf
 
 from hfcompress.checks import check_before_work
+from hfcompress.data import data_digest, load_splits
 from hfcompress.errors import DataError, HFCompressError, ModelError, RecipeError
 from hfcompress.job import Source
+from hfcompress.recipe import DataSpec
+from hfcompress.tasks import batches
+from hfcompress.tasks.sounds import read_sound
 from tests.conftest import word_tokenizer
 from tests.kinds import family
 from tests.runs import WORDS
@@ -63,6 +67,8 @@ FAULTS: list[tuple[str, Change | None, dict[str, Any], type[HFCompressError], st
     ("speech-ctc", put("audio", "nowhere.wav"), {}, DataError,
      r"sound in row 0 of column 'audio' \(nowhere.wav\) cannot be"),
     ("speech-ctc", None, {"max_duration_in_seconds": 0.01}, DataError, r"All \d+ sounds .* are longer than 0.01 s"),
+    ("speech-ctc", None, {"min_duration_in_seconds": 0.5}, DataError, r"shorter than 0.5 s .*they have 0.1 to 0.1 s"),
+    ("seq2seq-lm", None, {"forced_bos_token": "flim"}, DataError, "'flim' is no token .*Did you mean 'film'"),
     ("speech-seq2seq", None, {"max_target_length": 99}, ModelError, "99 tokens, but the model writes at most 16"),
     ("speech-seq2seq", None, {"language": "german"}, ModelError, "language is for multilingual Whisper"),
 ]  # fmt: skip
@@ -87,6 +93,47 @@ def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     broken.write_text("no image")
     with pytest.raises(DataError, match=r"3\.png\) cannot be read"):
         check_before_work(Source(recipe))
+
+
+def test_folders_of_images_are_splits(tmp_path: Path) -> None:
+    tiny = TINY["image-classification"]
+    for name in ("train", "validation"):
+        (tmp_path / name).mkdir()
+        tiny.data(tmp_path / name)
+    folders = {f"{name}_dir": str(tmp_path / name / "images") for name in ("train", "validation")}
+    # A class whose name is that of a split, and one that only the training images have.
+    (tmp_path / "train" / "images" / "dark").rename(tmp_path / "train" / "images" / "test")
+    for image in (tmp_path / "validation" / "images" / "dark").iterdir():
+        image.unlink()
+    tiny.write(tmp_path / "model")
+    recipe = tiny.recipe(tmp_path, id=None, **folders)
+    source = Source(recipe)
+    check_before_work(source)
+    assert source.labels == ["light", "test"]
+    assert (len(source.raw["train"]), len(source.raw["held_out"])) == (40, 20)
+    assert {row["labels"] for row in source.encoded("held_out")} == {0}
+    before = data_digest(recipe.data)
+    (tmp_path / "validation" / "images" / "light" / "0.png").unlink()
+    assert data_digest(recipe.data) != before
+
+
+def test_folders_that_cannot_be_splits(tmp_path: Path) -> None:
+    tiny = TINY["image-classification"]
+    tiny.data(tmp_path)
+    images = tmp_path / "images"
+    inside = {"train": str(images), "validation": str(images / "dark")}
+    with pytest.raises(
+        DataError, match=r"dark \(validation\) lies in .*images \(train\), which data.files names, too"
+    ):
+        check_before_work(Source(tiny.recipe(tmp_path, id=None, files=inside)))
+    with pytest.raises(DataError, match=r"is a folder\. A split is files, or one folder of"):
+        check_before_work(Source(tiny.recipe(tmp_path, id=None, files=[str(images / "dark"), str(images / "light")])))
+    texts = TINY["single-label"]
+    texts.data(tmp_path / "images" / "dark")
+    (tmp_path / "texts").mkdir()
+    texts.data(tmp_path / "texts")
+    with pytest.raises(DataError, match="is a folder, but not one of images or sounds: name its files"):
+        load_splits(DataSpec(files=str(tmp_path / "texts")), 0, needs_calibration=False)
 
 
 def test_metrics_must_fit_the_answers(tmp_path: Path) -> None:
@@ -167,6 +214,20 @@ def test_a_teacher_of_other_vectors(tmp_path: Path) -> None:
     stages = [{"distill": {"steps": 1, "teacher": str(tmp_path / "teacher")}}]
     with pytest.raises(ModelError, match="gives 32 numbers for a row and the teacher 48"):
         check_before_work(Source(TINY["sentence-embeddings"].recipe(tmp_path, stages=stages, max_length=8)))
+
+
+def test_short_sounds_are_left_out(tmp_path: Path) -> None:
+    source = changed("speech-seq2seq", tmp_path, min_duration_in_seconds=0.105, max_duration_in_seconds=0.135)
+    lengths = {round(len(read_sound(row["audio"], "audio", 0, 16_000)) / 16_000, 2) for row in source.raw["train"]}
+    assert lengths == {0.11, 0.12, 0.13}
+
+
+def test_generated_texts_begin_with_the_forced_token(tmp_path: Path) -> None:
+    source = changed("seq2seq-lm", tmp_path, forced_bos_token="film")
+    rows, held_out = source.held_out()
+    reader, model = source.task.reader(held_out), source.open_original()
+    batch = batches(rows, source.task.collator(source.processor, source.recipe.data), 4)[0]
+    assert all(text.split()[0] == "film" for text in reader.generated(model, batch))
 
 
 def test_sounds_of_another_rate_are_converted(tmp_path: Path) -> None:

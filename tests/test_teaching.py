@@ -231,6 +231,23 @@ def test_a_teacher_with_a_padded_vocabulary_is_aligned(
     assert trainers[0].state.global_step == 2
 
 
+@pytest.mark.parametrize("name", ["masked-lm", "seq2seq-lm", "speech-seq2seq", "speech-ctc"])
+def test_a_padded_vocabulary_is_aligned_in_every_task_of_tokens(name: str, tmp_path: Path, trainers: list) -> None:
+    tiny = TINY[name]
+    size = tiny.model().config.vocab_size
+    tiny.write(tmp_path / "teacher")
+    model = tiny.model()
+    config = type(model.config).from_dict({**model.config.to_dict(), "vocab_size": size + 8})
+    type(model)(config).save_pretrained(tmp_path / "teacher")
+    stages = [{"distill": {"steps": 2, "teacher": str(tmp_path / "teacher"), "training": {"save_strategy": "no"}}}]
+    outcome = run(tiny.recipe(tmp_path, stages=stages), tmp_path)
+    assert trainers[0].shared_classes == size
+    assert trainers[0].state.log_history[-1]["train_loss"] > 0
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    was, now = ([getattr(one, name, None) for name in special] for one in (model.config, outcome.model.config))
+    assert now == was, "a teacher's size is no reason to take other special tokens"
+
+
 def test_answers_of_a_padded_vocabulary_are_aligned(
     llama_dir: Path, tmp_path: Path, tokenizer: Any, trainers: list
 ) -> None:

@@ -17,6 +17,7 @@ from hfcompress.distillation.losses import FeatureLoss, LogitLoss, named
 from hfcompress.distillation.losses.forward_kl import ForwardKL
 from hfcompress.distillation.losses.logit_cosine import LogitCosine
 from hfcompress.distillation.losses.logit_mse import LogitMSE
+from hfcompress.distillation.losses.taps import is_compiled
 from hfcompress.distillation.losses.top_k_kl import TopKKL
 from hfcompress.distillation.pairs import (
     refuse_other_labels,
@@ -26,7 +27,7 @@ from hfcompress.distillation.pairs import (
 )
 from hfcompress.distillation.teachers import AcrossTokenizers, CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
-from hfcompress.outputs import Classes, NextTokens, Outputs, outputs_of
+from hfcompress.outputs import Classes, Frames, NextTokens, Outputs, outputs_of
 
 WeightedTeachers = list[tuple[Teacher, float]]
 
@@ -46,7 +47,9 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
             "logits alone."
         )
     how: Any = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and how.get("use_reentrant", False):
+    # What is handed on without saying it gets PyTorch's own default, which is reentrant.
+    handed_on = set(how) - {"every_n_layers", "offload"}
+    if args.gradient_checkpointing and how.get("use_reentrant", bool(handed_on)):
         raise ModelError(
             "Reentrant checkpointing cuts what layers compute off the gradient: set 'use_reentrant': False in "
             "activation_checkpointing_kwargs for losses of features."
@@ -118,7 +121,10 @@ def check_pair(
     kind: of the student's outputs.
     """
     if not isinstance(student, PreTrainedModel):
-        raise ModelError(f"model must be a transformers PreTrainedModel, not a {type(student).__name__}.")
+        raise ModelError(
+            f"model must be a transformers PreTrainedModel, not a {type(student).__name__}. To compile one, give it "
+            "as it is and set torch_compile=True."
+        )
     _refuse_other_tokens(teachers, tokenizer, teacher_tokenizer)
     losses = logit_losses_of(args, kind, teachers)
     if losses:
@@ -182,6 +188,12 @@ def _check_losses(
     features = [one for one, loss in named(args.chosen).items() if isinstance(loss, FeatureLoss)]
     if features and (len(teachers) > 1 or not isinstance(teachers[0][0], LiveTeacher)):
         raise ModelError(f"{features[0]} looks inside the teacher: it needs one teacher, which is a model.")
+    for who, model in (("student", student), ("teacher", getattr(teachers[0][0], "model", None))):
+        if features and model is not None and is_compiled(model):
+            raise ModelError(
+                f"The {who} was compiled in place (compile), which does not run the hooks that {features[0]} reads it "
+                "by. Give it as it was, or distil logits alone."
+            )
 
 
 def _check_on_policy(student: PreTrainedModel, kind: Outputs, teachers: WeightedTeachers) -> None:
@@ -230,7 +242,7 @@ def _shared_classes(
         _refuse_other_kind(student, kind, teacher.model)
     if own is None or teacher.classes is None:
         return None
-    if student.get_output_embeddings() is not None:
+    if student.get_output_embeddings() is not None or isinstance(kind, Frames):
         return shared_vocabulary(own, teacher.classes, tokenizer, teacher_tokenizer)
     refuse_other_size(own, teacher.classes, kind.values)
     return own

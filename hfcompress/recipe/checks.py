@@ -16,6 +16,12 @@ WITHOUT_VOCABULARY = {
     "speech-ctc": "what is said later is not known",
     "sentence-embeddings": "its vectors are compared with those of the original, which reads other tokens",
 }
+WITHOUT_CLASSES = {
+    "question-answering": "an answer is two places in a text",
+    "speech-ctc": "its loss is of all ways to say a text",
+    "sentence-embeddings": "there are no labels",
+}
+PROBLEMS_WITHOUT_CLASSES = ("multi_label_classification", "regression")
 _ONLY_FOR: dict[tuple[str, str], list[str]] = {
     **{("data", option): tasks_with(option) for options in TASK_DATA.values() for option in options},
     ("evaluate", "prompt"): ["causal-lm"],
@@ -58,6 +64,26 @@ def cross_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _teacher_faults(stages, kinds)
         yield from _vocabulary_faults(stages, kinds)
         yield from _task_faults(task, kinds)
+        yield from _training_faults(raw, stages, kinds)
+
+
+def _training_faults(raw: Mapping[str, Any], stages: Sequence[Any], kinds: Sequence[str | None]) -> Iterator[Fault]:
+    """Some arguments of a Trainer mean nothing for a task, or leave nothing to distil from."""
+    task, data = raw.get("task"), raw.get("data")
+    problem = data.get("problem_type") if isinstance(data, Mapping) else None
+    for index, (stage, kind) in enumerate(zip(stages, kinds)):
+        options = stage[kind] if kind in ("finetune", "distill") else None
+        training = options.get("training") if isinstance(options, Mapping) else None
+        if not isinstance(training, Mapping):
+            continue
+        here = ("stages", index, kind, "training")
+        why = WITHOUT_CLASSES.get(str(task)) or (problem in PROBLEMS_WITHOUT_CLASSES and f"the problem is {problem}")
+        if training.get("label_smoothing_factor") and why:
+            yield Fault(
+                (*here, "label_smoothing_factor"), f"needs labels that are one class each, but {why}: remove it"
+            )
+        if kind == "distill" and training.get("use_liger_kernel"):
+            yield Fault((*here, "use_liger_kernel"), "leaves no logits to distil from: remove it")
 
 
 def _task_faults(task: Any, kinds: Sequence[str | None]) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
-from hfcompress.recipe.aliases import ALIASES
+from hfcompress.recipe.aliases import ALIASES, CONVERTED
 from hfcompress.recipe.faults import not_a, not_one_of
 from hfcompress.recipe.values import FROZEN, AtLeastOne, Text
 
@@ -52,6 +52,7 @@ TASK_DATA: dict[str, dict[str, Any]] = {
         "summary_column": "summary",
         "source_lang": None,
         "target_lang": None,
+        "forced_bos_token": None,
         "source_prefix": "",
         "max_source_length": 1024,
         "max_target_length": 128,
@@ -61,10 +62,16 @@ TASK_DATA: dict[str, dict[str, Any]] = {
         "audio_column_name": "audio",
         "text_column": "text",
         "max_duration_in_seconds": 20.0,
+        "min_duration_in_seconds": 0.0,
         "max_target_length": 448,
         "language": None,
     },
-    "speech-ctc": {"audio_column_name": "audio", "text_column": "text", "max_duration_in_seconds": 20.0},
+    "speech-ctc": {
+        "audio_column_name": "audio",
+        "text_column": "text",
+        "max_duration_in_seconds": 20.0,
+        "min_duration_in_seconds": 0.0,
+    },
     "sentence-embeddings": {"text_column": "text", "max_length": 128, "pooling": "mean"},
 }
 TASKS = tuple(TASK_DATA)
@@ -148,7 +155,8 @@ class DataSpec:
 
     id: a dataset on the Hub, a folder of images or sounds, or ``package:<name>``.  name: its configuration.
     revision: a branch, tag or commit.
-    files: local files in place of a dataset: a path, a list of paths, or a mapping from split to either.
+    files: local files in place of a dataset: a path, a list of paths, or a mapping from split to either.  A folder
+    is one of images or sounds.
     splits: names of the splits to use.  held_out_share: share of the rows kept apart when no split is held out.
     text_column, text_pair_column, label_column, question_column, context_column, answer_column, summary_column,
     image_column_name, audio_column_name: names of columns.
@@ -163,12 +171,14 @@ class DataSpec:
     source_lang, target_lang: keys of a ``translation`` column, in place of text_column and summary_column.
     source_prefix: stands before every source text, such as ``"summarize: "``.
     max_source_length, max_target_length: tokens of a source and a target; longer ones are cut.
-    max_duration_in_seconds: longer sounds are left out.  language: of the speech, for multilingual Whisper models.
+    forced_bos_token: what every generated text begins with, such as the language of mBART and NLLB.
+    max_duration_in_seconds: longer sounds are left out.  min_duration_in_seconds: shorter ones, too.
+    language: of the speech, for multilingual Whisper models.
     pooling: how tokens become a sentence's vector.
     max_train_rows: train on the first rows only.
     """
 
-    other_names: ClassVar[tuple[str, ...]] = tuple(ALIASES)
+    other_names: ClassVar[tuple[str, ...]] = (*ALIASES, *CONVERTED)
 
     id: Text | None = None
     name: str | None = None
@@ -187,6 +197,7 @@ class DataSpec:
     source_lang: Text | None = None
     target_lang: Text | None = None
     source_prefix: str | None = None
+    forced_bos_token: Text | None = None
     image_column_name: Text | None = None
     audio_column_name: Text | None = None
     language: Text | None = None
@@ -196,6 +207,7 @@ class DataSpec:
     max_source_length: AtLeastOne | None = None
     max_target_length: AtLeastOne | None = None
     max_duration_in_seconds: Annotated[float, Field(gt=0)] | None = None
+    min_duration_in_seconds: Annotated[float, Field(ge=0)] | None = None
     doc_stride: AtLeastOne | None = None
     max_answer_length: AtLeastOne | None = None
     version_2_with_negative: bool | None = None

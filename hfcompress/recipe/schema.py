@@ -13,7 +13,7 @@ from hfcompress.distillation.losses import LOSSES
 from hfcompress.pruning.oneshot import SparseGPT
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions
-from hfcompress.recipe.aliases import ALIASES
+from hfcompress.recipe.aliases import ALIASES, CONVERTED
 from hfcompress.recipe.data import PATHS_SCHEMA, DataSpec, Splits
 from hfcompress.recipe.faults import place
 from hfcompress.recipe.options import METHODS, STAGES, Recipe, options_beside_method
@@ -94,7 +94,8 @@ def _alias_schemas(definitions: dict[str, Any]) -> dict[str, Any]:
         section, option = target[-2:]
         own = PATHS_SCHEMA if section == "files" else definitions[sections[section]]["properties"][option]
         found[alias] = {**own, "description": f"another name of ``{place(target)}``"}
-    return found
+    described = {alias: f"another way to give ``{place(other.target)}``" for alias, other in CONVERTED.items()}
+    return found | {alias: {**CONVERTED[alias].schema, "description": text} for alias, text in described.items()}
 
 
 def _stage_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,19 @@ from pydantic_core import InitErrorDetails, to_jsonable_python
 
 from hfcompress.recipe.faults import fault_error, members, misplaced_booleans, near, not_one_of, translate
 
+_ONE_PROCESS = "a recipe trains in one process; shard a DistillationTrainer of your own with 'accelerate launch'"
 REFUSED = {
     "output_dir": "is set by the recipe's output",
     "seed": "is set by the recipe's seed",
     "max_steps": "use steps of the stage",
     "num_train_epochs": "use epochs of the stage",
     "save_only_model": "would leave checkpoints that --resume cannot go on from exactly",
+    "resume_from_checkpoint": "a killed run goes on with 'hfcompress run --resume'",
     "hub_token": "a token does not belong in a file; log in with 'hf auth login'",
-    "parallelism_config": "cannot be written in a recipe; use 'accelerate config'",
+    "parallelism_config": _ONE_PROCESS,
+    "fsdp": _ONE_PROCESS,
+    "fsdp_config": _ONE_PROCESS,
+    "deepspeed": _ONE_PROCESS,
 }
 
 

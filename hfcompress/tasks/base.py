@@ -59,7 +59,7 @@ class Task(ABC):
     which the recipe has to train first.  None where every model has to come with its weights.
     packs: rows are texts packed one after the other, not one row of the data each.
     one_text: calibration needs a column of text and nothing else.  spare: weights that a checkpoint may lack.
-    draws_anew: the collator draws what the model sees of a row, each time.
+    draws_anew: the collator draws what the model sees of a row, each time.  predicts_tokens: the classes are tokens.
     """
 
     name: ClassVar[str]
@@ -71,6 +71,7 @@ class Task(ABC):
     pads: ClassVar[bool] = True
     one_text: ClassVar[bool] = False
     draws_anew: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
     spare: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -22,6 +22,7 @@ class CausalLM(Task):
     packs: ClassVar[bool] = True
     pads: ClassVar[bool] = False
     one_text: ClassVar[bool] = True
+    predicts_tokens: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the text column."""

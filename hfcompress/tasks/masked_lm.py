@@ -23,6 +23,7 @@ class MaskedLM(Task):
     packs: ClassVar[bool] = True
     one_text: ClassVar[bool] = True
     draws_anew: ClassVar[bool] = True
+    predicts_tokens: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the text column."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig
 
-from hfcompress.errors import DataError, ModelError
+from hfcompress.errors import DataError, ModelError, did_you_mean
 from hfcompress.evaluate import Reader
 from hfcompress.evaluate.metrics import Form
 from hfcompress.evaluate.modes import on_device
@@ -27,15 +27,17 @@ class Seq2SeqLM(Task):
     name = "seq2seq-lm"
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = ("perplexity",)
+    predicts_tokens: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the columns of sources and targets, or the one of translations."""
         return [TRANSLATION] if spec.source_lang else [str(spec.text_column), str(spec.summary_column)]
 
     def check(self, config: PreTrainedConfig, processor: Any, spec: DataSpec) -> None:
-        """Raise ModelError for a model without an encoder."""
+        """Raise ModelError for a model without an encoder, DataError for a ``forced_bos_token`` that is none."""
         if not config.is_encoder_decoder:
             raise ModelError(f"A {config.model_type} model has no encoder and decoder; use causal-lm for it.")
+        _forced(processor, spec)
 
     def row_length(self, spec: DataSpec) -> tuple[str, int]:
         """Return the longer of ``max_source_length`` and ``max_target_length``."""
@@ -101,9 +103,21 @@ class TextReader(Reader):
             max_new_tokens=self.held_out.spec.max_target_length,
             num_beams=self.held_out.num_beams,
             do_sample=False,
+            **_forced(self.held_out.processor, self.held_out.spec),
         )
         written = self.held_out.processor.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in written]
+
+
+def _forced(processor: Any, spec: DataSpec) -> dict[str, int]:
+    """Return what ``generate`` takes for ``forced_bos_token``.  Raises DataError for a token that is not there."""
+    token = spec.forced_bos_token
+    if token is None:
+        return {}
+    known = processor.get_vocab()
+    if token not in known:
+        raise DataError(f"data.forced_bos_token '{token}' is no token of the tokenizer. {did_you_mean(token, known)}")
+    return {"forced_bos_token_id": known[token]}
 
 
 def texts_of(batch: dict[str, list[Any]], spec: DataSpec) -> tuple[list[str], list[str]]:

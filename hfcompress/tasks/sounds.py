@@ -19,22 +19,23 @@ def undecoded(rows: Dataset, column: str) -> Dataset:
     return rows
 
 
-def not_longer(rows: Dataset, column: str, seconds: float) -> Dataset:
-    """Return the rows whose sound is not longer; only the headers of the files are read.
+def of_length(rows: Dataset, column: str, shortest: float, longest: float) -> Dataset:
+    """Return the rows whose sound lasts from ``shortest`` to ``longest`` seconds; only headers of files are read.
 
-    Raises DataError for a sound that cannot be read, and when all are longer.
+    Raises DataError for a sound that cannot be read, and when none is left.
     """
     durations = [
         _duration(row[column], column, index)
         for index, row in enumerate(track(rows.select_columns([column]), "looking at the sounds", len(rows)))
     ]
-    short = [index for index, duration in enumerate(durations) if duration <= seconds]
-    if not short:
+    fitting = [index for index, duration in enumerate(durations) if shortest <= duration <= longest]
+    if not fitting:
+        least, most = min(durations, default=0), max(durations, default=0)
         raise DataError(
-            f"All {len(rows)} sounds in column '{column}' are longer than {seconds:g} s "
-            f"(data.max_duration_in_seconds); the shortest has {min(durations, default=0):.1f} s."
+            f"All {len(rows)} sounds in column '{column}' are longer than {longest:g} s (data.max_duration_in_seconds)"
+            f" or shorter than {shortest:g} s (data.min_duration_in_seconds); they have {least:.1f} to {most:.1f} s."
         )
-    return rows if len(short) == len(rows) else rows.select(short)
+    return rows if len(fitting) == len(rows) else rows.select(fitting)
 
 
 def read_sound(value: Any, column: str, index: int, rate: int) -> np.ndarray:

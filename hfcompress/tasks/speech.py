@@ -15,7 +15,7 @@ from hfcompress.errors import ModelError
 from hfcompress.outputs import IGNORED
 from hfcompress.recipe import DataSpec
 from hfcompress.tasks.base import LazyRows, Task
-from hfcompress.tasks.sounds import not_longer, read_sound, undecoded
+from hfcompress.tasks.sounds import of_length, read_sound, undecoded
 
 
 class Speech(Task):
@@ -23,16 +23,18 @@ class Speech(Task):
 
     auto_processor = "AutoProcessor"
     pads: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = True
 
     def columns(self, spec: DataSpec) -> list[str]:
         """Return the columns of sounds and transcripts."""
         return [str(spec.audio_column_name), str(spec.text_column)]
 
     def kept(self, rows: Dataset, spec: DataSpec) -> Dataset:
-        """Return the rows whose sound is not longer than ``max_duration_in_seconds``, each of which can be read."""
+        """Return the rows whose sound is as long as the options of its duration say, each of which can be read."""
         assert spec.max_duration_in_seconds is not None
         column = str(spec.audio_column_name)
-        return not_longer(undecoded(rows, column), column, spec.max_duration_in_seconds)
+        shortest, longest = spec.min_duration_in_seconds or 0.0, spec.max_duration_in_seconds
+        return of_length(undecoded(rows, column), column, shortest, longest)
 
     def row_length(self, spec: DataSpec) -> tuple[str, int] | None:
         """Return None: a sound is no row of tokens."""

@@ -30,6 +30,11 @@ def name_of(model: nn.Module, part: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether ``compile`` was called on a model or a part of it: what runs then may call no new hooks."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
 @contextmanager
 def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
     """Give a dict that fills with each tap's output, (rows, tokens, features), while the model runs.
