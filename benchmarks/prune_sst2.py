@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,13 @@ def without_teacher(bench: Bench) -> Result:
     return model, weights_facts(model)
 
 
-def at_once(bench: Bench) -> Result:
-    """Prune 80% at once with torch.nn.utils.prune, then train as long, with the same teacher and fixed masks."""
-    model = bench.open(**NO_DROPOUT)
+def at_once(bench: Bench, taught: bool) -> Result:
+    """Prune 80% at once with torch.nn.utils.prune, then train as long with fixed masks."""
+    model = bench.open(**(NO_DROPOUT if taught else {}))
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)]
     pairs = [(module, "weight") for module in modules]
     torch_prune.global_unstructured(pairs, pruning_method=torch_prune.L1Unstructured, amount=0.8)
-    bench.distil(model, **TAUGHT)
+    bench.distil(model, **TAUGHT) if taught else bench.fit(model)
     for module in modules:
         torch_prune.remove(module, "weight")
     return model, weights_facts(model)
@@ -97,7 +98,8 @@ ROWS: dict[str, Callable[[Bench], Result]] = {
     "80% gradual, teacher": gradual(0.8),
     "90% gradual, teacher": gradual(0.9),
     "80% gradual, no teacher": without_teacher,
-    "80% at once, fixed masks, teacher": at_once,
+    "80% at once, fixed masks, teacher": partial(at_once, taught=True),
+    "80% at once, fixed masks, no teacher": partial(at_once, taught=False),
     HALF: structure(0.5),
     QUARTER: structure(0.75),
     f"{HALF}, at once per layer": structure(0.5, **PROTOTYPE),
