@@ -143,6 +143,27 @@ def test_choosing_has_no_figure_but_measured_ones() -> None:
     assert len(rows) == expected > 10
 
 
+def test_choosing_says_what_shortens_calls_as_the_table_does() -> None:
+    """Taking structure out; what the other stages shortened lies within a few per cent, as that of training does."""
+    page = " ".join(PAGES["docs/choosing.md"].split())
+    assert (
+        "Packed weights, which stock Transformers unpacks, made no call above shorter beyond the few per cent" in page
+    )
+    assert "`drop_layers` and `shrink` alone shortened calls above by more" in page
+    changes: dict[str, list[float]] = {}
+    for facts in map(load_facts, measured.card_folders()):
+        for stage, before, after in zip(facts.recipe["stages"], facts.stages, facts.stages[1:]):
+            was, now = (one.measurement.latency for one in (before, after))
+            assert was
+            assert now
+            changes.setdefault(next(iter(stage)), []).append(now.median_ms / was.median_ms - 1)
+    few = 0.07
+    assert max(map(abs, changes["distill"])) < few
+    assert min(changes["quantize"]) > -few
+    assert max(changes["quantize"]) > 0.5
+    assert max(changes["drop_layers"] + changes["shrink"]) < -few
+
+
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
 
 
