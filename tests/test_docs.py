@@ -22,7 +22,7 @@ from docs.generate import all_commands
 from hfcompress.publish import load_facts
 from hfcompress.publish.numbers import megabytes, metric
 from hfcompress.recipe import STAGES, parse_recipe
-from tests.browser import CHROMIUM, DRIVER, MISSING
+from tests.browser import MISSING, WANTED
 from tests.documents import ROOT, blocks, commands, readers_names, run_python, write_readers_files
 from tests.here import everything_here
 from tests.runs import run_command
@@ -201,7 +201,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(squares[0] - squares[1]).max())
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+@pytest.mark.skipif(not WANTED, reason=MISSING)
 def test_screenshots_can_be_taken_again(tmp_path: Path) -> None:
     """They are what the pages look like now, but for fonts."""
     made = screenshots.screenshots(tmp_path)
