@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -162,6 +163,25 @@ def test_choosing_says_what_shortens_calls_as_the_table_does() -> None:
     assert min(changes["quantize"]) > -few
     assert max(changes["quantize"]) > 0.5
     assert max(changes["drop_layers"] + changes["shrink"]) < -few
+
+
+def test_one_shot_pruning_is_told_as_it_was_measured() -> None:
+    kept = json.loads((ROOT / "benchmarks/results/prune_oneshot.json").read_text(encoding="utf-8"))
+    page = " ".join(PAGES["docs/guides/prune-weights.md"].split())
+    settings = kept["settings"]
+    for word in ("calibration", "held_out"):
+        assert f"--{word.replace('_', '-')}-rows {settings[f'{word}_rows']}" in page
+    assert f"rows of {settings['length']} tokens" in page
+    lines = measured.one_shot().splitlines()[2:]
+    assert len(lines) == len(kept["rows"]) > 5
+    for line, (name, row) in zip(lines, kept["rows"].items()):
+        _, told, seconds, memory, perplexity, zeros, _ = (cell.strip() for cell in line.split("|"))
+        assert told == name
+        assert perplexity == f"{row['perplexity']:.2f}"
+        assert zeros == f"{100 * row['sparsity']:.1f}%"
+        assert (seconds, memory) == (
+            (f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") if "seconds" in row else ("", "")
+        )
 
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
