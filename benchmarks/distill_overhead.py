@@ -6,10 +6,10 @@
     python benchmarks/distill_overhead.py language-model --memory
 
 ``classifier`` is all-MiniLM-L6-v2 and a student of three of its six layers, 64 rows of 32 tokens.  ``language-model``
-is SmolLM2-135M and a student of 24 of its 30 layers, 4 rows of 256 tokens of Python's documentation.  Students are
-trained in bfloat16 autocast, teachers are bfloat16.  Runs of a few steps alternate in one process; a ratio is that of
-neighbours in time, and the table gives medians over the repeats; the least step of all is what a disturbed machine
-says best.  ``--memory`` gives every run a process of its own.
+is SmolLM2-135M-Instruct and a student of 24 of its 30 layers, 4 rows of 256 tokens of Python's documentation.
+Students are trained in bfloat16 autocast, teachers are bfloat16.  Runs of a few steps alternate in one process; a
+ratio is that of neighbours in time, and the table gives medians over the repeats; the least step of all is what a
+disturbed machine says best.  ``--memory`` gives every run a process of its own.
 """
 
 from __future__ import annotations

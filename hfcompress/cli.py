@@ -62,7 +62,7 @@ def demo(
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the bundled recipe on SmolLM2-135M and Python's documentation, with no network."""
+    """Run the bundled recipe on SmolLM2-135M-Instruct and Python's documentation, with no network."""
     from hfcompress.recipe import load_recipe
 
     changes = QUICK if quick else []

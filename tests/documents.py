@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoModel, DistilBertConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
+from hfcompress.publish import load_facts
 from tests.conftest import tiny_llama, token_batches
 from tests.runs import WORDS, write_reviews, write_text
 from tests.vocabularies import CASES
@@ -95,3 +97,17 @@ def run_python(text: str, source: str, names: dict[str, Any]) -> int:
     for code in found:
         exec(compile(code, source, "exec"), names)
     return len(found)
+
+
+def run_card(folder: Path, around: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run a card's Python where its checkpoint has the name that the card gives it; return the names that it sets.
+
+    around: an empty folder, in which a reader would keep the checkpoint.
+    """
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (around / load_facts(folder).name).symlink_to(folder)
+    names: dict[str, Any] = {}
+    with monkeypatch.context() as there:
+        there.chdir(around)
+        assert run_python(card, "README.md", names) == 1
+    return names

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from docs.generate import all_commands
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.publish import load_facts
 from hfcompress.recipe import load_recipe, recipe_schema
 from hfcompress.structure import DropLayers
+from tests.documents import run_card
 from tests.forks import Forks
 from tests.runs import language_recipe
 
@@ -76,6 +79,17 @@ def test_run_takes_changes_and_shows_the_result(sources: Path, tmp_path: Path, f
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "changed" / "config.json").read_text())["num_hidden_layers"] == 1
     assert load_recipe(tmp_path / "changed" / "recipe.yaml").stages[0].options == DropLayers(keep=1)
+
+
+def test_its_card_says_how_to_load_it(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run_card(finished, tmp_path, monkeypatch)
+    assert "hfcompress" not in names
+    rows = names["tokenizer"]("the model prune", return_tensors="pt")
+    with torch.inference_mode():
+        logits = names["model"](input_ids=rows["input_ids"]).logits
+        expected = AutoModelForCausalLM.from_pretrained(finished)(input_ids=rows["input_ids"]).logits
+    assert rows["input_ids"].shape[1] == 3
+    assert torch.equal(logits, expected)
 
 
 def test_card_and_report_say_where_they_are(finished: Path, tmp_path: Path, forks: Forks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from docs.generate import all_commands
 from hfcompress.publish import load_facts
 from hfcompress.publish.numbers import megabytes, metric
 from hfcompress.recipe import STAGES, parse_recipe
-from tests.browser import CHROMIUM, DRIVER, MISSING
+from tests.browser import MISSING, WANTED
 from tests.documents import ROOT, blocks, commands, readers_names, run_python, write_readers_files
 from tests.here import everything_here
 from tests.runs import run_command
@@ -143,6 +144,47 @@ def test_choosing_has_no_figure_but_measured_ones() -> None:
     assert len(rows) == expected > 10
 
 
+def test_choosing_says_what_shortens_calls_as_the_cards_do() -> None:
+    """Taking structure out; what quantization shortened is less than what two measurements of one model differ by."""
+    page = " ".join(PAGES["docs/choosing.md"].split())
+    assert "a few per cent in the rows of `distill`, and up to a fifth in the `finetune` stages" in page
+    assert "made no call above shorter beyond what two measurements of one model differ by, and some" in page
+    assert "`drop_layers` and `shrink` alone shortened calls above by more than that, all but the demo's six" in page
+    changes: dict[str, dict[str, float]] = {}
+    for facts in map(load_facts, measured.card_folders()):
+        for stage, before, after in zip(facts.recipe["stages"], facts.stages, facts.stages[1:]):
+            was, now = (one.measurement.latency for one in (before, after))
+            assert was
+            assert now
+            changes.setdefault(next(iter(stage)), {})[facts.name] = now.median_ms / was.median_ms - 1
+    apart = {kind: max(map(abs, changes[kind].values())) for kind in ("distill", "finetune")}
+    assert apart["distill"] < 0.07
+    assert 0.18 < apart["finetune"] < 0.2
+    assert min(changes["quantize"].values()) > -apart["finetune"]
+    assert max(changes["quantize"].values()) > 0.5
+    assert changes["drop_layers"].pop("smollm2-python-docs") > -apart["finetune"]
+    assert max([*changes["drop_layers"].values(), *changes["shrink"].values()]) < -apart["finetune"]
+
+
+def test_one_shot_pruning_is_told_as_it_was_measured() -> None:
+    kept = json.loads((ROOT / "benchmarks/results/prune_oneshot.json").read_text(encoding="utf-8"))
+    page = " ".join(PAGES["docs/guides/prune-weights.md"].split())
+    settings = kept["settings"]
+    for word in ("calibration", "held_out"):
+        assert f"--{word.replace('_', '-')}-rows {settings[f'{word}_rows']}" in page
+    assert f"rows of {settings['length']} tokens" in page
+    lines = measured.one_shot().splitlines()[2:]
+    assert len(lines) == len(kept["rows"]) > 5
+    for line, (name, row) in zip(lines, kept["rows"].items()):
+        _, told, seconds, memory, perplexity, zeros, _ = (cell.strip() for cell in line.split("|"))
+        assert told == name
+        assert perplexity == f"{row['perplexity']:.2f}"
+        assert zeros == f"{100 * row['sparsity']:.1f}%"
+        assert (seconds, memory) == (
+            (f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") if "seconds" in row else ("", "")
+        )
+
+
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
 
 
@@ -180,7 +222,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(squares[0] - squares[1]).max())
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+@pytest.mark.skipif(not WANTED, reason=MISSING)
 def test_screenshots_can_be_taken_again(tmp_path: Path) -> None:
     """They are what the pages look like now, but for fonts."""
     made = screenshots.screenshots(tmp_path)

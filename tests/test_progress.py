@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 import hfcompress
-from hfcompress import GPTQ, DistillationTrainer, Wanda, progress
+from hfcompress import AWQ, GPTQ, RTN, BitsAndBytes, DistillationTrainer, SmoothQuant, Wanda, progress
 from hfcompress.calibration.texts import pack
 from hfcompress.training import train
 from tests.conftest import tiny_llama, token_batches, word_tokenizer
 from tests.runs import WORDS
+from tests.vocabularies import CASES
 
 
 @contextmanager
@@ -95,26 +97,50 @@ def test_a_terminal_shows_something_that_moves(step: str, expected: bytes) -> No
     assert process.returncode == 0
 
 
-def distil() -> None:
-    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
+ROWS = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
+QUIET: dict[str, Any] = {"num_train_epochs": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+
+
+def finetune() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        args = hfcompress.DistillationConfig(
-            folder, num_train_epochs=2, use_cpu=True, disable_tqdm=True, save_strategy="no"
-        )
-        train(DistillationTrainer(tiny_llama(), args, teacher_model=tiny_llama(), train_dataset=rows), "distill")
+        train(Trainer(tiny_llama(), TrainingArguments(folder, **QUIET), train_dataset=ROWS), "finetune")
+
+
+def distil() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        args = hfcompress.DistillationConfig(folder, **QUIET)
+        train(DistillationTrainer(tiny_llama(), args, teacher_model=tiny_llama(), train_dataset=ROWS), "distill")
 
 
 def cache_answers() -> None:
-    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
     with tempfile.TemporaryDirectory() as folder:
-        hfcompress.cache_teacher(tiny_llama(), rows, Path(folder) / "answers", batch_size=2)
+        hfcompress.cache_teacher(tiny_llama(), ROWS, Path(folder) / "answers", batch_size=2)
+
+
+def look_answers_up() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        answers = hfcompress.cache_teacher(tiny_llama(), ROWS, Path(folder) / "answers").folder
+        args = hfcompress.DistillationConfig(folder, **QUIET)
+        DistillationTrainer(tiny_llama(), args, teacher_model=answers, train_dataset=ROWS).train()
+
+
+def prune_vocabulary() -> None:
+    model, tokenizer = CASES["gpt2"].make()
+    hfcompress.prune_vocabulary(model, tokenizer, ["the model"] * 8)
 
 
 METERS: dict[str, Callable[[], object]] = {
     "Quantizing with GPTQ": lambda: hfcompress.quantize(tiny_llama(), GPTQ(group_size=32), token_batches()),
+    "Quantizing with AWQ": lambda: hfcompress.quantize(tiny_llama(), AWQ(group_size=32), token_batches()),
+    "Quantizing with SmoothQuant": lambda: hfcompress.quantize(tiny_llama(), SmoothQuant(), token_batches()),
+    "Quantizing with RTN": lambda: hfcompress.quantize(tiny_llama(), RTN(bits=8)),
+    "Quantizing with BitsAndBytes": lambda: hfcompress.quantize(tiny_llama(), BitsAndBytes()),
     "Pruning with Wanda": lambda: hfcompress.prune(tiny_llama(), Wanda(sparsity=0.5), token_batches()),
+    "finetune": finetune,
     "distill": distil,
     "teacher answers": cache_answers,
+    "teacher answers looked up": look_answers_up,
+    "reading texts for their tokens": prune_vocabulary,
     "measuring the loss without each layer": lambda: hfcompress.drop_layers(
         tiny_llama(layers=4), hfcompress.DropLayers(keep=3, select="loss"), token_batches()
     ),

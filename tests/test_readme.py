@@ -35,5 +35,7 @@ def test_the_tree_names_every_part_and_no_other() -> None:
 
 def test_the_table_is_the_measured_one() -> None:
     card = (ROOT / "model_cards" / "smollm2-python-docs" / "README.md").read_text(encoding="utf-8")
-    rows = [line for line in README.splitlines() if line.startswith("| ") and "%" not in line and "`" not in line]
-    assert len([row for row in rows if row in card]) >= 5
+    table = re.search(r"(?<=\n\n)\| stage \|.*?\n(?=\n)", README, re.DOTALL)
+    assert table
+    assert table[0].count("\n") == 2 + 4
+    assert f"\n\n{table[0]}\n" in card

@@ -14,7 +14,7 @@ import pytest
 
 from hfcompress.errors import CheckpointError, DataError, OutputError
 from hfcompress.publish import write_report
-from tests.browser import CHROMIUM, DRIVER, MISSING, Browser
+from tests.browser import MISSING, WANTED, Browser
 from tests.test_publish import measurements
 
 HOSTILE = "b </script><script>document.title='run'</script> {{data}}"
@@ -93,7 +93,7 @@ def test_bad_input_is_one_error_and_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+needs_browser = pytest.mark.skipif(not WANTED, reason=MISSING)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,15 @@ from hfcompress.pruning import HeadPruneOptions, NeuronPruneOptions
 from hfcompress.publish.numbers import megabytes, millions, percent
 from hfcompress.recipe import Finetune, parse_recipe
 from hfcompress.structure import find_attention, find_ffn
+from tests.documents import run_card
 from tests.runs import language_recipe, run_command
 
 TRAINING = {"per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-3}
 
 
-def test_distilled_then_shrunk_model_reloads_without_its_heads(sources: Path, tmp_path: Path) -> None:
+def test_distilled_then_shrunk_model_reloads_without_its_heads(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = [
         {
             "distill": {
@@ -45,6 +48,10 @@ def test_distilled_then_shrunk_model_reloads_without_its_heads(sources: Path, tm
     assert "8 heads and 384 neurons removed" in facts
     card = (output / "README.md").read_text()
     assert "- pruned" in card
+    (tmp_path / "around").mkdir()
+    as_it_says = run_card(output, tmp_path / "around", monkeypatch)
+    assert "hfcompress" in as_it_says, "stock Transformers does not load uneven shapes"
+    assert [block.width for block in find_ffn(as_it_says["model"])] == [block.width for block in find_ffn(model)]
     summary = inspect_checkpoint(output)
     assert len(summary.layers) == 4
     for layer in summary.layers:
