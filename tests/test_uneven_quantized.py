@@ -23,6 +23,8 @@ from tests.reloading import same_but_for_rounding
 from tests.test_structure_shrink import _gated, _uneven
 from tests.uneven import FAMILIES, TOKENS, inputs_of, llama, narrow, output_of, separate_heads
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def packed(
     name: str, method: type[hfcompress.RTN | hfcompress.GPTQ] = hfcompress.RTN, **options: object
