@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -185,6 +186,13 @@ def finished(sources: Path, forks: Forks) -> Path:
     """One uninterrupted run, shared by all tests that look at its result or compare with it."""
     with forking(forks):
         return pipeline.compress(language_recipe(sources / "llama", sources / "text.jsonl", sources / "out"))
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pictures be files that start as pictures do: painting one takes longer than writing a card."""
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda figure: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture
