@@ -9,12 +9,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import gc
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hfcompress.pipeline import compress
+from hfcompress import pipeline
+from hfcompress.checkpoint import verify
 from tests.forks import Forks
 from tests.runs import WORDS, language_recipe, write_text
 
@@ -149,17 +154,45 @@ def sources(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
 
 
 @pytest.fixture(scope="session")
-def finished(sources: Path) -> Path:
-    """One uninterrupted run as users start it, shared by all tests that look at its result or compare with it."""
-    return compress(language_recipe(sources / "llama", sources / "text.jsonl", sources / "out"))
-
-
-@pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Runs hfcompress's commands in processes of their own, without the imports that cost seconds."""
     forks = Forks.start()
     yield forks
     forks.close()
+
+
+@contextmanager
+def forking(forks: Forks) -> Iterator[None]:
+    """Let the processes that measure and verify be forks, too."""
+
+    def run(words: Sequence[str]) -> int:
+        return forks.run_instead([sys.executable, "-m", "hfcompress", *words]).returncode
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verify, "subprocess", SimpleNamespace(run=forks.run_instead))
+        patched.setattr(pipeline, "FreshProcesses", lambda *preload: nullcontext(SimpleNamespace(run=run)))
+        yield
+
+
+@pytest.fixture
+def forked(forks: Forks) -> Iterator[None]:
+    """Take the processes that measure and verify from forks: for what a new interpreter would not show either."""
+    with forking(forks):
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(sources: Path, forks: Forks) -> Path:
+    """One uninterrupted run, shared by all tests that look at its result or compare with it."""
+    with forking(forks):
+        return pipeline.compress(language_recipe(sources / "llama", sources / "text.jsonl", sources / "out"))
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pictures be files that start as pictures do: painting one takes longer than writing a card."""
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda figure: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture

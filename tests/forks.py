@@ -130,6 +130,16 @@ class Forks:
         """Run ``python -m hfcompress WORDS``."""
         return self.run(["-m", "hfcompress", *map(str, words)], spy=spy)
 
+    def run_instead(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a Python process as ``subprocess.run`` would, but in the environment of the process that forks it."""
+        done = self.run(command[1:], options.get("cwd") or os.getcwd())
+        if not options.get("capture_output"):
+            print(done.stdout, end="", flush=True)
+            print(done.stderr, end="", file=sys.stderr, flush=True)
+        if options.get("check"):
+            done.check_returncode()
+        return done
+
     def close(self) -> None:
         """End the serving process."""
         self.connection.close()
@@ -214,14 +224,6 @@ def _fork_instead_of_starting() -> None:
     forks, start = Forks.fork(), subprocess.run
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        if command[0] != sys.executable:
-            return start(command, **options)
-        done = forks.run(command[1:], options.get("cwd") or os.getcwd())
-        if not options.get("capture_output"):
-            print(done.stdout, end="", flush=True)
-            print(done.stderr, end="", file=sys.stderr, flush=True)
-        if options.get("check"):
-            done.check_returncode()
-        return done
+        return (forks.run_instead if command[0] == sys.executable else start)(command, **options)
 
     subprocess.run = run  # type: ignore[assignment]

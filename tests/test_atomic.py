@@ -15,6 +15,7 @@ from hfcompress.checkpoint import atomic
 from hfcompress.checkpoint.atomic import MARKER, list_own_files, new_folder, recover, refuse_foreign
 from hfcompress.checkpoint.locks import locked
 from hfcompress.errors import OutputError
+from tests.forks import Forks
 
 
 def write(folder: Path, text: str) -> None:
@@ -77,11 +78,9 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("way", ["swap", "two renames"])
-def test_a_kill_before_any_change_of_a_file_loses_nothing(way: str, tmp_path: Path) -> None:
+def test_a_kill_before_any_change_of_a_file_loses_nothing(way: str, tmp_path: Path, forks: Forks) -> None:
     """Each step of replacing a folder is the last one of some process; what it leaves is tidied up by the next."""
-    command = [sys.executable, "-c", KILL_AT_EVERY_STEP, str(tmp_path), way]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    run = forks.run(["-c", KILL_AT_EVERY_STEP, str(tmp_path), way])
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     states = [tuple(words) for _, _, *words in found]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from hfcompress.checkpoint.atomic import refuse_full_disk
 from hfcompress.errors import CheckpointError, ModelError, OutputError
 from hfcompress.structure.modes import eval_mode
 from tests.conftest import tiny_bert, tiny_gpt2_classifier, tiny_llama
+from tests.forks import Forks
 from tests.reloading import same_but_for_rounding
 
 
@@ -31,7 +30,11 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
-def test_verified_in_a_process_without_hfcompress(make, dtype, tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_verified_in_a_process_without_hfcompress(
+    make, dtype, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
+):
+    if (make, dtype) != (tiny_llama, torch.float32):  # which a new interpreter verifies
+        request.getfixturevalue("forked")
     model = make()
     for parameter in model.parameters():  # not .to(): a checkpoint's reader keeps rotary frequencies in float32
         parameter.data = parameter.data.to(dtype)
@@ -59,12 +62,14 @@ def test_same_files_as_save_pretrained(tmp_path: Path) -> None:
     assert ours == listing(tmp_path / "plain")
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_checkpoint_of_another_model_is_not_verified(tmp_path: Path) -> None:
     save_compressed(tiny_llama(seed=0), tmp_path / "out")
     with pytest.raises(CheckpointError, match="reloads to a different model: logits differ by"):
         verify_checkpoint(tmp_path / "out", Probe.of(tiny_llama(seed=1)))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_model_is_verified_in_its_own_precision_after_training_in_mixed_precision(tmp_path: Path) -> None:
     """Training in bfloat16 leaves an autocast around ``forward`` that the model's reload does not have."""
     model = tiny_bert()
@@ -96,11 +101,13 @@ def test_a_probe_leaves_every_mode_as_it_was_and_ignores_autocast() -> None:
     assert plain.device == "cpu"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_classifier_without_a_padding_token_is_verified(tmp_path: Path) -> None:
     saved = save_compressed(tiny_gpt2_classifier(), tmp_path / "out", verify=True)
     assert saved.verification is not None
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_checkpoint_that_does_not_load_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     plain = model.save_pretrained
@@ -172,8 +179,7 @@ def test_our_own_folder_is_replaced(tmp_path: Path) -> None:
 
 
 FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, {root!r})
+import resource, signal
 from tests.conftest import tiny_llama
 from hfcompress import HFCompressError, save_compressed
 model = tiny_llama(seed=1)
@@ -186,13 +192,12 @@ except HFCompressError as error:
 """
 
 
-def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path, forks: Forks) -> None:
     """The kernel refuses to write past 50 kB, as a full disk would."""
     save_compressed(tiny_llama(seed=0), tmp_path / "out")
     before = listing(tmp_path)
-    root = str(Path(__file__).parent.parent)
-    code = FULL_DISK.format(root=root, folder=str(tmp_path / "out"))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = forks.run(["-c", FULL_DISK.format(folder=str(tmp_path / "out"))])
+    assert run.returncode == 0, run.stderr
     assert "could not be written" in run.stdout
     assert "Nothing was changed" in run.stdout
     assert listing(tmp_path) == before
@@ -204,6 +209,7 @@ def test_a_full_disk_is_known_beforehand(tmp_path: Path) -> None:
     refuse_full_disk(tmp_path, 1)
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_image_model_is_verified_on_images(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -218,6 +224,7 @@ def test_an_image_model_is_verified_on_images(tmp_path: Path) -> None:
         assert saved.verification.max_logit > 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_reloads_as_the_task_model(bert_dir: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(bert_dir)
     save_compressed(model, tmp_path / "out", verify=True)

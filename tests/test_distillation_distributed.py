@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tests.distilling import Rows, distiller, equal, llama, token_classifier, token_rows, weights_of
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.forks import Forks
 from tests.test_distillation_across import STUDENT, TEACHER, models_of, rows
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
@@ -72,8 +73,8 @@ def _distil_in_one_process(folder: str, kind: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", LOSSES)
-def test_two_processes_learn_what_one_learns_from_the_joint_batch(kind: str, tmp_path: Path) -> None:
-    run_in_two_processes(_distil_in_one_process, str(tmp_path), kind)
+def test_two_processes_learn_what_one_learns_from_the_joint_batch(kind: str, tmp_path: Path, forks: Forks) -> None:
+    run_in_two_processes(forks, _distil_in_one_process, str(tmp_path), kind)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     assert [size for size, *_ in results] == [WORLD_SIZE] * WORLD_SIZE
     (_, moved, logs), (_, other, _) = results

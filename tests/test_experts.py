@@ -28,6 +28,8 @@ from hfcompress.quantization.rtn import round_to_nearest
 from hfcompress.structure.experts import fused_experts, stored_matrices
 from tests.conftest import VOCABULARY_SIZE, token_batches
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 COMMON = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
 SMALL = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}

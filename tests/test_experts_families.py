@@ -20,6 +20,8 @@ from hfcompress.structure.offload import is_offloaded, places_on_disk
 from tests.conftest import token_batches
 from tests.runs import model_files, run_command, write_text
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

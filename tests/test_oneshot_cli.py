@@ -16,6 +16,8 @@ from hfcompress.structure import stack_linears
 from tests.conftest import tiny_bert
 from tests.runs import run_command, write_text
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 MAGNITUDE = ["--method", "magnitude", "--sparsity"]
 
 

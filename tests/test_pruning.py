@@ -28,6 +28,7 @@ from hfcompress.pruning.schedules import SCHEDULES, ramp
 from hfcompress.pruning.select import smallest
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.forks import Forks
 from tests.pruning_runs import (
     MovesEverything,
     StopAt,
@@ -623,8 +624,8 @@ def _prune_in_one_process(folder: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_prune_the_same_weights(tmp_path: Path) -> None:
-    run_in_two_processes(_prune_in_one_process, str(tmp_path))
+def test_two_processes_prune_the_same_weights(tmp_path: Path, forks: Forks) -> None:
+    run_in_two_processes(forks, _prune_in_one_process, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     assert [size for size, *_ in results] == [WORLD_SIZE] * WORLD_SIZE
     (_, weights, moments, norms), (_, other_weights, other_moments, other_norms) = results

@@ -22,6 +22,7 @@ from hfcompress.pruning.inputs import sum_of_squares
 from hfcompress.structure import find_ffn
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.forks import Forks
 from tests.pruning_runs import (
     Rows,
     StopAt,
@@ -495,8 +496,8 @@ def _prune_in_one_process(folder: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_observe_the_same(tmp_path: Path) -> None:
-    run_in_two_processes(_prune_in_one_process, str(tmp_path))
+def test_two_processes_observe_the_same(tmp_path: Path, forks: Forks) -> None:
+    run_in_two_processes(forks, _prune_in_one_process, str(tmp_path))
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE))
     assert same_tensors(one, other)
     # the same rows in one process

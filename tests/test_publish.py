@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from hfcompress.publish.facts import facts_from
 from hfcompress.publish.plots import PICTURE_INCHES
 from hfcompress.publish.sections import stages_markdown
 from hfcompress.publish.tables import stage_cells, stage_headers
+from tests.forks import Forks
 
 MACHINE = {"cpu": "Test CPU 9000", "cores": 2, "threads": 2, "platform": "Linux x86_64", "python": "3.11.7",
            "torch": "2.13.0", "transformers": "5.24.0", "hfcompress": "0.1.0"}  # fmt: skip
@@ -166,6 +165,7 @@ def changed(values: dict[str, Any], place: tuple[Any, ...], value: Any) -> dict[
     return copied
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("place", STAGE_NUMBERS, ids=lambda place: ".".join(map(str, place)))
 def test_every_stage_number_decides_what_the_card_says(tmp_path: Path, place: tuple[Any, ...]) -> None:
     # How much text the metrics are of is said once, of the final checkpoint.
@@ -239,6 +239,7 @@ OPTIONAL = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("name", [*OPTIONAL[0], *OPTIONAL[1], *OPTIONAL[2], "all"])
 @pytest.mark.parametrize("null", [False, True], ids=["absent", "null"])
 def test_a_card_without_optional_facts_makes_no_claim_about_them(tmp_path: Path, name: str, null: bool) -> None:
@@ -350,12 +351,13 @@ def test_absolute_output_folders_stay_off_the_loading_example(tmp_path: Path) ->
     assert 'from_pretrained("me/small")' in write_model_card(tmp_path, repo_id="me/small").read_text()
 
 
-def test_card_needs_no_network(checkpoint: Path) -> None:
+def test_card_needs_no_network(checkpoint: Path, forks: Forks) -> None:
     code = (
         "import socket, sys; socket.socket.connect = lambda *a: sys.exit('network used'); "
         f"from hfcompress.publish import write_model_card; write_model_card({str(checkpoint)!r})"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = forks.run(["-c", code])
+    assert run.returncode == 0, run.stderr
     assert (checkpoint / "README.md").is_file()
 
 

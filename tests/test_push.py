@@ -24,6 +24,7 @@ from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.publish import write_model_card
 from hfcompress.publish.uploads import choose_files
 from tests.conftest import tiny_llama
+from tests.forks import Forks
 from tests.hub_server import TOKEN
 from tests.test_publish import measurements
 
@@ -99,7 +100,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tokenizer: Any) -> Path:
+def folder(tmp_path: Path, tokenizer: Any, unpainted: None) -> Path:
     """A checkpoint with its card and facts, and what a training leaves beside them."""
     folder = tmp_path / "small"
     save_compressed(tiny_llama(), folder, tokenizer)
@@ -334,11 +335,9 @@ def test_the_commands_options_arrive(hub: Hub, folder: Path) -> None:
     assert b"changed" not in hub.bytes_of("tester/options")["recipe.yaml"]
 
 
-def test_offline_the_command_says_what_to_do(folder: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "hfcompress", "push", str(folder), "me/x"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
-    )  # fmt: skip
+def test_offline_the_command_says_what_to_do(folder: Path, forks: Forks) -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    run = forks.hfcompress("push", folder, "me/x")
     assert run.returncode == 1
     assert run.stderr.endswith(
         "hfcompress: HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and run this again.\n"

@@ -33,7 +33,7 @@ def values(rounded: Rounded) -> Tensor:
     return ((groups - points.unsqueeze(-1)) * scale.unsqueeze(-1)).view(codes.shape)
 
 
-pytestmark = pytest.mark.usefixtures("few_tokens_are_fine")
+pytestmark = pytest.mark.usefixtures("few_tokens_are_fine", "forked")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

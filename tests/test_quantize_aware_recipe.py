@@ -16,6 +16,8 @@ from hfcompress.pipeline import compress
 from hfcompress.recipe import parse_recipe
 from tests.runs import language_recipe
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TRAINING = {"per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-3}
 MAPPING = {"model": {"id": "a/b"}, "data": {"id": "a/b"}, "name": "n", "task": "causal-lm"}
 

@@ -19,6 +19,8 @@ from hfcompress.recipe import METHODS, options_beside_method
 from tests.forks import Forks
 from tests.runs import model_files, run_command, write_text
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SHAPE = ["--rows", "8", "--length", "32"]
 
 

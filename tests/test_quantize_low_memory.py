@@ -19,6 +19,8 @@ from hfcompress.structure.offload import is_offloaded, places_on_disk
 from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.runs import model_files, run_command, write_text
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 GPTQ = hfcompress.GPTQ(group_size=32)
 AUTO = hfcompress.GPTQ(bits="auto", average_bits=4.5, group_size=32)
 BEST = hfcompress.GPTQ(group_size=32, quality="best")

@@ -25,6 +25,8 @@ from tests.forks import Forks, Spy
 from tests.runs import model_files, run_command, write_text
 from tests.test_w8a8 import with_outliers
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 GPTQ = hfcompress.GPTQ(group_size=32)
 AWQ = hfcompress.AWQ(group_size=32)
 SHAPE = ["--rows", "8", "--length", "32", "--group-size", "32"]

@@ -19,6 +19,8 @@ from hfcompress.quantization import METHODS
 from tests.conftest import token_batches
 from tests.runs import model_files, write_text
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 GPTQ = hfcompress.GPTQ(group_size=32)
 
 

@@ -38,6 +38,16 @@ FAMILIES_OF_BYTES = [family for family in FAMILIES if family not in REFUSED_BYTE
 CASES = [(family, method) for family in FAMILIES for method in METHODS]
 CASES += [(family, method) for family in FAMILIES_OF_BYTES for method in BYTES]
 CASES += [("llama", method) for method in OF_LLAMA]
+# These are tried with every method, each other family with one of its methods and, where time is no matter, the rest.
+THOROUGHLY = ("bert", "llama", "gpt2", "t5")
+
+
+def is_tried_always(family: str, method: str) -> bool:
+    methods = [other for one, other in CASES if one == family]
+    return family in THOROUGHLY or method == methods[list(FAMILIES).index(family) % len(methods)]
+
+
+PARAMETERS = [pytest.param(*case, marks=() if is_tried_always(*case) else pytest.mark.slow) for case in CASES]
 
 
 def quantized_case(family: str, method: str, folder: Path) -> Case:
@@ -48,32 +58,34 @@ def quantized_case(family: str, method: str, folder: Path) -> Case:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+def cases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Cases:
+    """The cases that were selected, reloaded by one process of each kind."""
+    selected = {item.callspec.id for item in request.session.items if item.path == request.path}
     root = tmp_path_factory.mktemp("families")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*calibration tokens are fewer")
         warnings.filterwarnings("ignore", message="Group sizes that do not divide")
         warnings.filterwarnings("ignore", message="No norm ")
-        made = {case: quantized_case(*case, root / "-".join(case)) for case in CASES}
+        made = {case: quantized_case(*case, root / "-".join(case)) for case in CASES if "-".join(case) in selected}
     reload_all(root, tmp_path_factory.mktemp("empty"))
     return made
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), PARAMETERS)
 def test_stock_reload_gives_the_same_logits(family: str, method: str, cases: Cases) -> None:
     case = cases[family, method]
     assert {row.name for row in case.report.rows} == {*packed_layers(case.model), *byte_layers(case.model)}
     case.reloads_alike(plugins=0)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), PARAMETERS)
 def test_saved_before_or_after_a_call_and_by_either_way_it_has_the_same_files(
     family: str, method: str, cases: Cases
 ) -> None:
     cases[family, method].saved_alike()
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), PARAMETERS)
 def test_loaded_run_and_saved_again_it_is_still_packed(family: str, method: str, cases: Cases) -> None:
     cases[family, method].reloads_alike(plugins=1)
     cases[family, method].saved_again_alike()

@@ -14,6 +14,8 @@ from tests.families import FAMILIES, inputs_of
 from tests.reloading import Case, reload_all, same_but_for_rounding
 from tests.test_structure_shrink import CONFIG_HAS_HEADS, _even, _gated, _uneven
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Cases = dict[tuple[str, str], Case]
 
 

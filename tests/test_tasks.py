@@ -75,6 +75,7 @@ def test_a_limit_of_null_is_none() -> None:
     assert longest_input(config) is None
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("padding", ["[PAD]", None], ids=["own padding token", "end token"])
 def test_a_decoder_without_a_padding_token_classifies_batches(tmp_path: Path, padding: str | None) -> None:
     """Its answer for a row does not depend on what the row is padded with or beside."""

@@ -18,7 +18,7 @@ from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
 from tests.kinds import encoder, family, wav2vec2
 
-pytestmark = pytest.mark.usefixtures("quick_trainers")
+pytestmark = pytest.mark.usefixtures("quick_trainers", "forked")
 ROWS = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
 
 

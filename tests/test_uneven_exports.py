@@ -21,6 +21,8 @@ from tests.reloading import same_but_for_rounding
 from tests.test_structure_shrink import _gated, _logits, _uneven
 from tests.uneven import FAMILIES, bert, cut_bert, inputs_of, output_of
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 WITH_LOGITS = [name for name in FAMILIES if name != "bert-base"]
 
 

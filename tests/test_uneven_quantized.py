@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,12 @@ from hfcompress.packed import PackedLinear, packed_layers
 from hfcompress.structure.shapes import record_shapes, uneven_shapes
 from tests.families import FAMILIES as EVEN
 from tests.families import inputs_of as even_inputs
+from tests.forks import Forks
 from tests.reloading import same_but_for_rounding
 from tests.test_structure_shrink import _gated, _uneven
 from tests.uneven import FAMILIES, TOKENS, inputs_of, llama, narrow, output_of, separate_heads
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def packed(
@@ -158,12 +159,12 @@ assert "hfcompress" not in sys.modules
 """
 
 
-def test_stock_transformers_stops_instead_of_loading_random_weights(tmp_path: Path) -> None:
+def test_stock_transformers_stops_instead_of_loading_random_weights(tmp_path: Path, forks: Forks) -> None:
     """All that is uneven is packed, under names that it would pass over."""
     model = packed("llama")
     model.save_pretrained(tmp_path / "out")
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "out")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    run = forks.run(["-c", STOCK, str(tmp_path / "out")], tmp_path)
+    assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("RuntimeError"), run.stdout
     assert "model.layers.{0, 1}.mlp.gate_proj.weight" in run.stderr + run.stdout
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hfcompress.structure.shapes import record_shapes
+from tests.forks import Forks
 from tests.uneven import FAMILIES
 
 ROOT = str(Path(__file__).parent.parent)
@@ -27,13 +28,13 @@ ORDERS = {
 }
 
 
-def python(code: str, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run code as a fresh process; in another folder it cannot see hfcompress unless it is installed."""
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code as a fresh process."""
     return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code, *arguments],
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
         capture_output=True,
         text=True,
-        cwd=folder or ROOT,
+        cwd=ROOT,
         check=False,
     )
 
@@ -71,7 +72,7 @@ assert "hfcompress" not in sys.modules
 """
 
 
-def test_stock_transformers_stops(tmp_path: Path) -> None:
+def test_stock_transformers_stops(tmp_path: Path, forks: Forks) -> None:
     """Only told to ignore sizes does it load: nothing in a checkpoint stops that option, but its report names all."""
     asked = []
     for name, make in FAMILIES.items():
@@ -79,7 +80,7 @@ def test_stock_transformers_stops(tmp_path: Path) -> None:
         record_shapes(model)
         model.save_pretrained(tmp_path / name)
         asked.append(f"{type(model).__name__},{name},")
-    run = python(STOCK, *asked, "BertForSequenceClassification,bert,yes", folder=tmp_path)
+    run = forks.run(["-c", STOCK, *asked, "BertForSequenceClassification,bert,yes"], tmp_path)
     answers = dict(line.split(" ", 1) for line in run.stdout.splitlines()[:-1])
     assert {name: answer.split()[0] for name, answer in answers.items()} == dict.fromkeys(FAMILIES, "RuntimeError")
     assert run.stdout.splitlines()[-1] == "bert loaded"

@@ -22,6 +22,7 @@ from hfcompress.structure.inputs import dummy_inputs
 from tests.conftest import tiny_bert, tiny_llama
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 from tests.families import FAMILIES
+from tests.forks import Forks
 from tests.pruning_runs import (
     Rows,
     class_rows,
@@ -311,8 +312,8 @@ def _close_in_two(folder: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_watch_the_same(tmp_path: Path) -> None:
-    run_in_two_processes(_close_in_two, str(tmp_path))
+def test_two_processes_watch_the_same(tmp_path: Path, forks: Forks) -> None:
+    run_in_two_processes(forks, _close_in_two, str(tmp_path))
     (size, weights), (_, other) = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     assert size == WORLD_SIZE
     assert same_tensors(weights, other)

@@ -18,6 +18,8 @@ from hfcompress.structure import find_attention, find_ffn
 from tests.documents import run_card
 from tests.runs import language_recipe, run_command
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TRAINING = {"per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-3}
 
 

@@ -25,6 +25,7 @@ from hfcompress.pruning.evidence import KEY
 from hfcompress.structure import attach_gates, find_attention, find_ffn
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.forks import Forks
 from tests.pruning_runs import (
     StopAt,
     Watch,
@@ -405,8 +406,8 @@ def _prune_in_one_process(folder: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_close_the_same_units(tmp_path: Path) -> None:
-    run_in_two_processes(_prune_in_one_process, str(tmp_path))
+def test_two_processes_close_the_same_units(tmp_path: Path, forks: Forks) -> None:
+    run_in_two_processes(forks, _prune_in_one_process, str(tmp_path))
     (size, weights), (_, other) = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     assert size == WORLD_SIZE
     assert same_tensors(weights, other)

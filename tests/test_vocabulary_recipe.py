@@ -15,6 +15,8 @@ from hfcompress.recipe import parse_recipe
 from tests.runs import language_recipe, write_reviews, write_text
 from tests.vocabularies import gpt2_tokenizer
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 STEP = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -127,7 +128,8 @@ def _draw_labels(figure: Figure, axes: Any, name: str, points: list[Point]) -> N
             text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=INK, zorder=4,
             linespacing=1.25, va="center", path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
-        best = min(_OFFSETS, key=lambda offset: _cost(figure, label, offset, taken, inside))
+        corners = np.stack([box.get_points() for box in taken])
+        best = min(_OFFSETS, key=lambda offset: _cost(figure, label, offset, corners, inside))
         _put(label, best)
         taken.append(label.get_window_extent(figure.canvas.get_renderer()).padded(3))  # type: ignore[attr-defined]
 
@@ -139,18 +141,21 @@ def _put(label: Any, offset: tuple[float, float, str]) -> None:
     label.set_verticalalignment("bottom" if dy > 0 else "top")
 
 
-def _cost(figure: Figure, label: Any, offset: tuple[float, float, str], taken: list[Bbox], inside: Bbox) -> float:
-    """Area in square pixels that a label at this offset would cover, plus a little for the distance."""
+def _cost(figure: Figure, label: Any, offset: tuple[float, float, str], taken: np.ndarray, inside: Bbox) -> float:
+    """Area in square pixels that a label at this offset would cover, plus a little for the distance.
+
+    taken: (boxes, 2, 2), the lower left and the upper right corner of each.
+    """
     _put(label, offset)
     box = label.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
-    covered = sum(_shared_area(box, other) for other in taken)
-    outside = box.width * box.height - _shared_area(box, inside)
+    covered = _shared_area(box, taken)
+    outside = box.width * box.height - _shared_area(box, inside.get_points()[None])
     return 4 * covered + 16 * outside + abs(offset[0]) + abs(offset[1])
 
 
-def _shared_area(one: Bbox, other: Bbox) -> float:
-    shared = Bbox.intersection(one, other)
-    return 0.0 if shared is None else shared.width * shared.height
+def _shared_area(one: Bbox, others: np.ndarray) -> float:
+    sides = np.minimum(one.max, others[:, 1]) - np.maximum(one.min, others[:, 0])
+    return float(sides.clip(min=0).prod(axis=1).sum())
 
 
 @contextmanager
