@@ -302,6 +302,21 @@ def test_a_wrong_token_is_refused_and_not_shown(hub: Hub, folder: Path) -> None:
     assert hub.files("tester/nothing") is None
 
 
+@pytest.mark.parametrize("kind", ["RuntimeError", "ValueError"])
+def test_errors_of_the_upload_through_xet_are_explained_and_show_no_token(kind: str, hub: Hub, folder: Path) -> None:
+    """They are of no kind of the Hub's client, and hold what the server said."""
+    failed = hub.run(
+        "import hfcompress\n"
+        "from unittest.mock import patch\n"
+        f"with patch('huggingface_hub.HfApi.create_commit', side_effect={kind}('CAS answered 500 to {TOKEN}')):\n"
+        f"    hfcompress.push({str(folder)!r}, 'tester/xet-{kind}')"
+    )
+    assert TOKEN not in failed["error"]
+    assert f"Pushing to tester/xet-{kind} failed: {kind}: CAS answered 500 to ***" in failed["error"]
+    assert "Run the same command again" in failed["error"]
+    assert hub.push(folder, f"tester/xet-{kind}")["result"]["changed"]
+
+
 def test_the_command_pushes_and_says_where(hub: Hub, folder: Path) -> None:
     found = hub.run(
         "import typer.testing, hfcompress.cli as cli\n"

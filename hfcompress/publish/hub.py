@@ -23,6 +23,7 @@ _AGAIN = (
     "Nothing is half published: either all of it is there or nothing. Run the same command again; what was uploaded "
     "already is not sent twice."
 )
+_WITHOUT_XET = "If it fails again, HF_HUB_DISABLE_XET=1 sends the files another way."
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
 
 
@@ -162,7 +163,7 @@ def _is_weight(name: str) -> bool:
 
 @contextmanager
 def _explained(repo_id: str, token: str | None) -> Iterator[None]:
-    """Turn what the Hub and the network raise into one message that says what to do."""
+    """Turn whatever a push raises into one message that says what to do and holds no token."""
     try:
         yield
     except HFCompressError:
@@ -170,8 +171,8 @@ def _explained(repo_id: str, token: str | None) -> Iterator[None]:
     except Exception as error:
         # The uploading threads' errors come wrapped in a RuntimeError.
         found = _explanation(error, repo_id) or (error.__cause__ and _explanation(error.__cause__, repo_id))
-        if not found:
-            raise
+        # The way through Xet raises plain RuntimeErrors and ValueErrors, with whatever the server said in them.
+        found = found or f"Pushing to {repo_id} failed: {type(error).__name__}: {error}. {_AGAIN} {_WITHOUT_XET}"
         raise HFCompressError(_without_token(found, token)) from None
 
 
