@@ -22,7 +22,7 @@ import hfcompress
 from hfcompress.checkpoint import save_compressed
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.publish import write_model_card
-from hfcompress.publish.uploads import choose_files
+from hfcompress.publish.uploads import choose_files, shared_facts
 from tests.conftest import tiny_llama
 from tests.hub_server import TOKEN
 from tests.test_publish import measurements
@@ -106,6 +106,8 @@ def folder(tmp_path: Path, tokenizer: Any) -> Path:
     values = measurements()
     values["recipe"] |= {"output": str(folder), "data": {"files": ["/home/somebody/reviews.tsv"]}}
     values["data"] = values["recipe"]["data"]
+    values["stages"][2]["summary"] = "teacher /home/somebody/teacher, 400 steps"
+    values["inputs"]["teacher of stage distill"] = "/home/somebody/teacher@main"
     (folder / "measurements.json").write_text(json.dumps(values))
     (folder / "recipe.yaml").write_text(f"name: x\noutput: {folder}\n")
     write_model_card(folder)
@@ -371,6 +373,19 @@ def test_code_goes_up_only_where_a_config_names_it(folder: Path) -> None:
     upload = choose_files(folder, "me/x")
     assert {"modeling_own.py", "parts.py", "spiece.model"} <= set(upload.files)
     assert "backup.py" in upload.left_out
+
+
+def test_what_is_uploaded_names_every_teacher_and_no_path() -> None:
+    values = measurements()
+    values["training"] = {"options": {"teacher": "/home/a, /home/b", "max_steps": "4"}, "evaluated": "at step 4 of 4"}
+    values["stages"][2]["summary"] = "teacher /home/a and C:\\models\\b, 400 steps"
+    values["inputs"]["teacher of stage distill"] = "/home/a@main /home/b@main"
+    found = shared_facts(values)
+    assert found["training"] == {"options": {"teacher": "a, b", "max_steps": "4"}, "evaluated": "at step 4 of 4"}
+    assert found["stages"][2]["summary"] == "teacher a and b, 400 steps"
+    assert found["inputs"] == {**measurements()["inputs"], "teacher of stage distill": "a@main b@main"}
+    kept = {"stages": values["stages"][:2], "layers": values.get("layers")}
+    assert {"stages": found["stages"][:2], "layers": found.get("layers")} == kept
 
 
 def test_a_folder_says_nothing_of_its_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
