@@ -120,6 +120,21 @@ def test_card_metadata_is_read_back_by_the_hub_client(checkpoint: Path) -> None:
     assert (result.metric_type, result.metric_value) == ("perplexity", 40.83)
 
 
+def test_what_is_an_id_on_the_hub_was_seen_where_the_model_was_made(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    values = {**measurements(), "base_model": "models/bert"}
+    for there, told in ((["models/bert"], None), ([], "models/bert"), (None, None)):
+        card_of(checkpoint, {**values, "local": there})
+        assert ModelCard.load(checkpoint / "README.md").data.base_model == told
+    monkeypatch.chdir("/")
+    for there, told in ((["models/bert"], None), ([], "models/bert"), (None, "models/bert")):
+        card_of(checkpoint, {**values, "local": there})
+        assert ModelCard.load(checkpoint / "README.md").data.base_model == told
+
+
 def test_card_says_what_was_measured(checkpoint: Path) -> None:
     text = write_model_card(checkpoint).read_text()
     assert "2.6 times smaller on disk (269.1 MB before, 102.3 MB after)" in text

@@ -22,6 +22,8 @@ import hfcompress
 from hfcompress.checkpoint import save_compressed
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.publish import write_model_card
+from hfcompress.publish.card import metadata
+from hfcompress.publish.facts import facts_from
 from hfcompress.publish.uploads import choose_files, shared_facts
 from tests.conftest import tiny_llama
 from tests.hub_server import TOKEN
@@ -384,6 +386,8 @@ def test_what_is_uploaded_names_every_teacher_and_no_path() -> None:
     assert found["training"] == {"options": {"teacher": "a, b", "max_steps": "4"}, "evaluated": "at step 4 of 4"}
     assert found["stages"][2]["summary"] == "teacher a and b, 400 steps"
     assert found["inputs"] == {**measurements()["inputs"], "teacher of stage distill": "a@main b@main"}
+    local = metadata(facts_from(shared_facts({**values, "base_model": "/home/a/bert", "local": ["/home/a/bert"]})))
+    assert local.base_model is None  # and not `bert`, which is an id on the Hub
     kept = {"stages": values["stages"][:2], "layers": values.get("layers")}
     assert {"stages": found["stages"][:2], "layers": found.get("layers")} == kept
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 import hfcompress
 from hfcompress.errors import HFCompressError
 from hfcompress.publish import load_facts
+from hfcompress.publish.card import render_folder
 from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
 from tests.kinds import encoder, family, wav2vec2
@@ -91,6 +92,20 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path, tokenizer: PreT
     assert "licence is not known" not in card.read_text()
     trainer.create_model_card(license="mit")
     assert ModelCard.load(card).data.license == "mit"
+
+
+def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("models/base")
+    trainer = pruning(tmp_path / "out", tokenizer)
+    trainer.create_model_card(finetuned_from="models/base", dataset="me/rows")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert render_folder(tmp_path / "out") == (tmp_path / "out" / "README.md").read_text()
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.base_model, data.datasets) == (None, ["me/rows"])
 
 
 def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

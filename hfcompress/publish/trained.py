@@ -27,6 +27,7 @@ from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.licence import license_of
 from hfcompress.publish.loading import TASK_PAGES
+from hfcompress.publish.sharing import local_names
 
 _NOT_QUALITY = ("runtime", "per_second", "sparsity", "pruned", "epoch")
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
@@ -77,6 +78,7 @@ class ModelCardMixin(_Base):
             "tasks": _listed(tasks),
             "datasets": _listed(dataset_tags) or _listed(dataset),
         }
+        facts["local"] = local_names([facts["base_model"], *_listed(dataset_tags), *_listed(dataset)])
         write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
 
@@ -133,6 +135,7 @@ def facts_of_trainer(
         "base_model": origin or type(model).__name__,
         "base_model_license": license_of(origin) if origin else None,
         "data": None,
+        "local": local_names([origin]),
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {

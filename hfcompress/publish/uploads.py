@@ -113,7 +113,7 @@ def _for_others(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
 def shared_facts(values: dict[str, Any]) -> dict[str, Any]:
     """Return the content of ``measurements.json`` without paths of one machine."""
     named: dict[str, Any] = {
-        name: shared(values[name]) for name in ("base_model", "data", "training") if name in values
+        name: shared(values[name]) for name in ("base_model", "data", "training", "local") if name in values
     }
     recipe = values.get("recipe")
     if recipe:
