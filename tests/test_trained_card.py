@@ -94,6 +94,17 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path, tokenizer: PreT
     assert ModelCard.load(card).data.license == "mit"
 
 
+def test_the_card_is_of_the_weights_as_they_are_now(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "twice", tokenizer)
+    trainer.train()
+    trainer.save_model()
+    hfcompress.prune(trainer.model, hfcompress.Magnitude(sparsity=0.9))
+    trainer.create_model_card()
+    facts = load_facts(tmp_path / "twice")
+    assert facts.after.nonzero == sum(int(weight.count_nonzero()) for weight in trainer.model.parameters())
+    assert facts.after.nonzero == hfcompress.inspect_checkpoint(tmp_path / "twice").nonzero
+
+
 def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,12 +60,15 @@ class ModelCardMixin(_Base):
     ) -> None:
         """Write README.md and measurements.json into the output folder, from this process if it is the first.
 
-        The model is saved there first if it is not yet: sizes on a card are those of files.
+        The model is saved there first: sizes on a card are those of files, and what lies there may be of an earlier
+        training.
         """
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        if not (folder / "config.json").is_file():
+        # Saving a sharded model takes all processes, and only this one is here: push_to_hub has saved it just before.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not (sharded and (folder / "config.json").is_file()):
             self.save_model(_internal_call=True)
         facts = facts_of_trainer(self, folder, name=model_name)
         if finetuned_from:
