@@ -222,6 +222,9 @@ def test_what_fails_says_what_to_do_and_publishes_nothing(name: str, hub: Hub, f
     assert hub.files(repo) in (None, [])
     if name in ("500", "500-card", "500-commit", "dropped"):
         assert "Run the same command again" in failed["error"]
+    if name in ("400", "500", "500-commit", "dropped"):
+        assert hub.files(repo) == []
+        assert "an empty repository may have been made" in failed["error"]
     assert hub.push(folder, repo)["result"]["changed"]
     assert hub.files(repo) == EXPECTED
 

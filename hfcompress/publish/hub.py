@@ -19,9 +19,10 @@ from hfcompress.progress import busy, say
 from hfcompress.publish.card import CARD
 from hfcompress.publish.uploads import Upload, choose_files
 
+_MAYBE_EMPTY = ", though an empty repository may have been made"
 _AGAIN = (
-    "Nothing is half published: either all of it is there or nothing. Run the same command again; what was uploaded "
-    "already is not sent twice."
+    f"Nothing is half published: either all of it is there or nothing{_MAYBE_EMPTY}. Run the same command again; what "
+    "was uploaded already is not sent twice."
 )
 _WITHOUT_XET = "If it fails again, HF_HUB_DISABLE_XET=1 sends the files another way."
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
@@ -191,7 +192,7 @@ def _explanation(error: BaseException, repo_id: str) -> str | None:
 
 
 _MEANING = {
-    400: "The Hub refuses what was sent to {repo}; nothing was published.",
+    400: f"The Hub refuses what was sent to {{repo}}; nothing was published{_MAYBE_EMPTY}.",
     401: f"The Hub does not know you, or not as one who may write to {{repo}}. {_LOG_IN}",
     403: f"You may not write to {{repo}}. {_LOG_IN} Or propose it: --create-pr.",
     404: "The Hub has no {repo} that you may see, or not that revision. Check the name and the token.",
