@@ -348,6 +348,18 @@ def test_a_stage_that_ran_on_another_machine_says_so(tmp_path: Path) -> None:
     assert text.count("Not run on what measured it") == 1
 
 
+def test_times_of_an_unknown_machine_are_no_plain_facts(tmp_path: Path) -> None:
+    values = measurements()  # the first stage has no time
+    note = "On which machine the stages ran was not recorded, so their times are upper bounds at best.\n"
+    assert note in card_of(tmp_path, values)
+    for stage in values["stages"][:3]:
+        stage["machine"] = MACHINE
+    note = "On which machine quantize ran was not recorded, so its time is an upper bound at best.\n"
+    assert note in card_of(tmp_path, values)
+    values["stages"][3]["machine"] = MACHINE
+    assert "was not recorded" not in card_of(tmp_path, values)
+
+
 def test_text_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
     values = measurements()
     values["stages"][1]["summary"] = "a | b\nc"

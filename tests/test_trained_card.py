@@ -52,6 +52,7 @@ def test_the_card_says_what_was_trained_and_measured(tmp_path: Path, tokenizer: 
     assert "sparsity=0.5" in text
     assert "Trainer's own, at step 4 of 4" in text
     assert "after reloading" not in text
+    assert "was not recorded" not in text
     assert "**Loads without hfcompress: not measured**" in text
     assert "Before is" not in text
     data = ModelCard.load(tmp_path / "pruned" / "README.md").data

@@ -91,6 +91,7 @@ def render_card(
              "time": duration(one.seconds)}
             for one in facts.stages
         ],
+        times_note=sections.times_note(facts),
         continuation=sections.continuation(facts),
         layers_table=layers_markdown(facts),
         layers_count=len(facts.layers),

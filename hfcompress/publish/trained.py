@@ -147,7 +147,7 @@ def facts_of_trainer(
             "options": _told(trainer, telling, teacher),
         },
         "stages": [{"name": "trained", "summary": ", ".join([steps, *shares]), "seconds": _runtime(trainer),
-                    "measurement": measured.to_dict()}],
+                    "machine": measured.machine, "measurement": measured.to_dict()}],
         "loads_without_hfcompress": None if verified is None else not verified.with_hfcompress,
         "verification": {} if verified is None else {
             "hfcompress" if verified.with_hfcompress else "stock": dataclasses.asdict(verified)},
