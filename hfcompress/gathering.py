@@ -15,6 +15,7 @@ from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.checkpoint.atomic import MARKER
 from hfcompress.evaluate import Measurement
 from hfcompress.publish.licence import license_of
+from hfcompress.publish.sharing import local_names
 from hfcompress.recipe import ModelSpec, Recipe
 from hfcompress.workspace import ORIGINAL, Workspace
 
@@ -41,6 +42,7 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
         "created": datetime.now(timezone.utc).date().isoformat(),
         **base_model(recipe.model),
         "data": recipe.to_dict()["data"],
+        "local": local_names([recipe.model.id, recipe.data.id]),
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
         "inputs": space.inputs,

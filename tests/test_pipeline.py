@@ -19,6 +19,7 @@ from transformers import (
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.errors import OutputError
 from hfcompress.pipeline import compress
+from hfcompress.publish import load_facts
 from hfcompress.recipe import Recipe, load_recipe, parse_recipe
 from tests.conftest import tiny_bert
 from tests.forks import Forks
@@ -128,6 +129,7 @@ def test_a_card_carries_the_base_models_licence(
     stages: list[dict[str, Any]] = [{"quantize": {"method": "rtn", "bits": 8}}]
     folder = compress_here(reviews_recipe(tmp_path, "out", stages), monkeypatch)
     assert ModelCard.load(folder / "README.md").data.license == "cc-by-4.0"
+    assert load_facts(folder).local == (str(tmp_path / "encoder"),)
 
 
 SEEDED = """

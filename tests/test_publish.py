@@ -119,6 +119,21 @@ def test_card_metadata_is_read_back_by_the_hub_client(checkpoint: Path) -> None:
     assert (result.metric_type, result.metric_value) == ("perplexity", 40.83)
 
 
+def test_what_is_an_id_on_the_hub_was_seen_where_the_model_was_made(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    values = {**measurements(), "base_model": "models/bert"}
+    for there, told in ((["models/bert"], None), ([], "models/bert"), (None, None)):
+        card_of(checkpoint, {**values, "local": there})
+        assert ModelCard.load(checkpoint / "README.md").data.base_model == told
+    monkeypatch.chdir("/")
+    for there, told in ((["models/bert"], None), ([], "models/bert"), (None, "models/bert")):
+        card_of(checkpoint, {**values, "local": there})
+        assert ModelCard.load(checkpoint / "README.md").data.base_model == told
+
+
 def test_card_says_what_was_measured(checkpoint: Path) -> None:
     text = write_model_card(checkpoint).read_text()
     assert "2.6 times smaller on disk (269.1 MB before, 102.3 MB after)" in text
@@ -292,7 +307,8 @@ def test_classifier_that_needs_hfcompress(tmp_path: Path) -> None:
     assert lines
     assert lines.group(1).splitlines()[0].startswith("import hfcompress")
     assert len(lines.group(1).splitlines()) == 4
-    assert "`pip install hfcompress` first." in text
+    assert "\n\nInstall hfcompress first, as its README says.\n\n```python" in text
+    assert "pip install hfcompress" not in text  # nothing of that name has been released
     assert "**Loads without hfcompress: no** (reload: not measured)" in text
     assert "accuracy 0.9123 before" in text
     assert "Quantization error" not in text
@@ -332,6 +348,18 @@ def test_a_stage_that_ran_on_another_machine_says_so(tmp_path: Path) -> None:
     text = card_of(tmp_path, values)
     assert "- Not run on what measured it: distill, on Fast GPU host, 2 cores, 64 threads, Linux x86_64" in text
     assert text.count("Not run on what measured it") == 1
+
+
+def test_times_of_an_unknown_machine_are_no_plain_facts(tmp_path: Path) -> None:
+    values = measurements()  # the first stage has no time
+    note = "On which machine the stages ran was not recorded, so their times are upper bounds at best.\n"
+    assert note in card_of(tmp_path, values)
+    for stage in values["stages"][:3]:
+        stage["machine"] = MACHINE
+    note = "On which machine quantize ran was not recorded, so its time is an upper bound at best.\n"
+    assert note in card_of(tmp_path, values)
+    values["stages"][3]["machine"] = MACHINE
+    assert "was not recorded" not in card_of(tmp_path, values)
 
 
 def test_text_from_outside_cannot_break_the_page(tmp_path: Path) -> None:

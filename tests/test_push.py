@@ -22,7 +22,9 @@ import hfcompress
 from hfcompress.checkpoint import save_compressed
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.publish import write_model_card
-from hfcompress.publish.uploads import choose_files
+from hfcompress.publish.card import metadata
+from hfcompress.publish.facts import facts_from
+from hfcompress.publish.uploads import choose_files, shared_facts
 from tests.conftest import tiny_llama
 from tests.forks import Forks
 from tests.hub_server import TOKEN
@@ -107,6 +109,8 @@ def folder(tmp_path: Path, tokenizer: Any, unpainted: None) -> Path:
     values = measurements()
     values["recipe"] |= {"output": str(folder), "data": {"files": ["/home/somebody/reviews.tsv"]}}
     values["data"] = values["recipe"]["data"]
+    values["stages"][2]["summary"] = "teacher /home/somebody/teacher, 400 steps"
+    values["inputs"]["teacher of stage distill"] = "/home/somebody/teacher@main"
     (folder / "measurements.json").write_text(json.dumps(values))
     (folder / "recipe.yaml").write_text(f"name: x\noutput: {folder}\n")
     write_model_card(folder)
@@ -219,6 +223,9 @@ def test_what_fails_says_what_to_do_and_publishes_nothing(name: str, hub: Hub, f
     assert hub.files(repo) in (None, [])
     if name in ("500", "500-card", "500-commit", "dropped"):
         assert "Run the same command again" in failed["error"]
+    if name in ("400", "500", "500-commit", "dropped"):
+        assert hub.files(repo) == []
+        assert "an empty repository may have been made" in failed["error"]
     assert hub.push(folder, repo)["result"]["changed"]
     assert hub.files(repo) == EXPECTED
 
@@ -303,6 +310,21 @@ def test_a_wrong_token_is_refused_and_not_shown(hub: Hub, folder: Path) -> None:
     assert hub.files("tester/nothing") is None
 
 
+@pytest.mark.parametrize("kind", ["RuntimeError", "ValueError"])
+def test_errors_of_the_upload_through_xet_are_explained_and_show_no_token(kind: str, hub: Hub, folder: Path) -> None:
+    """They are of no kind of the Hub's client, and hold what the server said."""
+    failed = hub.run(
+        "import hfcompress\n"
+        "from unittest.mock import patch\n"
+        f"with patch('huggingface_hub.HfApi.create_commit', side_effect={kind}('CAS answered 500 to {TOKEN}')):\n"
+        f"    hfcompress.push({str(folder)!r}, 'tester/xet-{kind}')"
+    )
+    assert TOKEN not in failed["error"]
+    assert f"Pushing to tester/xet-{kind} failed: {kind}: CAS answered 500 to ***" in failed["error"]
+    assert "Run the same command again" in failed["error"]
+    assert hub.push(folder, f"tester/xet-{kind}")["result"]["changed"]
+
+
 def test_the_command_pushes_and_says_where(hub: Hub, folder: Path) -> None:
     found = hub.run(
         "import typer.testing, hfcompress.cli as cli\n"
@@ -355,6 +377,21 @@ def test_code_goes_up_only_where_a_config_names_it(folder: Path) -> None:
     upload = choose_files(folder, "me/x")
     assert {"modeling_own.py", "parts.py", "spiece.model"} <= set(upload.files)
     assert "backup.py" in upload.left_out
+
+
+def test_what_is_uploaded_names_every_teacher_and_no_path() -> None:
+    values = measurements()
+    values["training"] = {"options": {"teacher": "/home/a, /home/b", "max_steps": "4"}, "evaluated": "at step 4 of 4"}
+    values["stages"][2]["summary"] = "teacher /home/a and C:\\models\\b, 400 steps"
+    values["inputs"]["teacher of stage distill"] = "/home/a@main /home/b@main"
+    found = shared_facts(values)
+    assert found["training"] == {"options": {"teacher": "a, b", "max_steps": "4"}, "evaluated": "at step 4 of 4"}
+    assert found["stages"][2]["summary"] == "teacher a and b, 400 steps"
+    assert found["inputs"] == {**measurements()["inputs"], "teacher of stage distill": "a@main b@main"}
+    local = metadata(facts_from(shared_facts({**values, "base_model": "/home/a/bert", "local": ["/home/a/bert"]})))
+    assert local.base_model is None  # and not `bert`, which is an id on the Hub
+    kept = {"stages": values["stages"][:2], "layers": values.get("layers")}
+    assert {"stages": found["stages"][:2], "layers": found.get("layers")} == kept
 
 
 def test_a_folder_says_nothing_of_its_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

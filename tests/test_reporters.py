@@ -117,21 +117,25 @@ def kept_by(trackio: Any, project: str) -> list[dict[str, Any]]:
     return trackio.SQLiteStorage.get_logs(project, run.name, run_id=run.id)
 
 
-def test_tensorboard_has_sparsity_losses_and_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluating", ["steps", "no"])
+def test_tensorboard_has_sparsity_losses_and_pictures(evaluating: str, tmp_path: Path) -> None:
+    """Without an evaluation, sparsity and pictures come once, with the end."""
     pruning = hfcompress.PruneCallback(sparsity=0.5, start=0.0, end=0.75)
-    trainer = distilling(options(tmp_path, "tensorboard"), callbacks=[pruning])
+    trainer = distilling({**options(tmp_path, "tensorboard"), "eval_strategy": evaluating}, callbacks=[pruning])
     trainer.train()
     found = events(tmp_path)
     scalars = {(value.tag, step): value.simple_value for step, value in found if value.HasField("simple_value")}
     history = trainer.state.log_history
-    evaluated = {logs["step"]: logs for logs in history if "eval_loss" in logs}
-    assert set(evaluated) == {2, 4}
-    for step, logs in evaluated.items():
+    steps = [2, 4] if evaluating == "steps" else [4]
+    counted = [logs for logs in history if "sparsity" in logs]
+    assert [logs["step"] for logs in counted] == steps
+    for step, logs in zip(steps, counted):
         layers = [name for name in logs if name.startswith("sparsity/")]
         assert len(layers) == 2
         for name in ["sparsity", *layers]:
             assert scalars[f"train/{name}", step] == pytest.approx(logs[name])
-        assert scalars["eval/loss", step] == pytest.approx(logs["eval_loss"])
+        if evaluating == "steps":
+            assert scalars["eval/loss", step] == pytest.approx(logs["eval_loss"])
     trained = [logs for logs in history if "kd_loss" in logs]
     assert len(trained) == 4
     for logs in trained:
@@ -139,7 +143,8 @@ def test_tensorboard_has_sparsity_losses_and_pictures(tmp_path: Path) -> None:
             assert scalars[f"train/{name}", logs["step"]] == pytest.approx(logs[name])
     pictures = pictures_of(found)
     names = ("distillation_losses", "sparsity_of_each_layer")
-    assert [(step, name) for step, name, _ in pictures] == [(step, name) for step in (2, 4) for name in names]
+    assert {(step, name) for step, name, _ in pictures} == {(step, name) for step in steps for name in names}
+    assert len(pictures) == len(steps) * len(names)
     for *_, picture in pictures:
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # a picture, and not one colour
 
@@ -208,6 +213,15 @@ def test_trackio_has_sparsity_and_pictures(tmp_path: Path, monkeypatch: pytest.M
     history = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
     sent = [logs["train/sparsity"] for logs in logged if "train/sparsity" in logs]
     assert sent == [logs["sparsity"] for logs in history]
+
+
+def test_a_last_step_without_an_evaluation_is_logged_for_each_callback(tmp_path: Path) -> None:
+    callbacks = [hfcompress.PruneCallback(sparsity=0.5, targets=[f"*.{name}"]) for name in ("q_proj", "k_proj")]
+    args = TrainingArguments(**{**options(tmp_path, "none"), "eval_steps": 3})
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=callbacks)
+    trainer.train()
+    for name in ("sparsity_1", "sparsity_2"):
+        assert [logs["step"] for logs in trainer.state.log_history if name in logs] == [3, 4]
 
 
 def test_trackio_has_both_losses_of_a_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 import hfcompress
 from hfcompress.errors import HFCompressError
 from hfcompress.publish import load_facts
+from hfcompress.publish.card import render_folder
 from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
 from tests.kinds import encoder, family, wav2vec2
@@ -51,6 +52,7 @@ def test_the_card_says_what_was_trained_and_measured(tmp_path: Path, tokenizer: 
     assert "sparsity=0.5" in text
     assert "Trainer's own, at step 4 of 4" in text
     assert "after reloading" not in text
+    assert "was not recorded" not in text
     assert "**Loads without hfcompress: not measured**" in text
     assert "Before is" not in text
     data = ModelCard.load(tmp_path / "pruned" / "README.md").data
@@ -91,6 +93,31 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path, tokenizer: PreT
     assert "licence is not known" not in card.read_text()
     trainer.create_model_card(license="mit")
     assert ModelCard.load(card).data.license == "mit"
+
+
+def test_the_card_is_of_the_weights_as_they_are_now(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "twice", tokenizer)
+    trainer.train()
+    trainer.save_model()
+    hfcompress.prune(trainer.model, hfcompress.Magnitude(sparsity=0.9))
+    trainer.create_model_card()
+    facts = load_facts(tmp_path / "twice")
+    assert facts.after.nonzero == sum(int(weight.count_nonzero()) for weight in trainer.model.parameters())
+    assert facts.after.nonzero == hfcompress.inspect_checkpoint(tmp_path / "twice").nonzero
+
+
+def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("models/base")
+    trainer = pruning(tmp_path / "out", tokenizer)
+    trainer.create_model_card(finetuned_from="models/base", dataset="me/rows")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert render_folder(tmp_path / "out") == (tmp_path / "out" / "README.md").read_text()
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.base_model, data.datasets) == (None, ["me/rows"])
 
 
 def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -29,8 +29,8 @@ class PruneCallback(GradualPruneCallback):
     model further and adds none.  Several callbacks may prune weights of their own.  Zeros of heads and
     neurons that ``HeadPruneCallback`` and ``NeuronPruneCallback`` closed so far count towards the sparsity; what they
     close later comes on top.
-    Every evaluation logs ``sparsity`` and ``sparsity/LAYER`` to the Trainer's log and to what ``report_to`` names; the
-    first of several callbacks logs ``sparsity_1``, the next ``sparsity_2``.
+    Every evaluation, and the end, logs ``sparsity`` and ``sparsity/LAYER`` to the Trainer's log and to what
+    ``report_to`` names; the first of several callbacks logs ``sparsity_1``, the next ``sparsity_2``.
     Raises HFCompressError for a wrong option, and before the first step for a set-up it cannot prune rightly.
     """
 

@@ -18,7 +18,7 @@ from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.inputs import InputSums, Watch, sum_of_squares
 from hfcompress.pruning.optimizers import clear_moments_, keeps_zeros
 from hfcompress.pruning.options import GradualOptions
-from hfcompress.pruning.reporting import log_shares
+from hfcompress.pruning.reporting import has_logged, log_shares
 from hfcompress.pruning.schedules import SCHEDULES, last_update, ramp
 
 logger = logging.get_logger(__name__)
@@ -223,6 +223,12 @@ class GradualPruneCallback(TrainerCallback, ABC):
         model = unwrapped(kwargs["model"])
         overall, layers = self._reached(model, self._weights(model) if self._masks else self._find(model))
         log_shares(self, self.log_name, overall, layers, args, state, control)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the sparsity with the training's summary, unless an evaluation of the last step did."""
+        # Not in on_train_end: reporting callbacks, which come before this one, have closed their files by then.
+        if "train_runtime" in kwargs["logs"] and not has_logged(self, self.log_name, state):
+            self.on_evaluate(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

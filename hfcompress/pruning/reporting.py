@@ -20,13 +20,8 @@ def log_shares(
     state: TrainerState,
     control: TrainerControl,
 ) -> None:
-    """Log ``NAME`` and ``NAME/LAYER`` beside an evaluation's metrics, and to what ``report_to`` names with a picture.
-
-    The first of several callbacks of a kind logs ``NAME_1``, the next ``NAME_2``.
-    """
-    peers = peers_of(callback)
-    if len(peers) > 1:
-        name = f"{name}_{1 + [one is callback for one in peers].index(True)}"
+    """Log ``NAME`` and ``NAME/LAYER`` beside what was logged last, and to what ``report_to`` names with a picture."""
+    name = _name_among_peers(callback, name)
     logs = {name: overall, **{f"{name}/{layer}": share for layer, share in layers.items()}}
     if state.log_history:
         state.log_history[-1].update(logs)
@@ -39,3 +34,15 @@ def log_shares(
     if layers and state.is_world_process_zero:
         draw = partial(draw_layers_over_steps, state.log_history, name)
         send_picture(handler.callbacks, f"{name}_of_each_layer", state.global_step, draw)
+
+
+def has_logged(callback: TrainerCallback, name: str, state: TrainerState) -> bool:
+    """Whether the shares of this step are in the log already."""
+    name = _name_among_peers(callback, name)
+    return any(name in logs and logs.get("step") == state.global_step for logs in state.log_history)
+
+
+def _name_among_peers(callback: TrainerCallback, name: str) -> str:
+    """Return the name itself; the first of several callbacks of a kind logs ``NAME_1``, the next ``NAME_2``."""
+    peers = peers_of(callback)
+    return f"{name}_{1 + [one is callback for one in peers].index(True)}" if len(peers) > 1 else name

@@ -91,6 +91,7 @@ def render_card(
              "time": duration(one.seconds)}
             for one in facts.stages
         ],
+        times_note=sections.times_note(facts),
         continuation=sections.continuation(facts),
         layers_table=layers_markdown(facts),
         layers_count=len(facts.layers),
@@ -115,11 +116,11 @@ def metadata(facts: Facts) -> ModelCardData:
     """Return the card's YAML head; what is not known or is no id on the Hub is left out."""
     tags = technique_tags(facts)
     page = TASK_PAGES.get(facts.task)
-    dataset = _hub_id(facts.data.get("id"))
-    datasets = [name for name in facts.training.get("datasets") or [dataset] if _hub_id(name)]
+    dataset = _hub_id(facts, facts.data.get("id"))
+    datasets = [name for name in facts.training.get("datasets") or [dataset] if _hub_id(facts, name)]
     kind = next(iter(facts.training.get("tasks") or ()), page.pipeline_tag if page else None)
     return ModelCardData(
-        base_model=_hub_id(facts.base_model),
+        base_model=_hub_id(facts, facts.base_model),
         base_model_relation="quantized" if "quantized" in tags else "finetune",
         library_name="transformers",
         license=facts.base_model_license,
@@ -168,9 +169,12 @@ def _eval_results(facts: Facts, task_type: str, dataset: str | None) -> list[Eva
     ]
 
 
-def _hub_id(name: str | None) -> str | None:
+def _hub_id(facts: Facts, name: str | None) -> str | None:
     """Return the name if it can be a repository on the Hub, None for paths and packages."""
-    if not name or name.startswith(("package:", ".", "/", "~")) or os.path.exists(name):
+    if not name or name.startswith(("package:", ".", "/", "~")):
+        return None
+    # Facts of earlier versions do not say what was a path, so those that are one here are taken for it.
+    if os.path.exists(name) if facts.local is None else name in facts.local:
         return None
     try:
         validate_repo_id(name)

@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "stages": (list,), "loads_without_hfcompress": (bool, _ABSENT), "verification": (dict, _ABSENT),
     "quantization_report": (list, dict, _ABSENT), "pruning_report": (list, _ABSENT), "structure": (dict, _ABSENT),
     "layers": (list, _ABSENT), "inputs": (dict, _ABSENT), "training": (dict, _ABSENT),
+    "local": (list, _ABSENT),
 }  # fmt: skip
 
 
@@ -53,7 +54,8 @@ class Facts:
     verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report, pruning_report: a
     row per linear layer.  structure: kind of unit (heads, neurons) to block to (before, after).  layers: name,
     parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a model that no recipe
-    made, what its Trainer and callbacks were told.  None is what is not known.
+    made, what its Trainer and callbacks were told.  local: which names of model and data were paths where it was made.
+    None is what is not known.
     """
 
     version: str | None
@@ -74,6 +76,7 @@ class Facts:
     layers: tuple[dict[str, Any], ...]
     inputs: dict[str, str]
     training: dict[str, Any]
+    local: tuple[str, ...] | None
 
     @property
     def before_stage(self) -> StageFacts:
@@ -154,6 +157,7 @@ def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
         layers=tuple(values.get("layers") or ()),
         inputs=values.get("inputs") or {},
         training=values.get("training") or {},
+        local=None if values.get("local") is None else tuple(values["local"]),
     )
 
 

@@ -19,10 +19,12 @@ from hfcompress.progress import busy, say
 from hfcompress.publish.card import CARD
 from hfcompress.publish.uploads import Upload, choose_files
 
+_MAYBE_EMPTY = ", though an empty repository may have been made"
 _AGAIN = (
-    "Nothing is half published: either all of it is there or nothing. Run the same command again; what was uploaded "
-    "already is not sent twice."
+    f"Nothing is half published: either all of it is there or nothing{_MAYBE_EMPTY}. Run the same command again; what "
+    "was uploaded already is not sent twice."
 )
+_WITHOUT_XET = "If it fails again, HF_HUB_DISABLE_XET=1 sends the files another way."
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
 
 
@@ -162,7 +164,7 @@ def _is_weight(name: str) -> bool:
 
 @contextmanager
 def _explained(repo_id: str, token: str | None) -> Iterator[None]:
-    """Turn what the Hub and the network raise into one message that says what to do."""
+    """Turn whatever a push raises into one message that says what to do and holds no token."""
     try:
         yield
     except HFCompressError:
@@ -170,8 +172,8 @@ def _explained(repo_id: str, token: str | None) -> Iterator[None]:
     except Exception as error:
         # The uploading threads' errors come wrapped in a RuntimeError.
         found = _explanation(error, repo_id) or (error.__cause__ and _explanation(error.__cause__, repo_id))
-        if not found:
-            raise
+        # The way through Xet raises plain RuntimeErrors and ValueErrors, with whatever the server said in them.
+        found = found or f"Pushing to {repo_id} failed: {type(error).__name__}: {error}. {_AGAIN} {_WITHOUT_XET}"
         raise HFCompressError(_without_token(found, token)) from None
 
 
@@ -190,7 +192,7 @@ def _explanation(error: BaseException, repo_id: str) -> str | None:
 
 
 _MEANING = {
-    400: "The Hub refuses what was sent to {repo}; nothing was published.",
+    400: f"The Hub refuses what was sent to {{repo}}; nothing was published{_MAYBE_EMPTY}.",
     401: f"The Hub does not know you, or not as one who may write to {{repo}}. {_LOG_IN}",
     403: f"You may not write to {{repo}}. {_LOG_IN} Or propose it: --create-pr.",
     404: "The Hub has no {repo} that you may see, or not that revision. Check the name and the token.",

@@ -116,6 +116,17 @@ def table_notes(facts: Facts) -> str:
     )
 
 
+def times_note(facts: Facts) -> str:
+    """Say whose time is of a machine that is not known: it may have been busy, or another than the one measured on."""
+    timed = [stage for stage in facts.stages if stage.seconds is not None]
+    unknown = [stage.name for stage in timed if not stage.machine]
+    if not unknown:
+        return ""
+    which = "the stages" if len(unknown) == len(timed) > 1 else ", ".join(unknown)
+    its = "times are upper bounds" if len(unknown) > 1 else "time is an upper bound"
+    return f"On which machine {which} ran was not recorded, so {'their' if len(unknown) > 1 else 'its'} {its} at best."
+
+
 def continuation(facts: Facts) -> dict[str, str] | None:
     """Return the prompt and what the first and the final model wrote after it, or None when they wrote nothing."""
     if not facts.after.continuation or not facts.before.continuation:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 _ABSOLUTE = re.compile(r"^(?:[/~]|[A-Za-z]:[\\/])")
@@ -11,6 +13,11 @@ _ABSOLUTE = re.compile(r"^(?:[/~]|[A-Za-z]:[\\/])")
 def is_absolute(path: Any) -> bool:
     """Whether text is a path that means something on one machine alone."""
     return isinstance(path, str) and _ABSOLUTE.match(path) is not None
+
+
+def local_names(names: Iterable[Any]) -> list[str]:
+    """Return those names of models and data that are paths here and now, and not ids on the Hub."""
+    return [str(name) for name in names if name and (is_absolute(name) or os.path.exists(name))]
 
 
 def shared_name(path: str) -> str:

@@ -27,6 +27,7 @@ from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.licence import license_of
 from hfcompress.publish.loading import TASK_PAGES
+from hfcompress.publish.sharing import local_names
 
 _NOT_QUALITY = ("runtime", "per_second", "sparsity", "pruned", "epoch")
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
@@ -59,12 +60,15 @@ class ModelCardMixin(_Base):
     ) -> None:
         """Write README.md and measurements.json into the output folder, from this process if it is the first.
 
-        The model is saved there first if it is not yet: sizes on a card are those of files.
+        The model is saved there first: sizes on a card are those of files, and what lies there may be of an earlier
+        training.
         """
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        if not (folder / "config.json").is_file():
+        # Saving a sharded model takes all processes, and only this one is here: push_to_hub has saved it just before.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not (sharded and (folder / "config.json").is_file()):
             self.save_model(_internal_call=True)
         facts = facts_of_trainer(self, folder, name=model_name)
         if finetuned_from:
@@ -77,6 +81,7 @@ class ModelCardMixin(_Base):
             "tasks": _listed(tasks),
             "datasets": _listed(dataset_tags) or _listed(dataset),
         }
+        facts["local"] = local_names([facts["base_model"], *_listed(dataset_tags), *_listed(dataset)])
         write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
 
@@ -133,6 +138,7 @@ def facts_of_trainer(
         "base_model": origin or type(model).__name__,
         "base_model_license": license_of(origin) if origin else None,
         "data": None,
+        "local": local_names([origin]),
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {
@@ -141,7 +147,7 @@ def facts_of_trainer(
             "options": _told(trainer, telling, teacher),
         },
         "stages": [{"name": "trained", "summary": ", ".join([steps, *shares]), "seconds": _runtime(trainer),
-                    "measurement": measured.to_dict()}],
+                    "machine": measured.machine, "measurement": measured.to_dict()}],
         "loads_without_hfcompress": None if verified is None else not verified.with_hfcompress,
         "verification": {} if verified is None else {
             "hfcompress" if verified.with_hfcompress else "stock": dataclasses.asdict(verified)},

@@ -18,7 +18,7 @@ from hfcompress.checkpoint.files import INDEX, read_header
 from hfcompress.errors import CheckpointError
 from hfcompress.publish.card import CARD, PICTURES, render_folder
 from hfcompress.publish.facts import FILE_NAME
-from hfcompress.publish.sharing import shared, shared_recipe
+from hfcompress.publish.sharing import shared, shared_recipe, shared_text
 
 _OURS = {MARKER, FILE_NAME, "recipe.yaml", CARD, "quantization_report.json", "pruning_report.json",
          *(file for file, _ in PICTURES.values())}  # fmt: skip
@@ -113,12 +113,22 @@ def _for_others(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
 def shared_facts(values: dict[str, Any]) -> dict[str, Any]:
     """Return the content of ``measurements.json`` without paths of one machine."""
     named: dict[str, Any] = {
-        name: shared(values[name]) for name in ("base_model", "data", "training") if name in values
+        name: shared(values[name]) for name in ("base_model", "data", "training", "local") if name in values
     }
     recipe = values.get("recipe")
     if recipe:
         named["recipe"] = shared_recipe(recipe)
+    # Lines of text, in which several paths may stand.
+    if named.get("training"):
+        named["training"]["options"] = _shared_lines(values["training"].get("options"))
+    if values.get("inputs"):
+        named["inputs"] = _shared_lines(values["inputs"])
+    named["stages"] = [{**stage, **_shared_lines({"summary": stage.get("summary")})} for stage in values["stages"]]
     return {**values, **named}
+
+
+def _shared_lines(values: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: shared_text(value) if isinstance(value, str) else value for key, value in (values or {}).items()}
 
 
 def _refuse_tokens(files: dict[str, Path | bytes]) -> None:

@@ -161,8 +161,8 @@ class HeadPruneCallback(UnitPruneCallback[AttentionSite]):
     rule; only what ``shrink`` can remove is closed, so counts are rounded down to what the architecture allows.
     A closed head is a zero block of columns of the output projection, kept exactly zero, so a run resumes from any
     checkpoint with no special flag; heads that are closed when training begins stay closed and count.
-    Every evaluation logs ``heads_pruned`` and ``heads_pruned/LAYER``.  Works beside ``NeuronPruneCallback``; beside
-    ``PruneCallback``, too, for which the zeros count.
+    Every evaluation, and the end, logs ``heads_pruned`` and ``heads_pruned/LAYER``.  Works beside
+    ``NeuronPruneCallback``; beside ``PruneCallback``, too, for which the zeros count.
     Raises HFCompressError for a wrong option, and before the first step for a model it cannot prune rightly.
     """
 
@@ -189,7 +189,7 @@ class NeuronPruneCallback(UnitPruneCallback[FfnSite]):
     ``hfcompress.shrink(model)`` removes them afterwards: until then they are zeros in a model of its old shape.
     See ``NeuronPruneOptions`` for all options.  A closed neuron is a zero column of the block's output projection;
     all that ``HeadPruneCallback`` says of heads holds for neurons.
-    Every evaluation logs ``neurons_pruned`` and ``neurons_pruned/LAYER``.
+    Every evaluation, and the end, logs ``neurons_pruned`` and ``neurons_pruned/LAYER``.
     Raises HFCompressError for a wrong option, and before the first step for a model it cannot prune rightly.
     """
 
