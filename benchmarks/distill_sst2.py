@@ -8,18 +8,17 @@ as long: with a teacher at three times the learning rate and without dropout, wh
 Every row of the table is kept as JSON and every model as a checkpoint, so a killed run goes on where it was;
 ``--only`` runs some rows.  A folder of ``prune_sst2.py`` holds the same teachers.
 
-A second table has what a teacher, and what features beside logits, add to the students of three layers.  Each student
-is compared with the other one's answers to the same sentences; a sentence's differences are averaged over the seeds,
-as all seeds hold out the same ones, and the standard error is that of the sentences, without the chance in training.
+A second table has what a teacher, and what features beside logits, add to the students of three layers, see
+``paired.py``.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from paired import show_paired
 from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, spread
 from table import show
 from transformers import PreTrainedModel, set_seed
@@ -97,27 +96,7 @@ def main() -> None:
     _, results = run_rows(arguments(__doc__, ROWS, "runs/distill_sst2").parse_args(), ROWS)
     header = ["row", "parameters (M)", "accuracy", "spread", "of the teacher's", "seconds"]
     show(header, [_cells(name, results) for name in results])
-    pairs = [(one, other) for one, other in PAIRS if one in results and other in results]
-    if pairs:
-        print()
-        show(["row", "against", "points", "standard error"], [_compared(*pair, results) for pair in pairs])
-
-
-def paired(ones: Sequence[str], others: Sequence[str]) -> tuple[float, float]:
-    """Return by how many points of accuracy one row is above another, and the standard error of that.
-
-    ones, others: for each seed which of the same held-out sentences are right, as a string of 0 and 1.
-    """
-    seeds = [
-        [int(mine) - int(its) for mine, its in zip(*pair, strict=True)] for pair in zip(ones, others, strict=True)
-    ]
-    points = [100 * statistics.mean(sentence) for sentence in zip(*seeds, strict=True)]
-    return statistics.mean(points), statistics.stdev(points) / math.sqrt(len(points))
-
-
-def _compared(one: str, other: str, results: Results) -> list[str]:
-    difference, error = paired(*([row["right"] for row in results[name]] for name in (one, other)))
-    return [one, other, f"{difference:+.2f}", f"{error:.2f}"]
+    show_paired(PAIRS, results)
 
 
 def _cells(name: str, results: Results) -> list[str]:

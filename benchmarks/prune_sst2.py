@@ -4,7 +4,8 @@
 
 The file is SST-2's training split, see ``sst2.py``, of which whole sentences are held out.  Every row of the table is
 kept as JSON and every model as a checkpoint, so a killed run goes on where it was; ``--only`` runs some rows.  What
-was measured so far is in ``results/sst2``: copied to the output folder, it is shown beside what is run.
+was measured so far is in ``results/sst2``: copied to the output folder, it is shown beside what is run.  A second
+table has the comparisons that matter, see ``paired.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paired import show_paired
 from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, slug, spread
 from table import machine, once, show
 from torch.nn.utils import prune as torch_prune
@@ -106,6 +108,12 @@ ROWS: dict[str, Callable[[Bench], Result]] = {
     f"{QUARTER}, at once per layer": structure(0.75, **PROTOTYPE),
 }
 
+PAIRS = [
+    *((f"{share}% gradual, teacher", "dense") for share in (60, 80, 90)),
+    *(("80% gradual, teacher", f"80% at once, fixed masks, {kind}") for kind in ("teacher", "no teacher")),
+    *((units, other) for units in (HALF, QUARTER) for other in ("dense", f"{units}, at once per layer")),
+]
+
 
 def forward_seconds(models: dict[str, PreTrainedModel], dtype: torch.dtype, rounds: int = 9) -> dict[str, float]:
     """Time forward passes of 32 x 64 tokens in turn and return each model's median in seconds."""
@@ -141,6 +149,7 @@ def main() -> None:
         "seconds",
     ]
     show(header, [_cells(name, results, speed.get(name)) for name in results])
+    show_paired(PAIRS, results)
     for name, rows in results.items():
         if "kept" in rows[0]:
             print(f"{name}: {_draw(name, rows[0]['kept'], given.output)}")

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import statistics
 from typing import Any
 
 import pytest
@@ -22,22 +23,47 @@ def distill_sst2(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_sentence_counts_once_however_many_seeds_saw_it(distill_sst2: Any) -> None:
-    mean, error = distill_sst2.paired(["1110", "1110"], ["1010", "0010"])
+    paired = importlib.import_module("paired")
+    mean, error = paired.paired(["1110", "1110"], ["1010", "0010"])
     assert mean == pytest.approx(100 * (0.5 + 1) / 4)
     assert error == pytest.approx(100 * math.sqrt((0.125**2 + 0.625**2 + 2 * 0.375**2) / 3 / 4))
-    assert distill_sst2.paired(["1110"] * 2, ["1010"] * 2) == distill_sst2.paired(["1110"], ["1010"])
+    assert paired.paired(["1110"] * 2, ["1010"] * 2) == paired.paired(["1110"], ["1010"])
+
+
+def test_the_tables_of_pruning_are_of_the_kept_rows(distill_sst2: Any) -> None:
+    prune_sst2, paired = importlib.import_module("prune_sst2"), importlib.import_module("paired")
+    slug = importlib.import_module("sst2").slug
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("prune_sst2.py") : text.index("### Smaller students")]
+    kept = {
+        name: [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        for name in prune_sst2.ROWS
+        if (files := sorted((RESULTS / "sst2/rows").glob(f"{slug(name)}-[012].json")))
+    }
+    speed = json.loads((RESULTS / "sst2/speed.json").read_text(encoding="utf-8"))["times"]
+    assert len(kept) >= 5
+    for name, rows in kept.items():
+        each = [100 * one["accuracy"] for one in rows]
+        against = statistics.mean(each) - statistics.mean(100 * one["accuracy"] for one in kept["dense"])
+        cells = [f"{one:.2f}" for one in [*each, statistics.mean(each)]]
+        cells += ["" if name == "dense" else f"{against:+.2f}", *(f"{one:.2f}x" for one in speed[name])]
+        assert f"| {' | '.join([name, *cells])} |".replace("|  |", "| |") in section
+    pairs = [pair for pair in prune_sst2.PAIRS if {*pair} <= {*kept}]
+    assert len(pairs) >= 4
+    for pair in pairs:
+        assert f"| {' | '.join(paired.compared(*pair, kept))} |" in section
 
 
 def test_the_table_of_smaller_students_is_of_the_kept_rows(distill_sst2: Any) -> None:
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     sentences = " ".join(text.split())
-    slug = importlib.import_module("sst2").slug
+    slug, paired = importlib.import_module("sst2").slug, importlib.import_module("paired")
     kept = {
         name: [json.loads((RESULTS / "sst2/rows" / f"{slug(name)}-{seed}.json").read_text()) for seed in range(3)]
         for pair in distill_sst2.PAIRS
         for name in pair
     }
-    told = [distill_sst2._compared(*pair, kept) for pair in distill_sst2.PAIRS]
+    told = [paired.compared(*pair, kept) for pair in distill_sst2.PAIRS]
     assert len(told) == 5
     for name, against, points, error in told:
         if against == "3 layers, no teacher":
