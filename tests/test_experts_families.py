@@ -35,7 +35,10 @@ READ: dict[str, dict[str, Any]] = {
     "olmoe": {}, "phimoe": {}, "minimax": {}, "minimax_m2": {"head_dim": 8}, "glm4_moe": {"head_dim": 8},
     "deepseek_v2": {}, "deepseek_v3": {}, "dots1": {"head_dim": 8}, "ernie4_5_moe": {}, "flex_olmo": {},
     "hunyuan_v1_moe": {"head_dim": 8}, "lfm2_moe": FULL, "qwen3_next": {**FULL, "head_dim": 8},
-    "afmoe": {"head_dim": 8}, "exaone_moe": {"head_dim": 8}, "nemotron_h": {"head_dim": 8},
+    "afmoe": {"head_dim": 8}, "exaone_moe": {"head_dim": 8}, "nemotron_h": {
+        "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 16,
+    },
 }  # fmt: skip
 REFUSED = {
     "granitemoe": "Transformers does not store its experts as one matrix after another",
