@@ -206,10 +206,16 @@ def few_tokens_are_fine() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_trainers() -> Iterator[None]:
-    """Spare each tiny training what costs more than itself: threads, and collecting garbage among all the imports."""
+    """Spare each tiny training what costs more than itself: threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_among_the_imports() -> Iterator[None]:
+    """Let nothing look for garbage among what was there before: trainings and measurements collect it, and often."""
     gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(threads)

@@ -41,6 +41,7 @@ def test_a_reader_reads_what_the_task_says(name: str, tmp_path: Path) -> None:
     assert set(source.metrics) <= fitting
 
 
+@pytest.mark.usefixtures("quick_trainers", "unpainted")
 @pytest.mark.parametrize("name", TINY)
 def test_a_task_from_beginning_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = TINY[name]
