@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed-demo
 	$(BIN)/hfcompress demo --resume
 
-# A process for each core; a file's tests stay together, as they share what is costly to make.
+# A process for each core; a file's tests stay together, as they share what is costly to make. The order is conftest's.
 test: $(VENV)/.installed-test check
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

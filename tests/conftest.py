@@ -38,6 +38,22 @@ from tests.runs import WORDS, language_recipe, write_text
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 VOCABULARY_SIZE = 64
 
+# The files that take longest: they come first, so that processes which share the files end together.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        "docs", "readme", "structure_shrink", "resume", "fresh", "quantized_families", "push", "column_kernel",
+        "mixed_bits", "publish", "shrink_stock", "pruning_trainer", "shrink_reload", "task_recipes",
+        "uneven_registration", "quantize_low_memory", "unit_pruning_trainer", "bitsandbytes", "pruning_criteria",
+        "faults", "evaluate", "quantization_grids", "pipeline", "checkpoint", "vocabulary_recipe", "imports",
+    )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
