@@ -13,8 +13,9 @@ import torch
 
 # Names and values of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# What glibc's own thresholds come to in a process that has freed large blocks: it doubles the one for the other.
-LARGEST_THRESHOLD = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)
+# What their values come to by themselves in a process that has freed large blocks, and what no tensor reaches.
+LARGEST_OWN = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)
+AS_USUAL, NEVER = (LARGEST_OWN, 2 * LARGEST_OWN), (1 << 30, (1 << 31) - 1)
 
 
 def fast_bfloat16(device: torch.device | str | None = None) -> bool:
@@ -49,20 +50,20 @@ def keep_freed_memory() -> None:
     Linux with glibc; elsewhere it does nothing.
     """
     _Kept.for_good = True
-    _set_thresholds(1 << 30, (1 << 31) - 1)
+    _set_thresholds(*NEVER)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Keep freed memory as ``keep_freed_memory`` does, and give it back at the end unless that was called."""
     _Kept.depth += 1
-    _set_thresholds(1 << 30, (1 << 31) - 1)
+    _set_thresholds(*NEVER)
     try:
         yield
     finally:
         _Kept.depth -= 1
         if not (_Kept.depth or _Kept.for_good):
-            _set_thresholds(LARGEST_THRESHOLD, 2 * LARGEST_THRESHOLD)
+            _set_thresholds(*AS_USUAL)
             release_freed_memory()
 
 

@@ -28,7 +28,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import hfcompress
 import hfcompress.evaluate.readers as readers
+from hfcompress import devices
 from hfcompress.errors import DataError, HFCompressError, ModelError
 from hfcompress.evaluate import (
     METRICS,
@@ -330,6 +332,17 @@ def test_memory_that_loading_left_behind_is_not_the_models() -> None:
         "assert not reset_peak_memory() or peak_memory_bytes() < before + 50e6, peak_memory_bytes() - before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prune_and_quantize_keep_freed_memory_while_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(devices, "_set_thresholds", lambda *values: told.append(values))
+    hfcompress.prune(tiny_llama(), hfcompress.Magnitude(sparsity=0.5))
+    assert told == [devices.NEVER, devices.AS_USUAL]
+    with pytest.warns(UserWarning, match="Group sizes that do not divide") as warned:
+        hfcompress.quantize(tiny_llama(), hfcompress.RTN(bits=4, group_size=48))
+    assert warned[0].filename == __file__  # the caller's line, with nothing of ours in between
+    assert told[2:] == [devices.NEVER, devices.AS_USUAL]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Only glibc can be told what to keep.")

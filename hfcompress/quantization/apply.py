@@ -45,7 +45,6 @@ Method = RTN | GPTQ | AWQ | BitsAndBytes | SmoothQuant | Float8
 OnLayer = Callable[[str, Sequence[QuantizedLinear]], None]
 
 
-@freed_memory_kept()
 @with_split_experts
 def quantize(
     model: PreTrainedModel,
@@ -84,10 +83,11 @@ def quantize(
     store = None
     if shards is not None and method.needs_calibration:
         store = LayerShards.open(shards, model, (method, prune), batches)
-    if isinstance(method, GPTQ):
-        planned = with_chosen_bits(model, planned, method, batches, store)
-    steps = _steps(model, planned, method, batches, prune, quantizer, changes, store)
-    rows = _run(model, planned, steps, type(method).__name__, on_layer, changes)
+    with freed_memory_kept():
+        if isinstance(method, GPTQ):
+            planned = with_chosen_bits(model, planned, method, batches, store)
+        steps = _steps(model, planned, method, batches, prune, quantizer, changes, store)
+        rows = _run(model, planned, steps, type(method).__name__, on_layer, changes)
     if quantizer is not None:
         finish_(model, quantizer)
     else:

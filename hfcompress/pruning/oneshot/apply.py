@@ -29,7 +29,6 @@ Planned = Mapping[str, PlannedWeight]
 Rows = list[PrunedLayer]
 
 
-@freed_memory_kept()
 def prune(
     model: PreTrainedModel,
     method: Magnitude | Wanda | SparseGPT,
@@ -55,7 +54,7 @@ def prune(
     planned = plan_weights(model, method, targets, exclude)
     rows: Rows = []
     try:
-        with meter(f"Pruning with {name}", len(planned)) as bar, torch.no_grad():
+        with freed_memory_kept(), meter(f"Pruning with {name}", len(planned)) as bar, torch.no_grad():
             shown = 0
             for layer in _steps(model, planned, method, batches, rows):
                 bar.advance(len(rows) - shown, note=layer)
