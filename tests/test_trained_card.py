@@ -106,6 +106,15 @@ def test_the_card_is_of_the_weights_as_they_are_now(tmp_path: Path, tokenizer: P
     assert facts.after.nonzero == hfcompress.inspect_checkpoint(tmp_path / "twice").nonzero
 
 
+def test_the_class_of_a_model_that_came_from_nowhere_is_no_id(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = pruning(tmp_path / "new", tokenizer)
+    trainer.create_model_card()
+    assert "`LlamaForCausalLM`" in (tmp_path / "new" / "README.md").read_text()
+    assert ModelCard.load(tmp_path / "new" / "README.md").data.base_model is None
+
+
 def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ class HFCompressConfig(QuantizationConfigMixin):
         if version > VERSION:
             raise ValueError(
                 f"This checkpoint was written by a newer hfcompress (its format has version {version}, this one reads "
-                f"{VERSION}). Run `pip install --upgrade hfcompress`."
+                f"{VERSION}). Install a newer hfcompress, as its README says."
             )
         self.quant_method = METHOD  # type: ignore[assignment]  # the library's own are members of an enum
         self.version = version

@@ -81,7 +81,7 @@ class ModelCardMixin(_Base):
             "tasks": _listed(tasks),
             "datasets": _listed(dataset_tags) or _listed(dataset),
         }
-        facts["local"] = local_names([facts["base_model"], *_listed(dataset_tags), *_listed(dataset)])
+        facts["local"] += local_names([finetuned_from, *_listed(dataset_tags), *_listed(dataset)])
         write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
 
@@ -124,6 +124,7 @@ def facts_of_trainer(
     shares = [f"{one.reached(model):.1%} of the targeted {one.what} pruned" for one in callbacks]
     summary = inspect_checkpoint(folder)
     origin = getattr(model.config, "_name_or_path", "")
+    base = origin or type(model).__name__
     measured = Measurement(
         parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=metrics,
         bytes_on_disk=summary.bytes_on_disk, dtype=str(model.dtype).removeprefix("torch."),
@@ -135,10 +136,10 @@ def facts_of_trainer(
         "name": name or Path(str(trainer.args.output_dir)).absolute().name,
         "task": task_of(model),
         "created": datetime.now(timezone.utc).date().isoformat(),
-        "base_model": origin or type(model).__name__,
+        "base_model": base,
         "base_model_license": license_of(origin) if origin else None,
         "data": None,
-        "local": local_names([origin]),
+        "local": local_names([origin]) if origin else [base],
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {
