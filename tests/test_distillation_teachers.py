@@ -152,7 +152,6 @@ def test_a_quantized_teacher_teaches_what_it_says(tmp_path: Path) -> None:
     "how", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=["nf4", "int8"]
 )
 def test_a_bitsandbytes_teacher_teaches_what_it_says(how: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     dense = llama(seed=1, hidden_size=64, intermediate_size=128)
     dense.save_pretrained(tmp_path / "teacher")
     teacher = hf.AutoModelForCausalLM.from_pretrained(

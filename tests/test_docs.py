@@ -79,7 +79,7 @@ NOT_RUN = {
     "pip install .[ct]": "it installs",
     "python recipes/sst2_minilm.py": "it downloads SST-2; tests/test_recipe_scripts.py has it read a file",
     "hfcompress demo --quick": "it takes a minute; tests/test_demo.py",
-    "hfcompress run smollm2_4bit": "it takes minutes; bundled recipes run in tests/test_real_models.py",
+    "hfcompress run smollm2_4bit": "it takes minutes; readers_folder runs it on a tiny model",
     "hfcompress run recipes/sst2_minilm.yaml": "it takes minutes and begins with what the script above it writes",
     "hfcompress push runs/smollm2-4bit me/smollm2-4bit --private": "it goes to the Hub; tests/test_push.py",
 }

@@ -9,6 +9,9 @@ import pytest
 from hfcompress.pruning.oneshot import METHODS as PRUNERS
 from hfcompress.quantization import METHODS
 from hfcompress.recipe import load_recipe
+from hfcompress.recipe.checks import PROBLEMS_WITHOUT_CLASSES, WITHOUT_CLASSES
+from hfcompress.tasks import TASKS
+from hfcompress.tasks.base import Head
 from tests.test_recipe import PLAIN, with_stages, write
 from tests.test_recipe_faults import faults
 
@@ -135,6 +138,15 @@ def test_training_fits_the_task(tmp_path: Path, task: str, stage: str, option: s
     assert found.startswith(f"line 6, stages[0].{stage}.training.{option.partition(':')[0]}: ")
     assert found.endswith(f"{why}: remove it")
     load_recipe(write(tmp_path, with_stages(f"finetune: {{steps: 1, training: {{{option}}}}}")))
+
+
+def test_recipes_without_classes_are_those_whose_tasks_have_none() -> None:
+    problems = (None, *PROBLEMS_WITHOUT_CLASSES)
+    without = {name for name, task in TASKS.items() if "classes" not in task.forms(None)}
+    assert without == {*WITHOUT_CLASSES}
+    for problem in problems:
+        has = "classes" in TASKS["sequence-classification"].forms(Head(problem=problem))
+        assert has == (problem not in PROBLEMS_WITHOUT_CLASSES)
 
 
 def test_training_is_a_mapping(tmp_path: Path) -> None:

@@ -268,9 +268,8 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
                 logs["on_policy"] = self._logged.written / self._logged.steps
             self._logged = LoggedTerms()
         by = self.args.eval_strategy
-        if "eval_loss" in logs or (
-            "loss" in logs and by == IntervalStrategy.NO
-        ):  # when a notebook's table gets a line
+        # A notebook's table gets a line with every evaluation; where there is none, with every log.
+        if "eval_loss" in logs or ("loss" in logs and by == IntervalStrategy.NO):
             show_in_notebook(
                 self.callback_handler.callbacks, last_terms([*self.state.log_history, logs], self._terms),
                 int(self.state.epoch or 0) if by == IntervalStrategy.EPOCH else self.state.global_step,
