@@ -11,12 +11,11 @@ out. No GPU has run it so far.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib.util import find_spec
 
 import torch
-from quantizing import MODEL, Row, arguments, open_smollm2, prepare, quantize_here, run_rows
+from quantizing import MODEL, Row, arguments, open_smollm2, prepare, run_rows
 from table import machine
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -60,9 +59,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
     refuse_without_gpu(options)
-    if options.worker:
-        quantize_here(Row(**json.loads(options.worker)), options)
-        return
     for name in options.models:
         # Text says nothing of the quality of random weights.
         own = {"output": options.output / name, "trained": name == "smollm2"}

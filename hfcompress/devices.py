@@ -37,6 +37,11 @@ def matrix_tiles() -> bool:
     return _cpu_has("amx_tile")
 
 
+def vector_integers() -> bool:
+    """Tell whether the CPU multiplies 8-bit integers in 512-bit vectors (AVX512_VNNI)."""
+    return _cpu_has("vnni")
+
+
 def _cpu_has(feature: str) -> bool:
     known = getattr(torch.cpu, f"_is_{feature}_supported", None)
     return known is not None and bool(known())

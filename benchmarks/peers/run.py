@@ -1,11 +1,11 @@
-"""What the peers' scripts share: their arguments, their calibration tokens, and the facts that they leave."""
+"""What the scripts that quantize share: their arguments, their calibration tokens, and the facts that they leave."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,10 +24,12 @@ def arguments(about: str | None, methods: Iterable[str]) -> argparse.ArgumentPar
     return parser
 
 
-def grid_arguments(about: str | None, methods: Iterable[str]) -> argparse.ArgumentParser:
-    """Return a parser with what every peer is told that quantizes."""
+def grid_arguments(
+    about: str | None, methods: Iterable[str], bits: Callable[[str], int | str] = int
+) -> argparse.ArgumentParser:
+    """Return a parser with what every peer is told that quantizes.  bits: reads that argument."""
     parser = arguments(about, methods)
-    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--bits", type=bits, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--device", default="cpu", help="a tool that looks for a GPU by itself is not told")
     return parser

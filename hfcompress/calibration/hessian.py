@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from hfcompress.calibration.integers import TOKENS, add_integer_cross_, add_integer_triangle_, integers_pay
 from hfcompress.devices import matrix_tiles
 
 # Rows of a triangle's strip. Narrow ones leave more out, and cost next to nothing where products run in AVX512; matrix
@@ -53,13 +54,17 @@ def accumulate_triangle_(hessian: Tensor, inputs: Tensor) -> None:
     """Add the lower triangle of the Gram matrix of one batch; ``mirror_triangle_`` makes the sum whole at last.
 
     Done in strips of ``STRIP`` rows, each up to its last diagonal element, so a little above the diagonal is added
-    too: at 1536 columns some 60% of all products, or 67% with wide strips.  Arguments as in ``accumulate_hessian_``.
+    too: at 1536 columns some 60% of all products, or 67% with wide strips.  Where integers are the fast way, inputs
+    are rounded to them (see ``hfcompress.calibration.integers``).  Arguments as in ``accumulate_hessian_``.
     """
-    rows = inputs.float()
-    with products_of(inputs):
-        for first in range(0, len(hessian), STRIP):
-            last = first + STRIP
-            hessian[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+    for part in inputs.split(TOKENS):
+        if integers_pay(part) and add_integer_triangle_(hessian, part):
+            continue
+        rows = part.float()
+        with products_of(part):
+            for first in range(0, len(hessian), STRIP):
+                last = first + STRIP
+                hessian[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
 
 
 def mirror_triangle_(hessian: Tensor) -> Tensor:
@@ -73,12 +78,15 @@ def mirror_triangle_(hessian: Tensor) -> Tensor:
 
 
 def accumulate_cross_(total: Tensor, differences: Tensor, inputs: Tensor) -> None:
-    """Add the product of what outputs lack and inputs, of one batch.
+    """Add the product of what outputs lack and inputs, of one batch; rounded where the inputs' Gram matrix is.
 
     total: (out, in) float32, changed in place.  differences: (tokens, out).  inputs: (tokens, in).
     """
-    with products_of(inputs):
-        total.addmm_(differences.float().T, inputs.float())
+    for lacking, part in zip(differences.split(TOKENS), inputs.split(TOKENS)):
+        if integers_pay(part) and add_integer_cross_(total, lacking, part):
+            continue
+        with products_of(part):
+            total.addmm_(lacking.float().T, part.float())
 
 
 def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens, tensor_key
-from hfcompress.calibration.parts import by_parts, only_states, replaced_forwards, small_modules, split_rows
+from hfcompress.calibration.parts import RowCall, by_parts, replaced_forwards, row_parts, small_modules
 from hfcompress.calibration.record import LayerCall
+from hfcompress.calibration.running import tensors_in
 
 # Tokens of a product: what is held in float32 at once.
 CHUNK = 4096
@@ -79,24 +80,26 @@ class JoinedPass(Generic[Observed]):
 
         return forward
 
-    def _step_by_step(self, groups: Sequence[tuple[str, ...]], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Run a network that is a linear layer after a function of its input by parts, as far as that can be seen.
+    def _step_by_step(self, groups: Sequence[tuple[str, ...]], plain: Callable[..., Any]) -> Callable[..., Any]:
+        """Run attention or a network, a linear layer after a function of its input, by parts as far as can be seen.
 
-        groups: of the linear layers that see the network's own input, and of the last one.
+        groups: of the linear layers that see the module's own input, and of the last one.
         """
         first, (last,) = groups
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            states = only_states(args, kwargs, self.rows)
-            if states is None or not self._begins_with(first, plain, states):
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = RowCall.of(args, kwargs, self.rows)
+            if call is None or not self._begins_with(first, plain, call):
                 return plain(*args, **kwargs)
-            self._compress_(first, [states])
-            inputs = self._inputs_of(last, plain, states)
-            if inputs is None:
-                return plain(states)
+            self._compress_(first, [call.states])
+            found = self._inputs_of(last, plain, call)
+            if found is None:
+                return plain(*args, **kwargs)
+            inputs, rest = found
             self._compress_((last,), inputs)
             linear = self.layer.get_submodule(last)
-            return torch.cat([linear(inputs.pop(0)) for _ in range(len(inputs))])
+            output = torch.cat([linear(inputs.pop(0)) for _ in range(len(inputs))])
+            return output if rest is None else (output, *rest)
 
         return forward
 
@@ -109,9 +112,9 @@ class JoinedPass(Generic[Observed]):
         finally:
             self.instead = None
 
-    def _begins_with(self, group: tuple[str, ...], plain: Callable[..., Tensor], states: Tensor) -> bool:
-        """Tell whether all that a network does first is to hand its input to a group of linear layers."""
-        row = states[:1]
+    def _begins_with(self, group: tuple[str, ...], plain: Callable[..., Any], call: RowCall) -> bool:
+        """Tell whether all that a module does first is to hand its input to a group of linear layers."""
+        row = call.states[:1]
         found = False
 
         def see(name: str, inputs: Tensor) -> None:
@@ -120,11 +123,16 @@ class JoinedPass(Generic[Observed]):
             raise _SeenError
 
         with self._answering(see), suppress(_SeenError):
-            plain(row)
-        return found and states.data_ptr() not in self.context
+            call.run(plain, slice(0, 1))
+        return found and call.states.data_ptr() not in self.context
 
-    def _inputs_of(self, last: str, plain: Callable[..., Tensor], states: Tensor) -> list[Tensor] | None:
-        """Run a network as far as its last linear layer; None where that layer's output is not the network's."""
+    def _inputs_of(
+        self, last: str, plain: Callable[..., Any], call: RowCall
+    ) -> tuple[list[Tensor], tuple[Any, ...] | None] | None:
+        """Run a module as far as its last linear layer; None where that layer's output is not the module's.
+
+        Returns what the linear layer gets, and what the module returns beside its output: None for nothing.
+        """
         seen: list[tuple[Tensor, Tensor]] = []
         weight = self.linears[last].weight
         assert isinstance(weight, Tensor)
@@ -137,13 +145,17 @@ class JoinedPass(Generic[Observed]):
             return seen[-1][1]
 
         inputs: list[Tensor] = []
+        rest: tuple[Any, ...] | None = None
         with self._answering(catch):
-            for part in split_rows(states):
-                output = plain(part)
-                if len(seen) != 1 or output.data_ptr() != seen[0][1].data_ptr() or output.shape != seen[0][1].shape:
+            for part in row_parts(call.states):
+                output = call.run(plain, part)
+                if type(output) is tuple and output and not any(True for _ in tensors_in(output[1:])):
+                    output, *others = output
+                    rest = tuple(others)
+                if not isinstance(output, Tensor) or len(seen) != 1 or tensor_key(output) != tensor_key(seen[0][1]):
                     return None
                 inputs.append(seen.pop()[0])
-        return inputs
+        return inputs, rest
 
     def _compress_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
         """Compress a group if it was not yet.  parts: of its input, (rows, ..., in) each."""

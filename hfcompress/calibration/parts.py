@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfcompress.calibration.running import tensors_in
 from hfcompress.structure.stack import LINEAR_TYPES
 
 PART = 4096  # tokens
+HIDDEN = "hidden_states"
 
 
 def small_modules(layer: nn.Module) -> list[nn.Module]:
@@ -54,9 +56,53 @@ def only_states(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Ten
     return states if fits else None
 
 
-def split_rows(states: Tensor) -> tuple[Tensor, ...]:
-    """Return views of about ``PART`` tokens each.  states: (rows, tokens, size)."""
-    return states.split(max(1, PART // max(1, states.shape[1])))
+class RowCall:
+    """A call of a module that gets hidden states, and beside them only what can be told apart into rows.
+
+    states: the hidden states, (rows, tokens, size).
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor) -> None:
+        self.args, self.kwargs, self.states = args, kwargs, states
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> RowCall | None:
+        """Return the call, or None where it holds something that may have no rows, or rows of another kind."""
+        states = args[0] if args else kwargs.get(HIDDEN)
+        if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != rows or not _is_plain((args, kwargs)):
+            return None
+        others = [one for one in tensors_in((args, kwargs)) if one is not states]
+        # Where there are as many tokens as rows, a tensor may have either.
+        sizes = {1} if rows == states.shape[1] else {1, rows}
+        fits = all(one.dim() > 1 and len(one) in sizes for one in others)
+        return cls(args, kwargs, states) if fits else None
+
+    def run(self, forward: Callable[..., Any], rows: slice) -> Any:
+        """Call a module's forward for some of the rows."""
+        args, kwargs = self._part((self.args, self.kwargs), rows)
+        return forward(*args, **kwargs)
+
+    def _part(self, value: Any, rows: slice) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows] if len(value) == len(self.states) else value
+        if isinstance(value, dict):
+            return {key: self._part(item, rows) for key, item in value.items()}
+        return type(value)(self._part(item, rows) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether nothing but tensors, numbers and texts is in nested tuples, lists and dicts."""
+    if type(value) in (tuple, list):
+        return all(_is_plain(item) for item in value)
+    if type(value) is dict:
+        return all(_is_plain(item) for item in value.values())
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
+
+
+def row_parts(states: Tensor) -> list[slice]:
+    """Return rows of about ``PART`` tokens each, one part after the other.  states: (rows, tokens, size)."""
+    size = max(1, PART // max(1, states.shape[1]))
+    return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
 def _in_parts(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
@@ -64,15 +110,14 @@ def _in_parts(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
         states = only_states(args, kwargs, rows)
         if states is None:
             return plain(*args, **kwargs)
-        output, start = None, 0
-        for part in split_rows(states):
-            done = plain(part)
-            if len(part) == rows or not isinstance(done, Tensor) or len(done) != len(part):
-                return plain(states) if len(part) < rows else done
+        output = None
+        for part in row_parts(states):
+            done, count = plain(states[part]), part.stop - part.start
+            if count == rows or not isinstance(done, Tensor) or len(done) != count:
+                return plain(states) if count < rows else done
             if output is None:
                 output = torch.empty(rows, *done.shape[1:], dtype=done.dtype, device=done.device)
-            output[start : start + len(part)] = done
-            start += len(part)
+            output[part] = done
         return output
 
     return forward
