@@ -132,6 +132,62 @@ def test_what_is_wide_is_never_there_for_all_rows(
     assert rows not in wide
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_attention_runs_by_parts_with_its_own_rows_of_the_mask(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].model()
+    data = batches(model, padding)
+    monkeypatch.setattr(parts, "PART", 3 * 12)
+    visit = next(iter(walk_layers(model, data)))
+    with watching(visit.layer):
+        expected = [visit.output(index) for index in range(3)]
+    seen: list[tuple[int, int | None]] = []
+    plain = model.model.layers[0].self_attn.forward
+
+    def noting(hidden_states: Tensor, **kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"]
+        seen.append((len(hidden_states), None if mask is None else len(mask)))
+        return plain(hidden_states=hidden_states, **kwargs)
+
+    monkeypatch.setattr(visit.layer.self_attn, "forward", noting, raising=False)
+    visit.compress_(list(linear_weights_of(visit.layer)), GRAM, lambda found: None)
+    counts = [3, 3, 3, 1]
+    assert seen[-4:] == [(count, count if padding else None) for count in counts]
+    for recorded, states in zip(visit.batches, expected, strict=True):
+        torch.testing.assert_close(recorded.hidden, states, rtol=1e-4, atol=1e-5)
+
+
+class _Blocks:
+    """Something of rows that is no tensor, as a block mask of flexible attention."""
+
+
+def test_calls_that_may_have_no_rows_run_whole() -> None:
+    states, mask = torch.zeros(10, 12, 8), torch.zeros(10, 1, 12, 12)
+    rotary = (torch.zeros(1, 12, 8), torch.zeros(1, 12, 8))
+    told = {"hidden_states": states, "attention_mask": mask, "position_embeddings": rotary, "is_causal": True}
+
+    def shapes(*args: Any, **kwargs: Any) -> list[tuple[int, ...]]:
+        tensors = (*args, *kwargs.values(), *kwargs.get("position_embeddings", ()))
+        return [tuple(one.shape) for one in tensors if isinstance(one, Tensor)]
+
+    call = parts.RowCall.of((), told, 10)
+    assert call is not None
+    expected = [(2, 12, 8), (2, 1, 12, 12), (1, 12, 8), (1, 12, 8)]
+    assert call.run(shapes, slice(4, 6)) == expected
+    assert parts.RowCall.of((states,), {}, 10) is not None
+    refused = [
+        {"mask": mask[:4]},  # of other rows
+        {"bias": torch.zeros(10)},  # a row of what?
+        {"bias": torch.zeros(30, 12, 12)},  # heads and rows in one
+        {"blocks": _Blocks()},
+        {"hidden_states": None},
+    ]
+    for changed in refused:
+        assert parts.RowCall.of((), {**told, **changed}, 10) is None, changed
+    # As many rows as tokens: a tensor could have either.
+    square = {"hidden_states": torch.zeros(12, 12, 8), "bias": torch.zeros(12, 12)}
+    assert parts.RowCall.of((), square, 12) is None
+
+
 def test_a_network_that_adds_to_its_last_product_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where the last linear layer's output is the network's own may the rest be left out."""
     plain = type(FAMILIES["llama"].model().model.layers[0].mlp).forward
