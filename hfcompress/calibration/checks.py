@@ -118,17 +118,28 @@ def compress_in_turn(
         if visit.index == 0:
             hidden = visit.hidden_states
         done: list[InputHessian] = []
+
+        def one(turn: Turn, visit: LayerVisit = visit, done: list[InputHessian] = done) -> None:
+            compress(visit, turn)
+            done.append(turn.found)
+
         if hidden:
-            turns = Turns(visit, inside, hidden, known)
-            for turn in turns:
-                warned = warned or _warn_about_few_tokens(visit, [turn.found])
-                compress(visit, turn)
-                done.append(turn.found)
-            hidden = turns.outputs
+            hidden = _take_turns(Turns(visit, inside, hidden, known), one)
+        warned = warned or _warn_about_few_tokens(visit, done)
         _check_all_seen(visit, inside, done)
         experts.count(visit.name, visit.layer, inside, done)
         yield visit
     experts.warn()
+
+
+def _take_turns(turns: Turns, compress: Callable[[Turn], None]) -> list[Tensor]:
+    """Have a layer's linear layers compressed in turn; return its output in the dense model, for each batch.
+
+    What else the turns hold, the states inside the layer, is gone with this call: it is the most of all memory.
+    """
+    for turn in turns:
+        compress(turn)
+    return turns.outputs
 
 
 def _check_all_seen(visit: LayerVisit, names: Iterable[str], found: Iterable[InputHessian | InputSquares]) -> None:

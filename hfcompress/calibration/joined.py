@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens, tensor_key
-from hfcompress.calibration.parts import RowCall, by_parts, replaced_forwards, row_parts, small_modules
+from hfcompress.calibration.parts import (
+    RowCall,
+    by_parts,
+    replaced_forwards,
+    row_parts,
+    small_modules,
+    states_and_rest,
+)
 from hfcompress.calibration.record import LayerCall
-from hfcompress.calibration.running import tensors_in
 
 # Tokens of a product: what is held in float32 at once.
 CHUNK = 4096
@@ -148,12 +154,10 @@ class JoinedPass(Generic[Observed]):
         rest: tuple[Any, ...] | None = None
         with self._answering(catch):
             for part in row_parts(call.states):
-                output = call.run(plain, part)
-                if type(output) is tuple and output and not any(True for _ in tensors_in(output[1:])):
-                    output, *others = output
-                    rest = tuple(others)
-                if not isinstance(output, Tensor) or len(seen) != 1 or tensor_key(output) != tensor_key(seen[0][1]):
+                found = states_and_rest(call.run(plain, part))
+                if found is None or len(seen) != 1 or tensor_key(found[0]) != tensor_key(seen[0][1]):
                     return None
+                rest = found[1]
                 inputs.append(seen.pop()[0])
         return inputs, rest
 

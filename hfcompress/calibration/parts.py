@@ -1,7 +1,7 @@
 """Modules of a layer called by parts of the rows, so that what they hold on their way stays small.
 
 Every module computes row by row when it does not train. For all calibration tokens at once, what a norm holds in
-float32 or a feed-forward network between its linear layers would be the peak of all memory.
+float32, attention before its last linear layer, or a feed-forward network between its own would be the peak of memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def small_modules(layer: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def by_parts(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
-    """Have modules that are called with nothing but a tensor of ``rows`` rows take it by parts."""
+    """Have modules that are called with hidden states of ``rows`` rows take them by parts, see ``RowCall``."""
     modules = list(modules)
     with replaced_forwards((module, _in_parts(module.forward, rows)) for module in modules):
         yield
@@ -47,13 +47,6 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
             module.__dict__.pop("forward", None)
             if before is not None:
                 module.forward = before
-
-
-def only_states(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Tensor | None:
-    """Return what a module is called with where that is hidden states of ``rows`` rows and nothing else."""
-    states = args[0] if len(args) == 1 and not kwargs else None
-    fits = isinstance(states, Tensor) and states.dim() == 3 and len(states) == rows
-    return states if fits else None
 
 
 class RowCall:
@@ -105,19 +98,35 @@ def row_parts(states: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
+def states_and_rest(output: Any) -> tuple[Tensor, tuple[Any, ...] | None] | None:
+    """Return the tensor that a module returned, and what beside it (None: nothing); None where that holds tensors."""
+    if isinstance(output, Tensor):
+        return output, None
+    if (
+        type(output) is tuple
+        and output
+        and isinstance(output[0], Tensor)
+        and not any(True for _ in tensors_in(output[1:]))
+    ):
+        return output[0], output[1:]
+    return None
+
+
 def _in_parts(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        states = only_states(args, kwargs, rows)
-        if states is None:
+        call = RowCall.of(args, kwargs, rows)
+        parts = [] if call is None else row_parts(call.states)
+        if call is None or len(parts) == 1:
             return plain(*args, **kwargs)
-        output = None
-        for part in row_parts(states):
-            done, count = plain(states[part]), part.stop - part.start
-            if count == rows or not isinstance(done, Tensor) or len(done) != count:
-                return plain(states) if count < rows else done
+        output = rest = None
+        for part in parts:
+            found = states_and_rest(call.run(plain, part))
+            if found is None or len(found[0]) != part.stop - part.start:
+                return plain(*args, **kwargs)
+            done, rest = found
             if output is None:
                 output = torch.empty(rows, *done.shape[1:], dtype=done.dtype, device=done.device)
             output[part] = done
-        return output
+        return output if rest is None else (output, *rest)
 
     return forward
