@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfcompress.calibration import walk_layers
+from hfcompress.calibration import checks, walk_layers
 from hfcompress.calibration.factor import factor_hessian
 from hfcompress.calibration.sites import summing_sites
 from hfcompress.calibration.turns import Turns
@@ -42,6 +44,24 @@ def first_turns(model: PreTrainedModel, data: list[dict[str, Tensor]], drifted: 
     visit = next(iter(walk_layers(model, data)))
     hidden = [states * 1.25 if drifted else states for states in visit.hidden_states]
     return Turns(visit, list(linear_weights_of(visit.layer)), hidden)
+
+
+def test_the_states_inside_a_layer_go_with_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the most of all memory, so those of two layers are never there at once."""
+    made: list[weakref.ref[Turns]] = []
+
+    class Noted(Turns):
+        def __init__(self, *args: Any) -> None:
+            assert not any(one() for one in made)
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(checks, "Turns", Noted)
+    model = tiny_llama(layers=3)
+    names = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
+    for _ in checks.compress_in_turn(model, names, batches(model, 2), lambda visit, turn: None):
+        assert not any(one() for one in made)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])

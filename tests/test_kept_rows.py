@@ -72,3 +72,24 @@ def test_the_table_of_smaller_students_is_of_the_kept_rows(distill_sst2: Any) ->
         else:
             what = name.removeprefix(f"{against} and ")
             assert re.search(rf"{what} (add )?{points[1:]} (points )?\({error}\)", sentences)
+
+
+def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> None:
+    columns, rows = importlib.import_module("quantizing").COLUMNS, importlib.import_module("quantize").ROWS
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## `quantize/`") : text.index("## `sst2/`")]
+    names = {file.stem for file in (RESULTS / "quantize/rows").iterdir()}
+    assert names <= {row.name for row in rows}
+    kept = {name: json.loads((RESULTS / f"quantize/rows/{name}.json").read_text(encoding="utf-8")) for name in names}
+    shown = ["seconds", "peak_mib", "size_mib", "bits_per_weight", "perplexity"]
+    for name, facts in kept.items():
+        cells = [f"{facts[one]:.{columns[one][1]}f}" if one in facts else "" for one in shown]
+        assert f"| {' | '.join([name, *cells])} |".replace("|  |", "| |").replace("|  |", "| |") in section
+    seconds = {name: facts.get("seconds", 0) for name, facts in kept.items()}
+    fast, best = (seconds[f"hfcompress gptq {quality} 4 bits"] for quality in ("fast", "best"))
+    ratios = [f"{seconds[peer] / fast:.2f}" for peer in ("llmcompressor gptq 4 bits", "gptqmodel gptq 4 bits")]
+    assert f"{' and '.join(ratios)} times. Missed." in section
+    assert f"{best / seconds['auto_round autoround 50 4 bits']:.2f} of it, met" in section
+    floor = json.loads((RESULTS / "quantize/floor.json").read_text(encoding="utf-8"))
+    assert f"floor is {floor['operations'] / floor['rate']:.1f} s" in section
+    assert f"would be {seconds['llmcompressor gptq 4 bits'] / 5:.1f} s" in section
