@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import hfcompress
-from docs.measured import ROOT, card_folders, effects, gallery, measured, one_shot, table
+from docs.measured import ROOT, card_folders, effects, gallery, measured, one_shot, quantized, table
 from hfcompress.cli import app
 from hfcompress.commands import one_shot_command
 from hfcompress.publish import load_facts
@@ -240,5 +240,6 @@ PARTS: dict[str, Callable[..., str]] = {
     "effects": effects,
     "measured": measured,
     "one_shot": one_shot,
+    "quantized": quantized,
     "readme": readme,
 }

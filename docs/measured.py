@@ -119,5 +119,17 @@ def one_shot() -> str:
     return table(["row", "seconds", "peak memory, MiB", "perplexity", "zeros"], lines)
 
 
+def quantized() -> str:
+    """Return the table of the kept rows of ``benchmarks/quantize.py``, the smallest perplexity first."""
+    files = (RESULTS / "quantize" / "rows").glob("*.json")
+    rows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    lines = [
+        [name, _number(row.get("seconds"), ".1f"), _number(row.get("peak_mib"), ",.0f"),
+         f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}"]
+        for name, row in sorted(rows.items(), key=lambda one: float(one[1]["perplexity"]))
+    ]  # fmt: skip
+    return table(["row", "seconds", "peak memory, MiB", "bits of a weight", "perplexity"], lines)
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)

@@ -185,6 +185,26 @@ def test_one_shot_pruning_is_told_as_it_was_measured() -> None:
         )
 
 
+def test_quantization_is_told_as_it_was_measured() -> None:
+    folder = ROOT / "benchmarks/results/quantize"
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    page = " ".join(PAGES["docs/guides/quantize.md"].split())
+    assert f"{settings['calibration_rows']} rows of {settings['length']} calibration tokens" in page
+    assert f"over {settings['held_out_rows']} held-out rows" in page
+    rows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").iterdir()}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in measured.quantized().splitlines()[2:]]
+    assert {line[0] for line in lines} == set(rows)
+    assert [float(line[-1]) for line in lines] == sorted(float(line[-1]) for line in lines)
+    for name, seconds, memory, bits, perplexity in lines:
+        row = rows[name]
+        assert (bits, perplexity) == (f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}")
+        timed = (f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") if "seconds" in row else ("", "")
+        assert (seconds, memory) == timed
+    # What the page says of roundings with errors of the same size: equal scales, and one rounds in bfloat16.
+    one, other = (float(rows[f"{tool} rtn 4 bits"]["perplexity"]) for tool in ("hfcompress", "llmcompressor"))
+    assert 1.02 < one / other < 1.1
+
+
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
 
 
