@@ -115,7 +115,7 @@ PAIRS = [
 ]
 
 
-def forward_seconds(models: dict[str, PreTrainedModel], dtype: torch.dtype, rounds: int = 9) -> dict[str, float]:
+def forward_seconds(models: dict[str, PreTrainedModel], dtype: torch.dtype, rounds: int = 31) -> dict[str, float]:
     """Time forward passes of 32 x 64 tokens in turn and return each model's median in seconds."""
     ids = torch.randint(1000, 20000, (32, 64))
     times: dict[str, list[float]] = {name: [] for name in models}
