@@ -8,12 +8,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from hfcompress.calibration.integers import TOKENS, add_integer_cross_, add_integer_triangle_, integers_pay
+from hfcompress.calibration.integers import (
+    NARROW_STRIP,
+    TOKENS,
+    add_integer_cross_,
+    add_integer_triangle_,
+    integers_pay,
+)
 from hfcompress.devices import matrix_tiles
 
-# Rows of a triangle's strip. Narrow ones leave more out, and cost next to nothing where products run in AVX512; matrix
-# tiles (AMX) want wider ones.
-STRIP = 512 if matrix_tiles() else 256
+# Rows of a triangle's strip; matrix tiles (AMX) want wider ones.
+STRIP = 512 if matrix_tiles() else NARROW_STRIP
 # Rows of activations whose squares are added up at once, which then stay in the cache.
 SQUARED_ROWS = 512
 

@@ -1,7 +1,7 @@
 """Gram matrices of bfloat16 inputs by products of 8-bit integers, on CPUs that do these several times as fast.
 
 PyTorch has no product of bfloat16 matrices on CPUs that adds up in float32 and returns it, so that without matrix
-tiles a Gram matrix costs float32 products, a quarter as fast as 8-bit ones (VNNI).  Each column is rounded to whole
+tiles a Gram matrix costs float32 products, far slower than 8-bit ones (VNNI).  Each column is rounded to whole
 numbers from -127 to 127 of a step of its own, and the integer product, which is exact, is multiplied by the steps.
 What results is the exact Gram matrix of the rounded inputs, positive semidefinite as the true one is; rounding adds
 about ``step**2 / 12`` per token to the diagonal, much as damping does.  Columns with outliers, where that is more than
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hfcompress.devices import matrix_tiles, vector_integers
 
-# Tokens whose products are added up as integers, with one step for each column; 2**31 / 127**2 is the most.
+# Tokens of a product: what is held in float32 at once, or rounded with one step for each column. As integers the sums
+# of 2**31 / 127**2 tokens at the most stay exact.
 TOKENS = 4096
-# Rows of a triangle's strip.
-STRIP = 256
+# Rows of a triangle's strip: narrow ones leave more out, and cost next to nothing where products run in AVX512.
+NARROW_STRIP = 256
 # What rounding may add to a column's sum of squares; GPTQ adds 1% of the mean to every column as damping.
 LARGEST_NOISE = 0.003
 # With more columns that are not rounded than this share, all of them are multiplied in float32.
@@ -30,7 +31,7 @@ LARGEST_CODE = 127
 
 def integers_pay(inputs: Tensor) -> bool:
     """Tell whether this machine has fast integer products and no faster way to multiply these inputs."""
-    many = min(inputs.shape) >= STRIP
+    many = min(inputs.shape) >= NARROW_STRIP
     return many and inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and integers_are_fast()
 
 
@@ -79,8 +80,8 @@ def add_integer_triangle_(hessian: Tensor, rows: Tensor) -> bool:
     rounded = _Rounded.of(rows)
     if rounded is None:
         return False
-    for first in range(0, len(hessian), STRIP):
-        last = first + STRIP
+    for first in range(0, len(hessian), NARROW_STRIP):
+        last = first + NARROW_STRIP
         _add_product_(hessian[first:last, :last], rounded, slice(first, last), rounded, slice(0, last))
     if len(rounded.rest):
         product = rounded.exact.T @ rounded.values()

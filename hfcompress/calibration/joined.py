@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hfcompress.calibration.integers import TOKENS
 from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens, tensor_key
 from hfcompress.calibration.parts import (
     RowCall,
@@ -20,9 +21,6 @@ from hfcompress.calibration.parts import (
     states_and_rest,
 )
 from hfcompress.calibration.record import LayerCall
-
-# Tokens of a product: what is held in float32 at once.
-CHUNK = 4096
 
 
 class _SeenError(Exception):
@@ -171,7 +169,7 @@ class JoinedPass(Generic[Observed]):
         for part in parts:
             masks = self.masks if len(parts) == 1 else self.masks.of_rows(start, len(part))
             rows = real_tokens(part, masks.context if part.data_ptr() in self.context else masks.own)
-            for chunk in rows.split(CHUNK):
+            for chunk in rows.split(TOKENS):
                 self.statistic.add_(total, chunk)
             tokens, start = tokens + len(rows), start + len(part)
         self.compress(self.statistic.result(group, self.statistic.finish_(total), tokens))
