@@ -35,7 +35,7 @@ def error_of(columns: Tensor, scale: Tensor, weight: Tensor, inputs: Tensor, bit
         for first in range(0, weight.shape[1], group):
             part = slice(first, first + group)
             values = (weight[row, part] * by_column[part]).float()
-            step = (values.abs().amax() / ((2**bits - 1) / 2)).double()
+            step = (values[values.abs().argmax()] / -(2 ** (bits - 1))).double()
             codes = (values / step.float()).double().round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             total[:, row] += (inputs[:, part] / by_column[part]) @ (codes * step)
     return float((total - inputs @ weight.T).square().sum())
@@ -70,7 +70,7 @@ def test_the_scale_is_the_textbooks(repeats: int) -> None:
 
 def test_ranges_are_searched_by_the_inputs_squares() -> None:
     weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    importance = torch.rand(32, generator=torch.Generator().manual_seed(1)) ** 4
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(1)) ** 6
     for symmetric in (True, False):
         plain, weighed = (
             values_of(*round_to_nearest(weight, 3, 16, symmetric, importance=one)) for one in (None, importance)

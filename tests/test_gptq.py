@@ -13,7 +13,7 @@ from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import ModelError
 from hfcompress.packed import code_range
 from hfcompress.quantization.gptq import GPTQResult, gptq, gptq_siblings, round_columns
-from hfcompress.quantization.grids import absmax_scale, search_scale, storable_scale
+from hfcompress.quantization.grids import SHRINK_FACTORS, absmax_scale, search_scale, storable_scale
 from hfcompress.quantization.rtn import round_to_nearest
 
 GRIDS = [(2, 32), (3, 16), (4, 8), (4, 32), (4, None), (8, None)]
@@ -194,12 +194,49 @@ def test_hopeless_hessians_are_refused() -> None:
 
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 def test_rounding_to_nearest_is_within_half_a_step(bits: int, group_size: int | None) -> None:
+    """But for values that only the code above the highest would reach, on the side that has one code less."""
     weight, _ = problem()
     codes, scale, _ = round_to_nearest(weight, bits, group_size)
     low, high = code_range(bits)
     assert low <= int(codes.min()) <= int(codes.max()) <= high
     step = scale.repeat_interleave(group_size or weight.shape[1], dim=1)
-    assert bool(((weight - values(codes, scale, group_size)).abs() <= 0.5001 * step).all())
+    error = (weight - values(codes, scale, group_size)) / step
+    clipped = (weight / step > high + 0.5001) & (codes == high)
+    assert bool((error.abs() <= 0.5001)[~clipped].all())
+    assert bool((error[clipped] < 1.0001).all())
+    assert bool(clipped.any()) == (bits < 8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_groups_largest_weight_gets_the_lowest_code_whatever_its_sign(bits: int) -> None:
+    weight, _ = problem()
+    codes, scale, _ = round_to_nearest(weight, bits, 32)
+    groups = weight.view(-1, 32)
+    largest = groups.abs().argmax(1, keepdim=True)
+    assert bool((codes.view(-1, 32).gather(1, largest) == code_range(bits)[0]).all())
+    assert torch.equal(scale.flatten() < 0, groups.gather(1, largest).flatten() > 0)
+    assert torch.equal(values(codes, scale, 32).view(-1, 32).gather(1, largest), groups.gather(1, largest))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scales_of_either_sign_lose_less_than_positive_ones(bits: int) -> None:
+    weight, _ = problem(rows=200)
+    columns, alike = weight.T[:32].contiguous(), torch.ones(32)
+    low, high = code_range(bits)
+
+    def error(scale: Tensor) -> Tensor:
+        return ((columns / scale).round().clamp(low, high) * scale - columns).square().sum(0)
+
+    widest = columns.abs().amax(0) / ((2**bits - 1) / 2)
+    positive = torch.stack([error(widest * factor) for factor in SHRINK_FACTORS]).amin(0)
+    assert float(error(search_scale(columns, alike, bits, torch.float32)).sum()) < 0.93 * float(positive.sum())
+
+
+def test_scales_of_eight_bits_are_positive() -> None:
+    """As engines of 8-bit products expect them."""
+    weight, _ = problem()
+    assert bool((round_to_nearest(weight, 8, None).scale > 0).all())
+    assert bool((round_to_nearest(weight, 8, None, scale="mse").scale > 0).all())
 
 
 def test_zero_groups_and_zero_weights_round_to_zero() -> None:
@@ -209,7 +246,7 @@ def test_zero_groups_and_zero_weights_round_to_zero() -> None:
     codes, scale, _ = round_to_nearest(weight, 4, 32)
     assert not codes[:, :32].any()
     assert codes[5, 100] == 0
-    assert bool((scale > 0).all())
+    assert bool((scale[:, 0] == 1).all())
     assert gptq(weight, problem()[1], 4, 32).codes[:, :32].abs().max() == 0
 
 
@@ -228,9 +265,9 @@ def test_searched_scales_are_the_best_of_their_grid_and_beat_absmax() -> None:
 
 
 def test_scales_are_never_zero_in_their_dtype() -> None:
-    scale = storable_scale(torch.tensor([0.0, 1e-30, 0.1]), torch.float16)
+    scale = storable_scale(torch.tensor([0.0, 1e-30, -1e-30, 0.1]), torch.float16)
     assert scale[0] == 1
-    assert scale[1] == torch.finfo(torch.float16).tiny
+    assert scale[1] == -scale[2] == torch.finfo(torch.float16).tiny
     assert torch.equal(scale.half().float(), scale)
 
 

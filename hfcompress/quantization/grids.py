@@ -25,9 +25,10 @@ SHRINK_FACTORS = tuple(1.1 - 0.025 * step for step in range(25))
 
 
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the scales as they come back from storage in ``dtype``: float32, never zero."""
+    """Return the scales as they come back from storage in ``dtype``: float32, of the same sign, never zero."""
     stored = scale.to(dtype).float()
-    return torch.where(scale == 0, 1.0, stored.clamp_min(torch.finfo(dtype).tiny))
+    size = stored.abs().clamp_min_(torch.finfo(dtype).tiny)
+    return torch.where(scale == 0, 1.0, size.copysign_(scale))
 
 
 def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,12 +38,24 @@ def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def absmax_scale(weight: Tensor, bits: int, dtype: torch.dtype, dim: int = -1) -> Tensor:
-    """Return the symmetric scale that spreads the codes from one end of the values to the other.
+    """Return the symmetric scale that spreads the codes as far as the largest absolute value, whose sign it chooses.
 
-    The largest absolute value is divided by (2**bits - 1) / 2, the middle between the lowest and the highest code's
-    size, so that both ends clip alike.  weight: float32.  Returns float32 of the same shape with ``dim`` of size 1.
+    There is one more code below 0 than above. Below 8 bits the largest value gets the lowest code, by a negative scale
+    where it is positive, and values of the other sign lose at most one step (AutoRound's "full range", arXiv
+    2309.05516). At 8 bits, where one code more is worth nothing, scales stay positive and the largest value is divided
+    by 127.5, so that both ends clip alike.
+    weight: float32.  Returns float32 of the same shape with ``dim`` of size 1.
     """
-    return storable_scale(weight.abs().amax(dim, keepdim=True) / ((2**bits - 1) / 2), dtype)
+    return storable_scale(_widest(weight, bits, dim), dtype)
+
+
+def _widest(weight: Tensor, bits: int, dim: int) -> Tensor:
+    """Return what ``absmax_scale`` is before it is stored."""
+    low, high = code_range(bits)
+    highest, lowest = weight.amax(dim, keepdim=True), weight.amin(dim, keepdim=True)
+    if bits == 8:
+        return torch.maximum(highest, -lowest) / ((high - low) / 2)
+    return torch.where(highest > -lowest, highest, lowest) / low
 
 
 def search_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -52,7 +65,7 @@ def search_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dt
     columns.  importance: (in,), the weight of an error in each column.  Returns (out,) float32.
     """
     low, high = code_range(bits)
-    widest = columns.abs().amax(0) / ((2**bits - 1) / 2)
+    widest = _widest(columns, bits, 0).squeeze(0)
     best = storable_scale(widest, dtype)
     smallest = torch.full_like(best, torch.inf)
     steps, nearest = torch.empty_like(columns), torch.empty_like(columns)

@@ -91,9 +91,9 @@ class _Refinement:
         bend = (codes @ curvature).mul_(codes).sum(1)
         change = -(gradient * codes).sum(1) / bend.clamp_min(torch.finfo(torch.float32).tiny)
         wanted = self.scale[:, group] + change
-        # A negative scale would turn the grid round, for which there is no code.
-        fits = (bend > 0) & (wanted > 0)
-        scale = torch.where(fits, storable_scale(wanted.clamp_min(0), self.dtype), self.scale[:, group])
+        # A scale of the other sign would turn all codes round; it comes from errors that no scale makes good.
+        fits = (bend > 0) & (wanted * self.scale[:, group] > 0)
+        scale = torch.where(fits, storable_scale(wanted, self.dtype), self.scale[:, group])
         step = dequantized(codes, scale.unsqueeze(1), self.dtype) - self.values[:, block]
         gain = (step * (2 * gradient + step @ curvature)).sum(1)
         better = gain < 0
