@@ -457,6 +457,19 @@ def test_units_that_are_not_there_are_refused(wrong: int) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_a_mask_closes_the_units_where_it_is_true(kind: Callable[[list[bool]], Any]) -> None:
+    model = FAMILIES["bert"].model()
+    with attach_gates(model, find_attention(model)) as gates:
+        gate = next(iter(gates.heads.values()))
+        gate.close_(kind([False, True, False, True]))
+        assert gate.values.tolist() == [1, 0, 1, 0]
+        gate.close_(kind([False] * 4))
+        assert gate.values.tolist() == [1, 0, 1, 0]
+        with pytest.raises(ModelError, match="has 4 units, and the mask says something of 3"):
+            gate.close_(kind([True, False, True]))
+
+
 def test_frozen_weights_stay_frozen() -> None:
     model = tiny_bert().requires_grad_(False)
     attach_gates(model, find_attention(model)).heads["bert.encoder.layer.0.attention.self"].close_([0])

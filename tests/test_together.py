@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import InputHessian, InputSquares, LayerVisit, parts, together, walk_layers
 from hfcompress.calibration.observe import GRAM, SQUARES, TokenMasks
 from hfcompress.calibration.record import LayerCall
+from hfcompress.calibration.turn_pass import Turn, sums_are_plain
 from hfcompress.calibration.turns import Turns
 from hfcompress.pruning.oneshot import SparseGPT, Wanda, prune
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.running import watching
 from hfcompress.structure.stack import linear_weights_of
-from tests.families import FAMILIES
+from tests.families import FAMILIES, inputs_of
 
 Batches = list[dict[str, Tensor]]
 
@@ -77,6 +78,89 @@ def test_one_pass_equals_turn_after_turn(
     for recorded, expected in zip(one.batches, two.batches, strict=True):
         keep = recorded.batch["attention_mask"].bool()
         torch.testing.assert_close(recorded.hidden[keep], expected.hidden[keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", [parts.PART, 3 * 12])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "gemma3"])
+def test_one_pass_of_turns_equals_turn_after_turn(
+    family: str, padding: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is missing against a dense model that has drifted, too, and the very states of the changed layer."""
+    monkeypatch.setattr(parts, "PART", part)
+    model = FAMILIES[family].model()
+    found: list[dict[tuple[str, ...], Turn]] = []
+    visits = []
+    for one_pass in (True, False):
+        other = copy.deepcopy(model)
+        visit = next(iter(walk_layers(other, batches(other, padding))))
+        turns = Turns(visit, list(linear_weights_of(visit.layer)), [states * 1.25 for states in visit.hidden_states])
+        seen: dict[tuple[str, ...], Turn] = {}
+        compress = halving(visit, {})
+
+        def take(turn: Turn, seen: dict[tuple[str, ...], Turn] = seen, compress: Any = compress) -> None:
+            seen[turn.found.names] = turn
+            compress(turn.found)
+
+        if one_pass:
+            turns.take_(take)
+            assert all(visit.index not in recorded.calls for recorded in visit.batches)  # it has been advanced
+        else:
+            for turn in turns:
+                take(turn)
+            visit.advance_()
+        found.append(seen)
+        visits.append(visit)
+    assert found[0].keys() == found[1].keys()
+    for names, turn in found[0].items():
+        expected = found[1][names]
+        assert turn.found.tokens == expected.found.tokens
+        torch.testing.assert_close(turn.found.hessian, expected.found.hessian, rtol=1e-4, atol=1e-4)
+        assert turn.drift.keys() == expected.drift.keys()
+        for name in names:
+            weight = visits[0].layer.get_submodule(name).weight
+            weight = weight.T if family == "gpt2" else weight
+            missing = [one.missing(name, weight) for one in (turn, expected)]
+            torch.testing.assert_close(*missing, rtol=1e-3, atol=1e-3)
+    for recorded, expected_batch in zip(visits[0].batches, visits[1].batches, strict=True):
+        keep = recorded.batch["attention_mask"].bool()
+        assert torch.equal(recorded.hidden[keep], expected_batch.hidden[keep])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_is_enough_where_sums_are_plain(family: str) -> None:
+    """In GPT-NeoX attention and network add to one sum, whose rounding depends on their order: turn after turn."""
+    case = FAMILIES[family]
+    model = case.model()
+    for visit in walk_layers(model, [inputs_of(case)] * 2):
+        taken: list[str] = []
+        Turns(visit, list(linear_weights_of(visit.layer)), visit.hidden_states).take_(
+            lambda turn, taken=taken: taken.extend(turn.found.names)
+        )
+        assert sorted(taken) == sorted(linear_weights_of(visit.layer))
+        if visit.index == 0:
+            advanced = [visit.index not in recorded.calls for recorded in visit.batches]
+            assert advanced == [family != "gpt_neox"] * 2
+
+
+class TwoPaths(nn.Module):
+    """Adds to hidden states, and goes on with a copy of the sum that was made before a module gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, states: Tensor, copied: bool) -> Tensor:
+        total = states + self.first(states)
+        kept = total.clone() if copied else total
+        return kept + self.second(self.norm(total))
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_sum_that_is_copied_before_it_is_seen_is_not_plain(copied: bool) -> None:
+    layer, states = TwoPaths(), torch.randn(3, 4, 8)
+    with torch.no_grad():
+        assert sums_are_plain(layer, lambda: layer(states, copied), {"first": "norm", "second": ""}) is not copied
 
 
 def test_squares_are_the_diagonals_of_the_hessians() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hfcompress.calibration.experts import ColdExperts
 from hfcompress.calibration.observe import InputHessian, InputSquares, Observed, Statistic
 from hfcompress.calibration.running import Batch
-from hfcompress.calibration.turns import KnownSites, Turn, Turns
+from hfcompress.calibration.turn_pass import Turn
+from hfcompress.calibration.turns import KnownSites, Turns
 from hfcompress.calibration.walk import LayerVisit, walk_layers
 from hfcompress.errors import DataError, ModelError
 
@@ -137,8 +138,7 @@ def _take_turns(turns: Turns, compress: Callable[[Turn], None]) -> list[Tensor]:
 
     What else the turns hold, the states inside the layer, is gone with this call: it is the most of all memory.
     """
-    for turn in turns:
-        compress(turn)
+    turns.take_(compress)
     return turns.outputs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Generic
 
@@ -27,24 +27,22 @@ class _SeenError(Exception):
     """Ends a network's forward pass at its first linear layer; never leaves this module."""
 
 
-class JoinedPass(Generic[Observed]):
-    """A forward pass of a layer in which groups of linear layers are compressed when their input is there.
+def outputs_of(linear: nn.Module) -> int:
+    """Return how many outputs a dense linear layer has."""
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
 
-    linears: those that are compressed.  groups: names that share an input.  compress: gets what a group sees, as the
-    statistic of its inputs, and changes its linear layers or replaces them in the layer.
+
+class InputPass:
+    """A forward pass of a layer that meets each group of linear layers when all of its input is there.
+
+    linears: those that are met.  groups: names that share an input.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        linears: Mapping[str, nn.Module],
-        groups: Sequence[Sequence[str]],
-        masks: TokenMasks,
-        statistic: Statistic[Observed],
-        compress: Callable[[Observed], None],
+        self, layer: nn.Module, linears: Mapping[str, nn.Module], groups: Sequence[Sequence[str]], masks: TokenMasks
     ) -> None:
         self.layer, self.linears, self.masks = layer, linears, masks
-        self.statistic, self.compress = statistic, compress
         self.groups = [tuple(group) for group in groups]
         self.group_of = {name: group for group in self.groups for name in group}
         self.waiting = set(self.groups)
@@ -52,12 +50,23 @@ class JoinedPass(Generic[Observed]):
         self.rows = 0
         self.instead: Callable[[str, Tensor], Tensor | None] | None = None
 
+    def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
+        """Do what is to be done with a group that was not met before.  parts: of its input, (rows, ..., in) each."""
+        raise NotImplementedError
+
+    def answer(self, name: str, inputs: Tensor) -> Tensor | None:
+        """Return what a linear layer answers once it was met; None is what it gives as it is in the layer by then."""
+
+    def awaits(self, name: str) -> bool:
+        """Tell whether a module has to be called once for all rows, and not by parts."""
+        return False
+
     def run(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Return the output of the compressed layer.  hidden: (rows, tokens, size), of all batches."""
         self.context, self.rows = call.context_pointers(), len(hidden)
-        linears = ((module, self._compressing(name, module)) for name, module in self.linears.items())
+        linears = ((module, self._meeting(name, module)) for name, module in self.linears.items())
         networks = (
-            (module, self._step_by_step(groups, module.forward))
+            (module, self._step_by_step(name, groups, module.forward))
             for name, module in self.layer.named_modules()
             if name and len(groups := self._groups_inside(name)) == 2 and len(groups[1]) == 1
         )
@@ -69,38 +78,43 @@ class JoinedPass(Generic[Observed]):
         """Return the groups with linear layers inside a module."""
         return [group for group in self.groups if any(one.startswith(f"{name}.") for one in group)]
 
-    def _compressing(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
-        """Have a linear layer compressed when it is called, and let the new one answer."""
+    def _meeting(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+        """Meet a linear layer's group when it is called, and let the one that is there then answer."""
         plain = module.forward
 
         def forward(inputs: Tensor) -> Tensor:
             given = None if self.instead is None else self.instead(name, inputs)
             if given is not None:
                 return given
-            self._compress_(self.group_of[name], [inputs])
+            self._meet_once_(self.group_of[name], [inputs])
+            answer = self.answer(name, inputs)
+            if answer is not None:
+                return answer
             now = self.layer.get_submodule(name)
             output: Tensor = plain(inputs) if now is module else now(inputs)
             return output
 
         return forward
 
-    def _step_by_step(self, groups: Sequence[tuple[str, ...]], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _step_by_step(
+        self, name: str, groups: Sequence[tuple[str, ...]], plain: Callable[..., Any]
+    ) -> Callable[..., Any]:
         """Run attention or a network, a linear layer after a function of its input, by parts as far as can be seen.
 
-        groups: of the linear layers that see the module's own input, and of the last one.
+        name: the module's.  groups: of the linear layers that see its own input, and of the last one.
         """
         first, (last,) = groups
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = RowCall.of(args, kwargs, self.rows)
-            if call is None or not self._begins_with(first, plain, call):
+            if call is None or self.awaits(name) or not self._begins_with(first, plain, call):
                 return plain(*args, **kwargs)
-            self._compress_(first, [call.states])
+            self._meet_once_(first, [call.states])
             found = self._inputs_of(last, plain, call)
             if found is None:
                 return plain(*args, **kwargs)
             inputs, rest = found
-            self._compress_((last,), inputs)
+            self._meet_once_((last,), inputs)
             linear = self.layer.get_submodule(last)
             output = torch.cat([linear(inputs.pop(0)) for _ in range(len(inputs))])
             return output if rest is None else (output, *rest)
@@ -138,9 +152,7 @@ class JoinedPass(Generic[Observed]):
         Returns what the linear layer gets, and what the module returns beside its output: None for nothing.
         """
         seen: list[tuple[Tensor, Tensor]] = []
-        weight = self.linears[last].weight
-        assert isinstance(weight, Tensor)
-        size = weight.shape[1 if isinstance(self.linears[last], Conv1D) else 0]
+        size = outputs_of(self.linears[last])
 
         def catch(name: str, inputs: Tensor) -> Tensor | None:
             if name != last:
@@ -159,17 +171,48 @@ class JoinedPass(Generic[Observed]):
                 inputs.append(seen.pop()[0])
         return inputs, rest
 
-    def _compress_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
-        """Compress a group if it was not yet.  parts: of its input, (rows, ..., in) each."""
-        if group not in self.waiting:
-            return
-        self.waiting.discard(group)
-        total = self.statistic.empty(parts[0])
-        tokens = start = 0
+    def _meet_once_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
+        if group in self.waiting:
+            self.waiting.discard(group)
+            self.meet_(group, parts)
+
+    def real_rows(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield what in each part is no padding, (tokens, size).
+
+        parts: of some states of all rows, (rows, tokens, ..., size), or all in one, (rows * tokens, size).
+        """
+        start = 0
         for part in parts:
-            masks = self.masks if len(parts) == 1 else self.masks.of_rows(start, len(part))
-            rows = real_tokens(part, masks.context if part.data_ptr() in self.context else masks.own)
+            masks = self.masks.of_rows(start, len(part)) if part.dim() > 2 else self.masks
+            yield real_tokens(part, masks.context if part.data_ptr() in self.context else masks.own)
+            start += len(part)
+
+
+class JoinedPass(InputPass, Generic[Observed]):
+    """A forward pass of a layer in which groups of linear layers are compressed when their input is there.
+
+    compress: gets what a group sees, as the statistic of its inputs, and changes its linear layers or replaces them in
+    the layer.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Module],
+        groups: Sequence[Sequence[str]],
+        masks: TokenMasks,
+        statistic: Statistic[Observed],
+        compress: Callable[[Observed], None],
+    ) -> None:
+        super().__init__(layer, linears, groups, masks)
+        self.statistic, self.compress = statistic, compress
+
+    def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
+        """Compress a group."""
+        total = self.statistic.empty(parts[0])
+        tokens = 0
+        for rows in self.real_rows(parts):
             for chunk in rows.split(TOKENS):
                 self.statistic.add_(total, chunk)
-            tokens, start = tokens + len(rows), start + len(part)
+            tokens += len(rows)
         self.compress(self.statistic.result(group, self.statistic.finish_(total), tokens))

@@ -7,9 +7,8 @@ can make up for when it is compressed; GPTAQ (arXiv 2504.02692) does so for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangl
 from hfcompress.calibration.observe import InputHessian, refuse_non_finite, tensor_key
 from hfcompress.calibration.running import watching
 from hfcompress.calibration.sites import OUTPUT, call_order, noting_inputs, summing_sites
+from hfcompress.calibration.together import first_row
+from hfcompress.calibration.turn_pass import Turn, TurnPass, fit_one_pass, sums_are_plain
 from hfcompress.calibration.walk import LayerVisit
 from hfcompress.packed import unpacked
 from hfcompress.packed.experts import expert_linears
@@ -26,29 +27,6 @@ from hfcompress.structure.stack import linear_weights_of
 
 Rows = dict[str, Tensor]
 KnownSites = dict[tuple[object, ...], dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Linear layers that see the same input, as the layers before them are by now.
-
-    lacking: (in, in) float32, the sum over tokens of (the dense model's - this model's input) times input; None where
-    nothing is known of the dense model.  drift: for linear layers that add to hidden states, (out, in) float32, the
-    sum of (the dense model's - this model's sum) times input.  The turn's own linear layers are dense in both.
-    """
-
-    found: InputHessian
-    lacking: Tensor | None
-    drift: Mapping[str, Tensor]
-
-    def missing(self, name: str, weight: Tensor) -> Tensor | None:
-        """Return what a linear layer has to make up for, the sum over tokens of outputs times inputs, (out, in).
-
-        weight: (out, in), the dense one.
-        """
-        if name in self.drift or self.lacking is None:
-            return self.drift.get(name)
-        return weight.to(self.lacking) @ self.lacking
 
 
 class _ReachedError(Exception):
@@ -82,9 +60,43 @@ class Turns:
             if kind not in known:
                 known[kind] = summing_sites(self.layer, lambda: visit.output(0), named, dense_hidden[0])
             self.sites = known[kind]
-            watched = {*self.sites.values(), *(group[0] for group in self.groups)}
+            heads = {group[0] for group in self.groups if not self.sites.keys() >= {*group}}
+            watched = {*self.sites.values(), *heads}
             self.dense = [self._rows(index, watched, hidden) for index, hidden in enumerate(dense_hidden)]
             self.outputs = [rows.pop(HIDDEN) for rows in self.dense]
+
+    def take_(self, compress: Callable[[Turn], None]) -> None:
+        """Have the linear layers compressed turn by turn, in one pass over all batches where that can be.
+
+        compress: replaces a turn's linear layers.  The hidden states are advanced after one pass.
+        """
+        if not self._take_joined_(compress):
+            for turn in self:
+                compress(turn)
+
+    def _take_joined_(self, compress: Callable[[Turn], None]) -> bool:
+        """Return False, with nothing done, where one pass is not possible."""
+        seen = {name for rows in self.dense for name in rows}
+        joined = None
+
+        def checked(turn: Turn) -> None:
+            refuse_non_finite(self.visit.name, [turn.found])
+            compress(turn)
+
+        if not self.late and fit_one_pass(self.groups, self.sites) and all(rows.keys() == seen for rows in self.dense):
+            joined = self.visit.joined_()
+        if joined is None:
+            return False
+        call, masks, hidden = joined
+        linears = {name: self.layer.get_submodule(name) for group in self.groups for name in group}
+        with watching(self.layer):
+            first = first_row(call, len(hidden))
+            if not sums_are_plain(self.layer, lambda: first.run(self.layer, hidden[:1]), self.sites):
+                return False
+            dense = {name: torch.cat([rows.pop(name) for rows in self.dense]) for name in seen}
+            turns = TurnPass(self.layer, linears, self.groups, masks, self.sites, dense, checked)
+            self.visit.take_(turns.run(call, hidden))
+        return True
 
     def __iter__(self) -> Iterator[Turn]:
         """Yield turn by turn; the caller compresses a turn's linear layers before it asks for the next."""
@@ -105,7 +117,7 @@ class Turns:
         with watching(self.layer), unpacked(self.layer):
             for index, dense in enumerate(self.dense):
                 rows = self._seen(index, group, set(sites.values()))
-                if head not in rows or head not in dense:
+                if head not in rows:
                     continue
                 inputs = rows[head]
                 tokens += len(inputs)

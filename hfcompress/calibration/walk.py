@@ -111,7 +111,7 @@ class LayerVisit:
     ) -> bool:
         """Return False, with nothing done, where one joined pass is not possible."""
         linears = {name: module for name, module in linear_weights_of(self.layer).items() if name in names}
-        joined = None if split_experts(self.layer) else self._joined()
+        joined = None if split_experts(self.layer) else self.joined_()
         if joined is None:
             return False
         call, masks, hidden = joined
@@ -120,11 +120,14 @@ class LayerVisit:
             groups, others = call_order(self.layer, lambda: first.run(self.layer, hidden[:1]), linears)
             if others:
                 return False
-            self._take_(JoinedPass(self.layer, linears, groups, masks, statistic, compress).run(call, hidden))
+            self.take_(JoinedPass(self.layer, linears, groups, masks, statistic, compress).run(call, hidden))
         return True
 
-    def _joined(self) -> tuple[LayerCall, TokenMasks, Tensor] | None:
-        """Return all batches as one, or None where they do not fit together or not into memory."""
+    def joined_(self) -> tuple[LayerCall, TokenMasks, Tensor] | None:
+        """Return all batches as one, or None where they do not fit together or not into memory.
+
+        The batches' hidden states are parts of the joined ones from then on.
+        """
         hidden = self.hidden_states
         if len({states.shape[1:] for states in hidden}) != 1:
             return None
@@ -138,8 +141,8 @@ class LayerVisit:
         self._give_(together)  # not kept twice
         return call, masks, together
 
-    def _take_(self, output: Tensor) -> None:
-        """Give each batch its part of the output of all as its hidden states."""
+    def take_(self, output: Tensor) -> None:
+        """Go on with the layer's output of all batches, (rows, tokens, size), as it is advanced by."""
         for one in self._give_(output):
             one.calls.pop(self.index)
 
@@ -163,12 +166,12 @@ class LayerVisit:
 
     def advance_(self) -> None:
         """Send the hidden states of all batches through the layer: in one call where ``compress_`` would do so."""
-        joined = self._joined()
+        joined = self.joined_()
         with watching(self.layer), unpacked(self.layer):
             if joined is not None:
                 inside = [module for module in self.layer.modules() if module is not self.layer]
                 with by_parts(inside, len(joined[2])):
-                    self._take_(joined[0].run(self.layer, joined[2]))
+                    self.take_(joined[0].run(self.layer, joined[2]))
                 return
             for recorded in self.batches:
                 call = recorded.calls.pop(self.index, None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hfcompress.calibration import ColumnPruning, InputHessian, LayerVisit
 from hfcompress.calibration.checks import compress_in_turn, compress_layers, warn_about_damping
 from hfcompress.calibration.observe import GRAM
-from hfcompress.calibration.turns import Turn
+from hfcompress.calibration.turn_pass import Turn
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.quantization.conv1d import gptq_conv1d
 from hfcompress.quantization.drift import DAMPING, correct_drift

@@ -130,7 +130,7 @@ class GPTQ(WhileLoading):
     group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
     quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
-    the layers about four times instead of once; ``benchmarks/quantize.py`` measures what that gains.
+    the dense layers, too, and sums up more; ``benchmarks/quantize.py`` measures what that costs and gains.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.

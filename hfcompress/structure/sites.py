@@ -30,8 +30,16 @@ class Part:
 
 
 def units_of(name: str, count: int, units: Iterable[int] | Tensor) -> list[int]:
-    """Return the numbers of units in rising order.  Raises ModelError when what is called ``name`` has not all."""
-    chosen = sorted(units.tolist() if isinstance(units, Tensor) else units)
+    """Return the numbers of units in rising order.
+
+    units: numbers, or a mask of all, (count,) bool.  Raises ModelError when what is called ``name`` has not all.
+    """
+    given = units.flatten().tolist() if isinstance(units, Tensor) else list(units)
+    if given and all(isinstance(unit, bool) for unit in given):
+        if len(given) != count:
+            raise ModelError(f"{name} has {count} units, and the mask says something of {len(given)}.")
+        return [unit for unit, chosen in enumerate(given) if chosen]
+    chosen = sorted(given)
     beyond = [unit for unit in chosen if not 0 <= unit < count]
     if beyond:
         raise ModelError(f"{name} has {count} units, numbered 0 to {count - 1}, no {', '.join(map(str, beyond))}.")
