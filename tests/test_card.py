@@ -27,7 +27,8 @@ def classifier() -> dict[str, Any]:
     for stage, hits in zip(values["stages"], (None, RIGHT, RIGHT, WORSE)):
         found = stage["measurement"]
         found["metrics"] = {} if hits is None else {"accuracy": float(hits.mean()), "f1": 0.91}
-        found |= {"correct": None if hits is None else pack_hits(hits.tolist()), "continuation": None}
+        correct = None if hits is None else {"accuracy": pack_hits(hits.tolist())}
+        found |= {"correct": correct, "continuation": None}
     values["structure"] = {
         "heads": {f"bert.encoder.layer.{at}.attention.self": [12, 12 - 3 * at] for at in range(3)},
         "key_value_heads": {f"bert.encoder.layer.{at}.attention.self": [12, 12 - 3 * at] for at in range(3)},
@@ -55,6 +56,29 @@ def test_accuracy_has_a_difference_with_its_interval(tmp_path: Path) -> None:
     assert row_of(text, "f1").endswith("| +0.0000 | not measured |")
     assert "Before is `drop_layers`" in text  # the first stage that could do the task
     assert "paired bootstrap over the 1,000 examples" in text
+
+
+def test_every_share_of_right_answers_has_an_interval_of_its_own(tmp_path: Path) -> None:
+    values = classifier()
+    for stage, hits in zip(values["stages"][1:], (RIGHT, RIGHT, ~WORSE)):
+        found = stage["measurement"]
+        found["metrics"]["exact_match"] = float(hits.mean())
+        found["correct"]["exact_match"] = pack_hits(hits.tolist())
+    text = card_of(tmp_path, values)
+    for name, after in {"accuracy": WORSE, "exact_match": ~WORSE}.items():
+        low, high = paired_bootstrap(RIGHT, after)
+        assert row_of(text, name).endswith(f"| {low:+.4f} to {high:+.4f} |")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "same_text"])
+def test_measurements_of_earlier_versions_kept_one_metrics_answers(tmp_path: Path, metric: str) -> None:
+    values = classifier()
+    for stage in values["stages"][1:]:
+        found = stage["measurement"]
+        found["metrics"][metric] = found["metrics"].pop("accuracy")
+        found["correct"] = found["correct"]["accuracy"]
+    low, high = paired_bootstrap(RIGHT, WORSE)
+    assert row_of(card_of(tmp_path, values), metric).endswith(f"| {low:+.4f} to {high:+.4f} |")
 
 
 def test_without_single_answers_there_is_no_interval(tmp_path: Path) -> None:

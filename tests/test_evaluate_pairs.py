@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Set
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification
 
 from hfcompress.errors import DataError
 from hfcompress.evaluate import Latency, Measurement, measure, pack_hits, paired_bootstrap, unpack_hits
+from hfcompress.evaluate.metrics import Form
+from hfcompress.evaluate.quality import score_model
+from hfcompress.evaluate.readers import Found, Reader, both
+from hfcompress.outputs import Outputs
 from tests.conftest import tiny_bert, tiny_llama, token_batches
 from tests.test_evaluate import classified
 
@@ -64,9 +71,29 @@ def test_a_measurement_keeps_which_answers_were_right() -> None:
             for batch in batches
         ]
     assert found.correct is not None
-    assert unpack_hits(found.correct).tolist() == [one for row in right for one in row]
+    assert unpack_hits(found.correct["accuracy"]).tolist() == [one for row in right for one in row]
     assert measure(model, batches=batches, metrics=["f1"]).correct is None
     assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+class Answered(Reader):
+    """Has its answers when all batches have been seen, as questions over windows of a text have."""
+
+    def forms(self, kind: Outputs) -> tuple[Form, ...]:
+        return ("answers",)
+
+    def read(self, model: nn.Module, batch: Mapping[str, Any], kind: Outputs, wanted: Set[Form]) -> Found:
+        self.items += 1
+        return {}
+
+    def finish(self) -> Found:
+        return {"answers": both(["The cat.", "no", ""], [["dog", "cat"], ["yes"], []])}
+
+
+def test_answers_that_are_known_at_the_end_are_kept_one_by_one() -> None:
+    scores = score_model(tiny_bert(), classified(), ["exact_match", "answer_f1"], reader=Answered())
+    assert scores.values["exact_match"] == pytest.approx(2 / 3)
+    assert scores.hits == {"exact_match": [True, False, True]}
 
 
 def test_the_slow_end_is_the_nearest_rank() -> None:

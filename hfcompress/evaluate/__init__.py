@@ -8,14 +8,13 @@ from hfcompress.evaluate.machine import describe_machine
 from hfcompress.evaluate.measurement import Measurement, measure
 from hfcompress.evaluate.memory import peak_memory_bytes
 from hfcompress.evaluate.metrics import METRICS, load_metric
-from hfcompress.evaluate.quality import SINGLE, evaluate_model, refuse_unreadable
+from hfcompress.evaluate.quality import evaluate_model, refuse_unreadable
 from hfcompress.evaluate.readers import Reader
 from hfcompress.evaluate.size import StoredSize, model_size
 from hfcompress.evaluate.speed import decode_speed, forward_speed
 
 __all__ = [
     "METRICS",
-    "SINGLE",
     "Latency",
     "Measurement",
     "Reader",

@@ -33,7 +33,7 @@ class Measurement:
     what ``tokens_per_second`` counts, such as ``decode, batch 1``.  peak_memory_bytes: resident memory of the whole
     process while measuring.  continuation: what the model wrote after the prompt.  dtype: what the model ran in while
     it was measured; stored_dtypes: what its weight files hold.  rows, tokens: what the metrics were taken on, padding
-    left out.  correct: which examples ``accuracy`` or ``same_text`` counts as right, see ``pack_hits``.
+    left out.  correct: of each metric that is a share of right answers, which are; see ``pack_hits``.
     """
 
     parameters: int
@@ -51,7 +51,7 @@ class Measurement:
     rows: int | None = None
     tokens: int | None = None
     latency: Latency | None = None
-    correct: str | None = None
+    correct: dict[str, str] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -84,7 +84,11 @@ class Measurement:
         stored = values.get("stored_dtypes")
         stored = None if stored is None else tuple(stored)
         latency = None if values.get("latency") is None else Latency(**values["latency"])
-        return cls(**{**values, "metrics": metrics, "stored_dtypes": stored, "latency": latency})
+        correct = values.get("correct")
+        if isinstance(correct, str):  # of the one metric that was kept at first
+            kept = next((name for name in ("accuracy", "same_text") if name in metrics), None)
+            correct = {kept: correct} if kept else None
+        return cls(**{**values, "metrics": metrics, "stored_dtypes": stored, "latency": latency, "correct": correct})
 
 
 def _number(name: str, value: Any) -> float:
@@ -167,7 +171,7 @@ def measure(
         nonzero=size.nonzero,
         bytes_on_disk=size.bytes_on_disk,
         metrics=scores.values,
-        correct=None if scores.hits is None else pack_hits(scores.hits),
+        correct={name: pack_hits(hits) for name, hits in scores.hits.items()} or None,
         tokens_per_second=speed,
         speed_kind=kind,
         latency=latency,

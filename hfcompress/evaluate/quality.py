@@ -10,22 +10,19 @@ import evaluate
 from torch import nn
 
 from hfcompress.errors import DataError, ModelError
-from hfcompress.evaluate.metrics import METRICS, Form, load_metric
+from hfcompress.evaluate.metrics import METRICS, Form, Share, load_metric
 from hfcompress.evaluate.modes import measuring
 from hfcompress.evaluate.readers import Found, Reader
 from hfcompress.outputs import Vectors, outputs_of
 from hfcompress.progress import track
 
-# Metrics that are the share of right answers; the single answers of the first that is asked for are kept.
-SINGLE = ("accuracy", "same_text")
-
 
 @dataclass(frozen=True)
 class Scores:
-    """Each metric's value and, where one of ``SINGLE`` is among them, whether each answer was right."""
+    """Each metric's value and, of those that are a share of right answers, whether each answer was right."""
 
     values: dict[str, float]
-    hits: list[bool] | None
+    hits: dict[str, list[bool]]
 
 
 def evaluate_model(
@@ -48,7 +45,7 @@ def score_model(
     total: int | None = None,
     reader: Reader | None = None,
 ) -> Scores:
-    """Return each metric's value over all batches, and which examples were right by one of ``SINGLE``.
+    """Return each metric's value over all batches, and which examples were right by those that are shares.
 
     batches: dicts of tensors with labels (-100 is ignored).  metrics: names for ``load_metric``.  total: how many
     batches there are, for the progress.  reader: what makes texts of the answers, for metrics that need some.
@@ -61,23 +58,18 @@ def score_model(
         raise ModelError(f"{type(model).__name__} returns no logits. Load the model with a task head.")
     loaded = {name: load_metric(name) for name in metrics}
     forms = {name: _form(name, metric, reader.forms(kind)) for name, metric in loaded.items()}
-    single = next((name for name in SINGLE if name in forms), None)
-    hits: list[bool] = []
+    hits: dict[str, list[bool]] = {name: [] for name, metric in loaded.items() if isinstance(metric, Share)}
     with measuring(model):
         for batch in track(batches, description, total):
-            found = reader.read(model, batch, kind, set(forms.values()))
-            _add(loaded, forms, found)
-            if single is not None:
-                columns = found[forms[single]]
-                hits += [one == other for one, other in zip(columns["predictions"], columns["references"])]
+            _add(loaded, forms, reader.read(model, batch, kind, set(forms.values())), hits)
     if reader.items == 0:
         raise DataError(f"There is nothing to {description} on: no batches, or every label is -100.")
-    _add(loaded, forms, reader.finish())
+    _add(loaded, forms, reader.finish(), hits)
     values: dict[str, float] = {}
     for name, metric in loaded.items():
         result = metric.compute(**({"num_labels": reader.classes} if name == "f1" else {}))
         values.update({key: float(value) for key, value in result.items() if isinstance(value, (int, float))})
-    return Scores(values, None if single is None else hits)
+    return Scores(values, hits)
 
 
 def refuse_unreadable(metrics: Sequence[str], forms: Sequence[Form]) -> None:
@@ -100,8 +92,16 @@ def _form(name: str, metric: Any, forms: Sequence[Form]) -> Form:
     )
 
 
-def _add(loaded: Mapping[str, evaluate.EvaluationModule], forms: Mapping[str, Form], found: Found) -> None:
+def _add(
+    loaded: Mapping[str, evaluate.EvaluationModule],
+    forms: Mapping[str, Form],
+    found: Found,
+    hits: Mapping[str, list[bool]],
+) -> None:
     for name, metric in loaded.items():
         columns = found.get(forms[name])
         if columns and next(iter(columns.values())):
             metric.add_batch(**columns)
+            if isinstance(metric, Share):
+                pairs = zip(columns["predictions"], columns["references"])
+                hits[name].extend(metric.is_right(one, other) for one, other in pairs)

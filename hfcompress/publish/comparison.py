@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from hfcompress.evaluate import SINGLE, Measurement, paired_bootstrap, unpack_hits
+from hfcompress.evaluate import Measurement, paired_bootstrap, unpack_hits
 from hfcompress.publish.facts import Facts
 from hfcompress.publish.markdown import table
 from hfcompress.publish.numbers import NOT_MEASURED, metric, signed
@@ -33,20 +33,16 @@ class Change:
 def changes(facts: Facts) -> list[Change]:
     """Compare the first model that could do the task with the final one, metric by metric."""
     before, after = facts.before, facts.after
-    counted = next((name for name in SINGLE if name in after.metrics), None)
     found = []
     for name in facts.metric_names:
-        interval, examples = None, None
-        if name == counted and before is not after:
-            interval, examples = _interval(before, after)
+        interval, examples = (None, None) if before is after else _interval(before, after, name)
         found.append(Change(name, before.metrics.get(name), after.metrics.get(name), interval, examples))
     return found
 
 
-def _interval(before: Measurement, after: Measurement) -> tuple[tuple[float, float] | None, int | None]:
-    if before.correct is None or after.correct is None:
-        return None, None
-    return _bootstrap(before.correct, after.correct)
+def _interval(before: Measurement, after: Measurement, name: str) -> tuple[tuple[float, float] | None, int | None]:
+    single = [(one.correct or {}).get(name) for one in (before, after)]
+    return (None, None) if None in single else _bootstrap(*single)
 
 
 @cache

@@ -186,7 +186,7 @@ _MEASUREMENT_KINDS: dict[str, tuple[type, ...]] = {
     "parameters": (int,), "nonzero": (int,), "metrics": _OBJECT, "bytes_on_disk": _COUNT,
     "tokens_per_second": (*_NUMBER, _ABSENT), "speed_kind": _TEXT, "peak_memory_bytes": _COUNT, "continuation": _TEXT,
     "dtype": _TEXT, "stored_dtypes": (list, _ABSENT), "device": _TEXT, "machine": (dict, _ABSENT), "rows": _COUNT,
-    "tokens": _COUNT, "latency": (dict, _ABSENT), "correct": _TEXT,
+    "tokens": _COUNT, "latency": (dict, _ABSENT), "correct": (dict, str, _ABSENT),
 }  # fmt: skip
 
 

@@ -9,14 +9,14 @@ import evaluate
 
 from hfcompress.errors import DataError, MissingDependencyError, did_you_mean
 from hfcompress.evaluate.metrics.answers import AnswerF1, ExactMatch
-from hfcompress.evaluate.metrics.base import Form, LocalMetric
+from hfcompress.evaluate.metrics.base import Form, LocalMetric, Share
 from hfcompress.evaluate.metrics.classes import F1, Accuracy, MacroF1
 from hfcompress.evaluate.metrics.likelihood import Perplexity
 from hfcompress.evaluate.metrics.numbers import MSE, Cosine, Pearson, Spearman
 from hfcompress.evaluate.metrics.tags import EntityF1
 from hfcompress.evaluate.metrics.texts import BLEU, Chrf, RougeL, SameText, Wer
 
-__all__ = ["METRICS", "Form", "LocalMetric", "load_metric"]
+__all__ = ["METRICS", "Form", "LocalMetric", "Share", "load_metric"]
 
 METRICS: dict[str, type[LocalMetric]] = {
     "accuracy": Accuracy,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import datasets
 import evaluate
 
-from hfcompress.evaluate.metrics.base import Form, LocalMetric
+from hfcompress.evaluate.metrics.base import Form, LocalMetric, Share
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -30,24 +30,23 @@ class _Answers(LocalMetric):
             features=datasets.Features({"predictions": text, "references": [text]}),
         )
 
-    def _mean(self, score: Any, predictions: Any, references: Any) -> float:
-        best = [max(score(one, right) for right in (answers or [""])) for one, answers in zip(predictions, references)]
-        return float(sum(best) / len(best))
 
-
-class ExactMatch(_Answers):
+class ExactMatch(_Answers, Share):
     """Share of the questions whose answer is a right one but for case, articles, punctuation and spaces."""
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        same = self._mean(lambda one, other: float(_words(one) == _words(other)), predictions, references)
-        return {"exact_match": same}
+    def is_right(self, prediction: Any, reference: Any) -> bool:
+        """Tell whether an answer is one of the right ones."""
+        return any(_words(prediction) == _words(right) for right in (reference or [""]))
 
 
 class AnswerF1(_Answers):
     """Mean F1 of the words that an answer shares with the nearest right one, in [0, 1]."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"answer_f1": self._mean(_word_f1, predictions, references)}
+        best = [
+            max(_word_f1(one, right) for right in (answers or [""])) for one, answers in zip(predictions, references)
+        ]
+        return {"answer_f1": float(sum(best) / len(best))}
 
 
 def _words(text: str) -> list[str]:

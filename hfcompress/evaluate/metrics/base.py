@@ -44,3 +44,15 @@ class LocalMetric(evaluate.Metric):
             inputs_description=f"predictions and references: {self.takes[0]}, one for each example.",
             features=datasets.Features({"predictions": feature, "references": feature}),
         )
+
+
+class Share(LocalMetric):
+    """A metric that is the share of the examples that are answered rightly, in [0, 1]."""
+
+    def is_right(self, prediction: Any, reference: Any) -> bool:
+        """Tell whether one example is."""
+        return bool(prediction == reference)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        hits = [self.is_right(one, other) for one, other in zip(predictions, references)]
+        return {self.name: sum(hits) / len(hits)}

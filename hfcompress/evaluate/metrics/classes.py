@@ -6,16 +6,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hfcompress.evaluate.metrics.base import Form, LocalMetric
+from hfcompress.evaluate.metrics.base import Form, LocalMetric, Share
 
 
-class Accuracy(LocalMetric):
+class Accuracy(Share):
     """Share of the examples whose predicted class is the labelled one, in [0, 1]."""
 
     takes: ClassVar[tuple[Form, ...]] = ("classes", "decisions")
-
-    def _compute(self, predictions: Any, references: Any, num_labels: int | None = None) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 class F1(LocalMetric):

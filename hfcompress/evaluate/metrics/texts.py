@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hfcompress.errors import DataError, MissingDependencyError
-from hfcompress.evaluate.metrics.base import Form, LocalMetric
+from hfcompress.evaluate.metrics.base import Form, LocalMetric, Share
 
 _TEXTS: tuple[Form, ...] = ("texts",)
 _NOT_ALPHANUMERIC = re.compile(r"[^a-z0-9]+")
@@ -39,13 +39,10 @@ class Wer(LocalMetric):
         return {"wer": sum(edit_distance(found, wanted) for found, wanted in pairs) / words}
 
 
-class SameText(LocalMetric):
+class SameText(Share):
     """Share of the texts that are the reference, character for character."""
 
     takes: ClassVar[tuple[Form, ...]] = _TEXTS
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"same_text": sum(one == other for one, other in zip(predictions, references)) / len(predictions)}
 
 
 class _SacreBLEU(LocalMetric):
