@@ -70,7 +70,8 @@ class Turns:
 
         compress: replaces a turn's linear layers.  The hidden states are advanced after one pass.
         """
-        if not self._take_joined_(compress):
+        # With nothing to compress, what the layer gives is not known yet: it may be another one when the walk goes on.
+        if not (self.groups and self._take_joined_(compress)):
             for turn in self:
                 compress(turn)
 
