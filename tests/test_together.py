@@ -30,6 +30,7 @@ def batches(model: PreTrainedModel, padding: int = 0) -> Batches:
     rows = torch.randint(6, model.config.vocab_size, (10, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(rows)
     mask[::2, 12 - padding :] = 0
+    mask[4:8, 12 - 4 * padding :] = 0  # of the second batch nothing is left by a padding of 3
     return [{"input_ids": ids, "attention_mask": keep} for ids, keep in zip(rows.split(4), mask.split(4))]
 
 

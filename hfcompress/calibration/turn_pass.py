@@ -84,7 +84,8 @@ class TurnPass(InputPass):
     """sites: where outputs of linear layers are summed, see ``summing_sites``; those that have one are groups alone.
 
     dense: what the dense model has at the sites, and as the inputs of groups without one, by the group's first name;
-    (tokens, size) without padding, given up once used.  compress: gets every turn and replaces its linear layers.
+    (tokens, size) of each batch without padding, given up once used.  compress: gets every turn and replaces its
+    linear layers.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class TurnPass(InputPass):
         groups: Sequence[Sequence[str]],
         masks: TokenMasks,
         sites: Mapping[str, str],
-        dense: dict[str, Tensor],
+        dense: dict[str, list[Tensor]],
         compress: Callable[[Turn], None],
     ) -> None:
         super().__init__(layer, linears, groups, masks)
@@ -147,19 +148,33 @@ class TurnPass(InputPass):
             for place, part in zip(places, parts):
                 place.add_(answer(part).reshape(place.shape))
 
-    def _turn(self, group: tuple[str, ...], parts: Iterable[Tensor], here: Iterable[Tensor], dense: Tensor) -> Turn:
+    def _turn(
+        self, group: tuple[str, ...], parts: Iterable[Tensor], here: Iterable[Tensor], dense: Sequence[Tensor]
+    ) -> Turn:
         """Return a turn.  parts, here: of the inputs, and of what the model has where ``dense`` is what it should."""
         hessian = cross = torch.empty(0, 0)
         tokens = 0
         for inputs, own in zip(self.real_rows(parts), self.real_rows(here)):
+            if not len(inputs):
+                continue
             if not tokens:
                 hessian, cross = (
                     torch.zeros(states.shape[-1], inputs.shape[-1], device=inputs.device) for states in (inputs, own)
                 )
             for chunk, states in zip(inputs.split(TOKENS), own.split(TOKENS)):
                 accumulate_triangle_(hessian, chunk)
-                accumulate_cross_(cross, dense[tokens : tokens + len(chunk)].float() - states.float(), chunk)
+                accumulate_cross_(cross, _rows_from(dense, tokens, len(chunk)).float() - states.float(), chunk)
                 tokens += len(chunk)
         found = InputHessian(group, mirror_triangle_(hessian), tokens)
         sited = group[0] in self.sites
         return Turn(found, None if sited else cross, {group[0]: cross} if sited and tokens else {})
+
+
+def _rows_from(batches: Sequence[Tensor], start: int, count: int) -> Tensor:
+    """Return so many rows of what several batches have, (tokens, size) each, as if they were one."""
+    found = []
+    for batch in batches:
+        rows = batch[max(start, 0) : max(start + count, 0)]
+        found += [rows] if len(rows) else []
+        start -= len(batch)
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -40,12 +40,13 @@ class _DivergedError(Exception):
 class Turns:
     """The turns of one layer whose linear layers ``names`` are still dense.
 
-    dense_hidden: the layer's input in the dense model, for each batch that reaches it.  known: the sites of layers
-    met before, by what they are made of; this layer's are added.  outputs: its output in the dense model.
+    dense_hidden: the layer's input in the dense model, for each batch that reaches it; the list is emptied.
+    known: the sites of layers met before, by what they are made of; this layer's are added.  outputs: the layer's
+    output in the dense model.
     """
 
     def __init__(
-        self, visit: LayerVisit, names: Sequence[str], dense_hidden: Sequence[Tensor], known: KnownSites | None = None
+        self, visit: LayerVisit, names: Sequence[str], dense_hidden: list[Tensor], known: KnownSites | None = None
     ) -> None:
         self.visit, self.layer = visit, visit.layer
         self.linears = [name for name in linear_weights_of(visit.layer) if name in names]
@@ -62,8 +63,12 @@ class Turns:
             self.sites = known[kind]
             heads = {group[0] for group in self.groups if not self.sites.keys() >= {*group}}
             watched = {*self.sites.values(), *heads}
-            self.dense = [self._rows(index, watched, hidden) for index, hidden in enumerate(dense_hidden)]
-            self.outputs = [rows.pop(HIDDEN) for rows in self.dense]
+            self.dense: list[Rows] = []
+            self.outputs: list[Tensor] = []
+            for index in range(len(dense_hidden)):
+                rows = self._rows(index, watched, dense_hidden.pop(0))
+                self.outputs.append(rows.pop(HIDDEN))
+                self.dense.append(rows)
 
     def take_(self, compress: Callable[[Turn], None]) -> None:
         """Have the linear layers compressed turn by turn, in one pass over all batches where that can be.
@@ -94,7 +99,7 @@ class Turns:
             first = first_row(call, len(hidden))
             if not sums_are_plain(self.layer, lambda: first.run(self.layer, hidden[:1]), self.sites):
                 return False
-            dense = {name: torch.cat([rows.pop(name) for rows in self.dense]) for name in seen}
+            dense = {name: [rows.pop(name) for rows in self.dense] for name in seen}
             turns = TurnPass(self.layer, linears, self.groups, masks, self.sites, dense, checked)
             self.visit.take_(turns.run(call, hidden))
         return True
