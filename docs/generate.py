@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import hfcompress
-from docs.measured import ROOT, card_folders, effects, gallery, measured, one_shot, quantized, table
+from docs.measured import ROOT, card_folders, effects, gallery, measured, one_shot, quantized, table, trained
 from hfcompress.cli import app
 from hfcompress.commands import one_shot_command
 from hfcompress.publish import load_facts
@@ -241,5 +241,6 @@ PARTS: dict[str, Callable[..., str]] = {
     "measured": measured,
     "one_shot": one_shot,
     "quantized": quantized,
+    "trained": trained,
     "readme": readme,
 }

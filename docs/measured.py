@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from hfcompress.evaluate import Measurement
@@ -17,6 +18,7 @@ from hfcompress.publish.sections import stages_markdown
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 RESULTS = ROOT / "benchmarks" / "results"
+SEEDS = 3
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -129,6 +131,30 @@ def quantized() -> str:
         for name, row in sorted(rows.items(), key=lambda one: float(one[1]["perplexity"]))
     ]  # fmt: skip
     return table(["row", "seconds", "peak memory, MiB", "bits of a weight", "perplexity"], lines)
+
+
+def trained(what: str) -> str:
+    """Return the table of the kept rows of ``benchmarks/prune_sst2.py`` with all seeds.
+
+    what: ``weights`` or ``structure``, that the rows lost.
+    """
+    speed = json.loads((RESULTS / "sst2/speed.json").read_text(encoding="utf-8"))["times"]
+    lines = []
+    for name, times in speed.items():
+        files = sorted((RESULTS / "sst2/rows").glob(f"{file_name(name)}-[0-9].json"))
+        is_wanted = name == "dense" or ("heads" in name) == (what == "structure")
+        if len(files) < SEEDS or not is_wanted:
+            continue
+        each = [100 * json.loads(file.read_text(encoding="utf-8"))["accuracy"] for file in files]
+        lines.append(
+            [name, *(f"{one:.2f}" for one in (mean(each), min(each), max(each))), *(f"{one:.2f}x" for one in times)]
+        )
+    return table(["row", "mean accuracy", "least", "most", "float32", "bfloat16"], lines)
+
+
+def file_name(row: str) -> str:
+    """Return a row's name as the benchmark's files carry it."""
+    return re.sub("[,%]", "", row).replace(" ", "-").replace("/", "-")
 
 
 def _number(value: float | None, form: str) -> str:

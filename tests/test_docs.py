@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -183,6 +184,26 @@ def test_one_shot_pruning_is_told_as_it_was_measured() -> None:
         assert (seconds, memory) == (
             (f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") if "seconds" in row else ("", "")
         )
+
+
+def test_trainings_are_told_as_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names, slug = importlib.import_module("prune_sst2").ROWS, importlib.import_module("sst2").slug
+    results = ROOT / "benchmarks/results/sst2"
+    speed = json.loads((results / "speed.json").read_text(encoding="utf-8"))["times"]
+    told: set[str] = set()
+    for what, guide in (("weights", "prune-weights"), ("structure", "remove-structure")):
+        assert f"<!-- trained: {what} -->" in PAGES[f"docs/guides/{guide}.md"]
+        for line in measured.trained(what).splitlines()[2:]:
+            name, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+            told.add(name)
+            rows = [json.loads((results / f"rows/{slug(name)}-{seed}.json").read_text()) for seed in range(3)]
+            each = [100 * row["accuracy"] for row in rows]
+            assert cells[:3] == [f"{one:.2f}" for one in (sum(each) / 3, min(each), max(each))]
+            assert cells[3:] == [f"{one:.2f}x" for one in speed[name]]
+            assert name == "dense" or ("heads" in name) == (what == "structure")
+            assert {row["epochs"] for row in rows} == {2 if name == "dense" else 3}
+    assert told == {name for name in names if len([*(results / "rows").glob(f"{slug(name)}-[012].json")]) == 3}
 
 
 def test_quantization_is_told_as_it_was_measured() -> None:
