@@ -244,7 +244,9 @@ def card(
 ) -> None:
     """Write a checkpoint's model card and its pictures from its measurements."""
     from hfcompress.publish import write_model_card
+    from hfcompress.publish.card import keep_edited
 
+    keep_edited(folder)
     written = write_model_card(folder, repo)
     if as_json:
         _print_json({"card": str(written)})

@@ -28,7 +28,7 @@ def classifier() -> dict[str, Any]:
         found = stage["measurement"]
         found["metrics"] = {} if hits is None else {"accuracy": float(hits.mean()), "f1": 0.91}
         correct = None if hits is None else {"accuracy": pack_hits(hits.tolist())}
-        found |= {"correct": correct, "continuation": None}
+        found |= {"correct": correct, "rows": 1000, "continuation": None}
     values["structure"] = {
         "heads": {f"bert.encoder.layer.{at}.attention.self": [12, 12 - 3 * at] for at in range(3)},
         "key_value_heads": {f"bert.encoder.layer.{at}.attention.self": [12, 12 - 3 * at] for at in range(3)},
@@ -79,6 +79,31 @@ def test_measurements_of_earlier_versions_kept_one_metrics_answers(tmp_path: Pat
         found["correct"] = found["correct"]["accuracy"]
     low, high = paired_bootstrap(RIGHT, WORSE)
     assert row_of(card_of(tmp_path, values), metric).endswith(f"| {low:+.4f} to {high:+.4f} |")
+
+
+def test_answers_of_one_row_are_not_drawn_one_by_one(tmp_path: Path) -> None:
+    """Tokens of a row, or labels, depend on each other: an interval of single ones would be far too narrow."""
+    values = classifier()
+    values["stages"][3]["measurement"]["rows"] = 100
+    text = card_of(tmp_path, values)
+    assert "bootstrap" not in text
+    assert row_of(text, "accuracy").endswith(f"| {WORSE.mean() - RIGHT.mean():+.4f} |")
+
+
+def test_a_smaller_vocabulary_makes_perplexity_easier_and_the_card_says_so(tmp_path: Path) -> None:
+    values = measurements()
+    assert "easier to guess" not in card_of(tmp_path, values)
+    values["recipe"]["stages"] = [{"prune_vocabulary": {}}]
+    assert "a token is easier to guess among fewer" in card_of(tmp_path, values)
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "hfcompress"])
+def test_packed_weights_are_said_to_be_unpacked(method: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {
+        "quant_method": method, "quantization": {"quant_method": "compressed-tensors"}}}))  # fmt: skip
+    assert "Packed weights are unpacked to dense ones when they are loaded or first run" in card_of(
+        tmp_path, measurements()
+    )
 
 
 def test_without_single_answers_there_is_no_interval(tmp_path: Path) -> None:

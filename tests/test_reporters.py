@@ -307,6 +307,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the Trainer's callback for notebooks, which keeps its table and its screen, without a notebook."""
     ipython, screen = ModuleType("IPython"), Screen()
     ipython.display = screen  # type: ignore[attr-defined]
+    ipython.version_info = (9, 0)  # type: ignore[attr-defined]  # which matplotlib asks for
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", screen)
     monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,56 @@ def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer:
     trainer.create_model_card()
     assert load_facts(tmp_path / "late").after.metrics == {}
     assert (
-        "No metrics are given: the Trainer did not evaluate these weights."
+        "No metrics are given: the Trainer's log has no evaluation (`eval_...`) of these weights."
         in (tmp_path / "late" / "README.md").read_text()
     )
+
+
+def test_every_evaluated_data_set_is_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "sets", tokenizer)
+    trainer.eval_dataset = {"one": ROWS[:4], "two": ROWS[4:]}
+    trainer.compute_metrics = lambda found: {"pruned_accuracy": 0.5}
+    trainer.train()
+    trainer.create_model_card()
+    logged = {name: value for logs in trainer.state.log_history for name, value in logs.items()}
+    assert load_facts(tmp_path / "sets").after.metrics == {
+        "one_loss": pytest.approx(logged["eval_one_loss"]), "one_pruned_accuracy": 0.5,
+        "two_loss": pytest.approx(logged["eval_two_loss"]), "two_pruned_accuracy": 0.5,
+    }  # fmt: skip
+
+
+UNREADABLE = {
+    "broken YAML": b"---\nlicense: [mit\n---\n",
+    "a list": b"---\n- license\n---\n",
+    "another encoding": "---\nlicense: \u00e9\n---\n".encode("latin-1"),
+    "no name of the model": b"---\nlicense: mit\nmodel-index:\n- results: []\n---\n",
+}
+
+
+@pytest.mark.parametrize("head", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_card_that_cannot_be_read_stops_nothing(
+    head: bytes, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The base model's is somebody else's, and the folder's own may be by hand; both are read after the training."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    trainer = pruning(tmp_path / "out", tokenizer)
+    trainer.model.config._name_or_path = str(tmp_path / "base")
+    for folder in ("base", "out"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "README.md").write_bytes(head)
+    trainer.create_model_card(tags="mine")
+    assert "mine" in ModelCard.load(tmp_path / "out" / "README.md").data.tags
+    assert load_facts(tmp_path / "out").base_model_license in (None, "mit")
+
+
+def test_a_name_with_quotes_is_shown_and_loaded_as_it_is(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / 'my "best" <run>*', tokenizer)
+    trainer.create_model_card()
+    text = (tmp_path / 'my "best" <run>*' / "README.md").read_text()
+    assert '# my "best" \\<run>\\*' in text.splitlines()
+    lines = text[text.index("```python") + 9 : text.index("```", text.index("```python") + 9)]
+    strings = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
+    assert strings == ['my "best" <run>*'] * 2
 
 
 def test_a_student_is_called_distilled(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

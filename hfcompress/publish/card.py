@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -16,13 +17,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hfcompress.checkpoint.atomic import list_own_files, write_text
+from hfcompress.progress import say
 from hfcompress.publish import sections
 from hfcompress.publish.comparison import comparison_markdown, comparison_note
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.layers import layers_markdown, linear_reports
 from hfcompress.publish.limits import limits
 from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install, runs_own_code
-from hfcompress.publish.markdown import cell
+from hfcompress.publish.markdown import cell, plain
 from hfcompress.publish.numbers import NOT_MEASURED, duration
 from hfcompress.publish.pictures import plot_bits, plot_kept, plot_layers
 from hfcompress.publish.plots import plot_size_against_quality
@@ -30,6 +32,7 @@ from hfcompress.publish.sharing import is_absolute, shared_recipe, shared_text
 from hfcompress.publish.speeds import latency_markdown, latency_note
 
 CARD = "README.md"
+EDITED = "README.edited.md"
 _TEMPLATE = "card.md.jinja"
 # What draws each picture of a card, by its name in the template; its file is beside the card.
 PICTURES: dict[str, tuple[str, Callable[[Facts, Path], Path | None]]] = {
@@ -59,6 +62,23 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
     return folder / CARD
 
 
+def keep_edited(folder: Path) -> None:
+    """Put a card that is not as it was written beside where the next one goes, as ``README.edited.md``, and say so."""
+    card = folder / CARD
+    if card.is_file() and not is_as_written(folder):
+        card.replace(folder / EDITED)
+        list_own_files(folder, [EDITED])
+        say(f"{card} was edited, or written by another version: its text is in {EDITED} now")
+
+
+def is_as_written(folder: Path) -> bool:
+    """Tell whether a folder's card is what ``write_model_card`` writes, whichever place its example names."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    named = re.search(r"from_pretrained\((\"(?:[^\"\\]|\\.)*\")", text)
+    places = [None, json.loads(named[1])] if named else [None]
+    return any(text == render_folder(folder, place) for place in places)
+
+
 def render_folder(folder: Path, repo_id: str | None = None) -> str:
     """Return the text of a folder's card, with the pictures that lie beside it."""
     pictures = {name: file for name, (file, _) in PICTURES.items() if (folder / file).is_file()}
@@ -71,7 +91,7 @@ def render_card(
     """Return the card's text.  config: the checkpoint's ``config.json``.  pictures: files beside the card, by name."""
     stock = bool(facts.loads_without_hfcompress)
     page = _environment().from_string(_template()).render(
-        name=facts.name,
+        name=plain(facts.name),
         headline=sections.headline(facts),
         description=sections.description(facts),
         packages=packages_to_install(config, stock),

@@ -7,7 +7,7 @@ from functools import cache
 
 from hfcompress.evaluate import Measurement, paired_bootstrap, unpack_hits
 from hfcompress.publish.facts import Facts
-from hfcompress.publish.markdown import table
+from hfcompress.publish.markdown import code, table
 from hfcompress.publish.numbers import NOT_MEASURED, metric, signed
 
 
@@ -41,8 +41,15 @@ def changes(facts: Facts) -> list[Change]:
 
 
 def _interval(before: Measurement, after: Measurement, name: str) -> tuple[tuple[float, float] | None, int | None]:
+    """Return the interval of a difference, and over how many examples; None where rows hold several answers.
+
+    Answers of one row (its tokens, its labels) depend on each other: drawn one by one they look surer than they are.
+    """
     single = [(one.correct or {}).get(name) for one in (before, after)]
-    return (None, None) if None in single else _bootstrap(*single)
+    if None in single:
+        return None, None
+    interval, examples = _bootstrap(*single)
+    return (interval, examples) if after.rows in (None, examples) else (None, None)
 
 
 @cache
@@ -76,7 +83,7 @@ def _between(change: Change) -> str:
 
 def comparison_note(facts: Facts) -> str:
     """Say which model "before" is, and where the interval is from."""
-    note = f"Before is `{facts.before_stage.name}`, after the reloaded checkpoint, on the same rows."
+    note = f"Before is {code(facts.before_stage.name)}, after the reloaded checkpoint, on the same rows."
     counted = [change.examples for change in changes(facts) if change.examples is not None]
     if counted:
         note += (f" The interval is a paired bootstrap over the {counted[0]:,} examples (10,000 resamples): it is of "

@@ -107,7 +107,7 @@ def load_facts(folder: str | Path) -> Facts:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {FILE_NAME}, so nothing is known about its quality. "
-                              "`hfcompress run` writes it; `hfcompress eval` measures a checkpoint.")  # fmt: skip
+                              "`hfcompress run` writes it, with what was measured at each stage.")  # fmt: skip
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -17,7 +17,7 @@ from hfcompress.checkpoint.files import INDEX
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.progress import busy, say
 from hfcompress.publish.card import CARD
-from hfcompress.publish.uploads import Upload, choose_files
+from hfcompress.publish.uploads import FACTS, Upload, choose_files
 
 _MAYBE_EMPTY = ", though an empty repository may have been made"
 _AGAIN = (
@@ -51,12 +51,13 @@ def push(
     """Upload a checkpoint folder, or a Trainer's model with a card of its training, in one commit.
 
     repo_id: None is a Trainer's ``hub_model_id``, or else the name of its ``output_dir``, as for ``push_to_hub``.
-    private: of a repository that is made now; one that exists must not be public when True is asked for.
+    private: of a repository that is made now; one that exists must not be public when True is asked for.  None is a
+    Trainer's ``hub_private_repo``, as no token is its ``hub_token``.
     revision: the branch, made if it is not there.  create_pr: open a pull request instead of writing to the branch.
     Files of a large checkpoint go up one by one, and a second call sends only what is still missing; nobody sees any
     of it before the one commit at the end.  Uploading a large folder in many commits would show others half of one
-    model and half of another in between.  Weight files of an earlier push that this checkpoint lacks are removed by
-    the same commit.
+    model and half of another in between.  Weights, facts, reports and pictures of an earlier push that
+    this checkpoint lacks are removed by the same commit: they would be told of another model.
     Raises CheckpointError for a folder that is no whole checkpoint with a card, HFCompressError for what the Hub or
     the way to it refuses; the token is in no message.
     """
@@ -72,6 +73,9 @@ def push(
     if not isinstance(source, (str, Path)):
         from hfcompress.publish.trained import saved_for_push
 
+        args = getattr(source, "args", None)
+        private = getattr(args, "hub_private_repo", None) if private is None else private
+        token = token or getattr(args, "hub_token", None)
         with saved_for_push(source) as folder:
             return push(folder, repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
     folder = Path(source).expanduser()
@@ -93,8 +97,9 @@ def check_card(folder: Path) -> None:
     file = folder / CARD
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} has no {CARD}, and a model without a card tells nobody what it is. `hfcompress card {folder}` "
-            "writes it from measurements.json; a run's output has both."
+            f"{folder} has no {CARD}, and a model without a card tells nobody what it is. `hfcompress run` "
+            "writes one with its measurements; write your own for a checkpoint made otherwise, with library_name and "
+            "tags at its top."
         )
     try:
         data = ModelCard.load(file, ignore_metadata_errors=False).data
@@ -117,7 +122,7 @@ def _commit(api: HfApi, upload: Upload, repo_id: str, private: bool | None, revi
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     before = api.repo_info(repo_id, revision=revision)
     there = set(api.list_repo_files(repo_id, revision=revision))
-    stale = sorted(name for name in there - set(upload.files) if _is_weight(name))
+    stale = sorted(name for name in there - set(upload.files) if _is_weight(name) or name in FACTS)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
     operations += [CommitOperationDelete(name) for name in stale]
     with busy(f"uploading to {repo_id}"):

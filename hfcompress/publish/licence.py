@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 
 def license_of(name: str, revision: str | None = None) -> str | None:
-    """Return the licence that the metadata of a model's card name; None where there is no card to read.
+    """Return the licence that the metadata of a model's card name; None where there is no card that can be read.
 
     name: a folder or an id.  A Hub model's card is taken from the cache or the Hub; one that cannot be reached now is
     not known.
@@ -17,8 +17,16 @@ def license_of(name: str, revision: str | None = None) -> str | None:
     card = folder / "README.md" if folder.is_dir() else _card_of(name, revision)
     if card is None or not card.is_file():
         return None
-    named = ModelCard.load(card).data.license
+    named = getattr(metadata_of(card), "license", None)
     return named if isinstance(named, str) else None
+
+
+def metadata_of(card: Path) -> ModelCardData | None:
+    """Return what the head of a card says; None where it cannot be read, which is for its owner to mend."""
+    try:
+        return ModelCard.load(card).data
+    except Exception:  # YAML, its text's encoding and the Hub's own classes raise many kinds
+        return None
 
 
 def _card_of(name: str, revision: str | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def loading_lines(task: str, name: str, loads_without_hfcompress: bool, trusted:
     """
     page = TASK_PAGES.get(task, TaskPage(None, "AutoModel"))
     variable = "tokenizer" if page.processor == "AutoTokenizer" else "processor"
-    given = f'"{name}", trust_remote_code=True' if trusted else f'"{name}"'
+    given = json.dumps(name, ensure_ascii=False) + ", trust_remote_code=True" * trusted
     lines = [
         f"from transformers import {', '.join(sorted((page.auto_class, page.processor)))}",
         f"{variable} = {page.processor}.from_pretrained({given})",
@@ -69,9 +70,14 @@ def runs_own_code(recipe: dict[str, Any], config: dict[str, Any]) -> bool:
 
 def packages_to_install(config: dict[str, Any], loads_without_hfcompress: bool) -> list[str]:
     """Return the packages, beside Transformers, that the checkpoint's format needs."""
-    options = config.get("quantization_config") or {}
-    method, inner = options.get("quant_method"), (options.get("quantization") or {}).get("quant_method")
+    method, inner = quant_methods(config)
     needed = [] if loads_without_hfcompress else ["hfcompress"]
     if BITSANDBYTES in (method, inner):
         return [*needed, BITSANDBYTES]
     return [*needed, COMPRESSED_TENSORS] if method == COMPRESSED_TENSORS else needed
+
+
+def quant_methods(config: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the method of a checkpoint's ``quantization_config``, and the one inside it, if it is our loader's."""
+    options = config.get("quantization_config") or {}
+    return options.get("quant_method"), (options.get("quantization") or {}).get("quant_method")

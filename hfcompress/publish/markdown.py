@@ -29,5 +29,10 @@ def code(text: str) -> str:
     return f"{'`' * (longest + 1)} {line} {'`' * (longest + 1)}" if longest else f"`{line}`"
 
 
+def plain(text: str) -> str:
+    """Return text as it reads, on one line: what would be markup is escaped."""
+    return re.sub(r"([\\`*<\[])", r"\\\1", " ".join(text.split()))
+
+
 def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall(r"`+", text)), default=0)

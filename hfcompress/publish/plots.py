@@ -22,7 +22,7 @@ from hfcompress.publish.numbers import megabytes, metric
 
 LOG_SCALE_FROM = 3.0
 PICTURE_INCHES = (7.2, 4.4)
-LOWER_IS_BETTER = frozenset({"perplexity", "loss", "eval_loss", "wer", "cer"})
+LOWER_IS_BETTER = frozenset({"perplexity", "loss", "eval_loss", "mse", "wer", "cer"})
 _LINE, POINT, _FIRST, LAST, INK, GRID = "#9aa5b1", "#4c78a8", "#6b7785", "#d1495b", "#28323d", "#e6eaee"
 # Where a label may stand beside its point: points to the right and upwards, and the side of the text that is there.
 _OFFSETS = tuple(

@@ -209,7 +209,7 @@ def environment(facts: Facts) -> str:
         place = ", ".join(known) or "a machine that was not recorded"
         places.setdefault(place, []).append(stage.name)
     if len(places) == 1:
-        return f"All stages: {next(iter(places))}."
+        return f"All stages were measured on: {next(iter(places))}."
     return "\n".join(f"- {', '.join(names)}: {place}." for place, names in places.items())
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -25,11 +24,11 @@ from hfcompress.evaluate import Measurement, describe_machine
 from hfcompress.packed import packed_layers
 from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.facts import FILE_NAME
-from hfcompress.publish.licence import license_of
+from hfcompress.publish.licence import license_of, metadata_of
 from hfcompress.publish.loading import TASK_PAGES
 from hfcompress.publish.sharing import local_names
 
-_NOT_QUALITY = ("runtime", "per_second", "sparsity", "pruned", "epoch")
+_NOT_QUALITY = ("_runtime", "_per_second", "_compilation_time")
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
          "gradient_accumulation_steps", "bf16", "fp16", "temperature", "alpha")  # fmt: skip
 
@@ -100,7 +99,7 @@ def _data_told(names: list[str], ids: list[str], configurations: list[str]) -> d
 def _tags_there(folder: Path) -> list[str]:
     """Return the tags of a card that lies in the folder: tags that are given now are added to them."""
     file = folder / CARD
-    return list(ModelCard.load(file).data.tags or ()) if file.is_file() else []
+    return list(getattr(metadata_of(file), "tags", None) or ()) if file.is_file() else []
 
 
 def facts_of_trainer(
@@ -168,13 +167,16 @@ def _last_evaluation(trainer: Trainer) -> tuple[dict[str, float], str]:
     now = state.global_step
     if trainer.args.load_best_model_at_end and state.best_global_step:
         now = state.best_global_step
+    found: dict[str, float] = {}
     for logs in reversed(state.log_history):
-        if "eval_loss" in logs and logs.get("step") == now:
-            found = {name.removeprefix("eval_"): float(value) for name, value in logs.items()
-                     if name.startswith("eval_") and isinstance(value, (int, float))
-                     and not any(part in name for part in _NOT_QUALITY)}  # fmt: skip
-            return found, f"at step {now} of {state.max_steps}"
-    return {}, "the Trainer did not evaluate these weights"
+        if logs.get("step") == now:  # several data sets are evaluated one after another
+            new = {name.removeprefix("eval_"): float(value) for name, value in logs.items()
+                   if name.startswith("eval_") and isinstance(value, (int, float))
+                   and not name.endswith(_NOT_QUALITY)}  # fmt: skip
+            found = {**new, **found}
+    if found:
+        return found, f"at step {now} of {state.max_steps}"
+    return {}, "the Trainer's log has no evaluation (`eval_...`) of these weights"
 
 
 def _runtime(trainer: Trainer) -> float | None:

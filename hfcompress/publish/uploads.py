@@ -16,12 +16,14 @@ from hfcompress.checkpoint import weight_files
 from hfcompress.checkpoint.atomic import MARKER
 from hfcompress.checkpoint.files import INDEX, read_header
 from hfcompress.errors import CheckpointError
-from hfcompress.publish.card import CARD, PICTURES, render_folder
+from hfcompress.publish.card import CARD, PICTURES, is_as_written, render_folder
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.sharing import shared, shared_recipe, shared_text
 
-_OURS = {MARKER, FILE_NAME, "recipe.yaml", CARD, "quantization_report.json", "pruning_report.json",
-         *(file for file, _ in PICTURES.values())}  # fmt: skip
+# What is told of one model, beside its card.
+FACTS = frozenset({FILE_NAME, "recipe.yaml", "quantization_report.json", "pruning_report.json",
+                   ".eval_results/hfcompress.yaml", *(file for file, _ in PICTURES.values())})  # fmt: skip
+_OURS = {MARKER, CARD, *FACTS}
 _CONFIGS = {"config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
             "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
             "feature_extractor_config.json"}  # fmt: skip
@@ -102,7 +104,7 @@ def _for_others(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     if facts.is_file():
         values: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
         found[FILE_NAME] = (json.dumps(shared_facts(values), indent=2) + "\n").encode()
-        if card.is_file() and card.read_text(encoding="utf-8") == render_folder(folder):
+        if card.is_file() and is_as_written(folder):
             found[CARD] = render_folder(folder, repo_id).encode()
     if recipe.is_file():
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))

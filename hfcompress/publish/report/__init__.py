@@ -17,7 +17,7 @@ from hfcompress.publish.comparison import changes
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.pictures import kept_rows, layer_panels
 from hfcompress.publish.plots import LOWER_IS_BETTER
-from hfcompress.publish.sharing import shared_recipe
+from hfcompress.publish.sharing import shared_name, shared_recipe, shared_text
 
 # What a chart or a table can show of a stage, beside its metrics: title, and whether less is better.
 COLUMNS: dict[str, tuple[str, bool]] = {
@@ -49,11 +49,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        names = [f"{run.name} ({Path(folder).absolute().name})" for run, folder in zip(runs, folders)]
-    if len(set(names)) < len(names):
-        raise DataError(f"Two folders hold a run called {twice[0]}; name each once.")
+        paths = [Path(folder).absolute() for folder in folders]
+        told = next((told for depth in range(1, 4) if len({*(told := _last_parts(paths, depth))}) == len(paths)), None)
+        if told is None:
+            raise DataError(f"Two folders hold a run called {twice[0]}; name each folder once.")
+        names = [f"{run.name} ({place})" for run, place in zip(runs, told)]
     write_text(output, render_report(dict(zip(names, runs))))
     return output
+
+
+def _last_parts(paths: Sequence[Path], depth: int) -> list[str]:
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
 def render_report(runs: dict[str, Facts]) -> str:
@@ -82,11 +88,11 @@ def run_values(name: str, facts: Facts) -> dict[str, Any]:
     return {
         "name": name,
         "task": facts.task,
-        "base": facts.base_model,
+        "base": shared_name(facts.base_model),
         "stages": [_stage(facts, index) for index in range(len(facts.stages))],
         "changes": [
-            {"metric": one.name, "before": _finite(one.before), "after": _finite(one.after), "interval": one.interval}
-            for one in changes(facts)
+            {"metric": one.name, "before": _number(one.before), "after": _number(one.after), "interval": one.interval}
+            for one in (changes(facts) if facts.before is not facts.after else ())
         ],
         "kept": {label: {str(at): list(counts) for at, counts in cells.items()}
                  for label, cells in kept_rows(facts).items()},
@@ -104,12 +110,16 @@ def _stage(facts: Facts, index: int) -> dict[str, Any]:
         values |= {"latency_ms": found.latency.median_ms, "latency_p95_ms": found.latency.p95_ms}
     for name in _MILLIONS:
         values[name] = None if values[name] is None else values[name] / 1e6
-    metrics = {name: _finite(value) for name, value in found.metrics.items()}
-    return {"name": stage.name, "summary": stage.summary, "values": {**values, **metrics}}
+    metrics = {name: _number(value) for name, value in found.metrics.items()}
+    summary = None if stage.summary is None else shared_text(stage.summary)
+    return {"name": stage.name, "summary": summary, "values": {**values, **metrics}}
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _number(value: float | None) -> Any:
+    """Return a metric as JSON takes it: a perplexity that overflows as the page's script reads it, NaN as nothing."""
+    if value is None or math.isnan(value):
+        return None
+    return {"infinite": True} if value == math.inf else value if math.isfinite(value) else None
 
 
 def _part(name: str) -> str:

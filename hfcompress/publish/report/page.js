@@ -1,7 +1,7 @@
 "use strict";
 // The page: what its controls show.
 const byId = (id) => document.getElementById(id);
-const data = JSON.parse(byId("data").textContent);
+const data = JSON.parse(byId("data").textContent, revived);
 const hidden = new Set();
 const titleOf = (key) => (data.columns[key] ?? data.metrics[key])?.title ?? key;
 const colourOf = (name) => COLOURS[data.runs.findIndex((run) => run.name === name) % COLOURS.length];

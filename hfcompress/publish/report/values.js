@@ -2,8 +2,12 @@
 // What the page computes without being a page: numbers as text, sorting, points, and what two recipes differ in.
 const NOT = "not measured";
 
+// JSON knows no infinity; a perplexity that overflows is written as an object.
+const revived = (key, value) => (value !== null && value.infinite === true ? Infinity : value);
+
 function format(value) {
   if (value === null || value === undefined) return NOT;
+  if (!Number.isFinite(value)) return value < 0 ? "-infinite" : "infinite";
   const size = Math.abs(value);
   const digits = Number.isInteger(value) || size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4;
   return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -29,7 +33,7 @@ function pointsOf(run, x, y) {
   return run.stages
     .map((stage, at) => ({ stage: stage.name, summary: stage.summary, last: at === run.stages.length - 1,
       x: stage.values[x] ?? null, y: stage.values[y] ?? null }))
-    .filter((one) => one.x !== null && one.y !== null);
+    .filter((one) => Number.isFinite(one.x) && Number.isFinite(one.y));
 }
 
 // A recipe as lines "path: value", in the order of its file.
