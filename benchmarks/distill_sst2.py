@@ -74,10 +74,11 @@ def alone(student: Maker, as_taught: bool = False) -> Callable[[Bench], Result]:
     return run
 
 
+ALIKE = "3 layers, no teacher, taught ones' settings"
 ROWS: dict[str, Callable[[Bench], Result]] = {
     "dense": dense,
     "3 layers, no teacher": alone(three_layers),
-    "3 layers, no teacher, taught ones' settings": alone(three_layers, as_taught=True),
+    ALIKE: alone(three_layers, as_taught=True),
     "3 layers, logits": taught(three_layers, LOGITS),
     "3 layers, logits and hidden states": taught(three_layers, LOGITS, HIDDEN),
     "3 layers, logits and relations": taught(three_layers, LOGITS, RELATIONS),
@@ -86,8 +87,10 @@ ROWS: dict[str, Callable[[Bench], Result]] = {
 }
 FEATURES = ("3 layers, logits and hidden states", "3 layers, logits and relations")
 PAIRS = [
-    *((name, "3 layers, no teacher") for name in ("3 layers, logits", *FEATURES)),
+    *((name, "3 layers, no teacher") for name in ("3 layers, logits", *FEATURES, ALIKE)),
     *((name, "3 layers, logits") for name in FEATURES),
+    *((name, ALIKE) for name in ("3 layers, logits", *FEATURES)),
+    ("2 layers of half width, logits and hidden states", "2 layers of half width, no teacher"),
 ]
 
 

@@ -189,7 +189,7 @@ def answers(model: PreTrainedModel, data: Data) -> list[bool]:
 
 def slug(name: str) -> str:
     """Return a row's name as files carry it."""
-    return name.replace(" ", "-").replace(",", "").replace("%", "").replace("/", "-")
+    return name.replace(" ", "-").replace(",", "").replace("%", "").replace("'", "").replace("/", "-")
 
 
 def spread(values: list[float]) -> str:

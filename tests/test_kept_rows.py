@@ -72,14 +72,26 @@ def test_the_table_of_smaller_students_is_of_the_kept_rows(distill_sst2: Any) ->
         for name in pair
     }
     told = [paired.compared(*pair, kept) for pair in distill_sst2.PAIRS]
-    assert len(told) == 5
+    assert len(told) == 10
     for name, against, points, error in told:
         if against == "3 layers, no teacher":
             (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
             assert line.endswith(f"| {points} ({error}) |")
+        elif against == distill_sst2.ALIKE:
+            what = name.removeprefix("3 layers, ").removeprefix("logits and ")
+            assert re.search(rf"{what} (are |alone )?{points[1:]} (points )?\({error}\)", sentences)
+        elif name.startswith("2 layers"):
+            means = [100 * statistics.mean(row["accuracy"] for row in kept[one]) for one in (against, name)]
+            assert f"reach {means[0]:.2f} without a teacher and {means[1]:.2f} with logits and hidden" in sentences
+            assert f"{points} ({error})" in sentences
         else:
             what = name.removeprefix(f"{against} and ")
             assert re.search(rf"{what} (add )?{points[1:]} (points )?\({error}\)", sentences)
+    for name, rows in kept.items():
+        if name.startswith("3 layers"):
+            each = [100 * row["accuracy"] for row in rows]
+            cells = [f"{one:.2f}" for one in [*each, statistics.mean(each)]]
+            assert f"| {' | '.join([name, *cells])} |" in text
 
 
 def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> None:
