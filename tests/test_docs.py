@@ -228,9 +228,6 @@ def test_quantization_is_told_as_it_was_measured() -> None:
         assert (bits, perplexity) == (f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}")
         timed = (f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") if "seconds" in row else ("", "")
         assert (seconds, memory) == timed
-    # What the page says of roundings with errors of the same size: equal scales, and one rounds in bfloat16.
-    one, other = (float(rows[f"{tool} rtn 4 bits"]["perplexity"]) for tool in ("hfcompress", "llmcompressor"))
-    assert 1.02 < one / other < 1.1
 
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#]+)[^)]*\)")
