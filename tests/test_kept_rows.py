@@ -94,6 +94,18 @@ def test_the_table_of_smaller_students_is_of_the_kept_rows(distill_sst2: Any) ->
             assert f"| {' | '.join([name, *cells])} |" in text
 
 
+def test_what_is_told_of_pruning_steps_is_of_the_kept_runs() -> None:
+    facts = json.loads((RESULTS / "prune_overhead.json").read_text(encoding="utf-8"))
+    text = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+    means = {name: [1000 * statistics.mean(run) for run in runs] for name, runs in facts["seconds"].items()}
+    plain, pruned = (statistics.median(means[name]) for name in ("no callback", "magnitude"))
+    assert f"{pruned:.1f} ms against {plain:.1f} ms in the medians of the runs' means" in text
+    paired = statistics.median(one / other for one, other in zip(means["magnitude"], means["no callback"]))
+    assert facts["summary"][1]["ratio"] == pytest.approx(paired, abs=5e-4)
+    assert f"means ({pruned / plain:.3f}), and {paired:.3f} in the median of the seven pairs' ratios" in text
+    assert f"between {min(means['no callback']):.0f} and {max(means['no callback']):.0f} ms" in text
+
+
 def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> None:
     columns, rows = importlib.import_module("quantizing").COLUMNS, importlib.import_module("quantize").ROWS
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
