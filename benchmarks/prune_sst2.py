@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from paired import show_paired
-from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, slug, spread
+from row_names import slug
+from sst2 import FASTER, NO_DROPOUT, Bench, Result, Results, arguments, dense, run_rows, spread
 from table import machine, once, show
 from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel, TrainerCallback

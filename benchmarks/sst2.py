@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from remembered import RememberedTeacher
+from row_names import slug
 from table import machine, once
 from transformers import (
     AutoModelForSequenceClassification,
@@ -185,11 +186,6 @@ def answers(model: PreTrainedModel, data: Data) -> list[bool]:
         labels = batch.pop("labels")
         right += (model(**batch).logits.argmax(-1) == labels).tolist()
     return right
-
-
-def slug(name: str) -> str:
-    """Return a row's name as files carry it."""
-    return name.replace(" ", "-").replace(",", "").replace("%", "").replace("'", "").replace("/", "-")
 
 
 def spread(values: list[float]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.row_names import slug
 from hfcompress.evaluate import Measurement
 from hfcompress.publish import load_facts
 from hfcompress.publish.markdown import table as markdown_table
@@ -141,7 +142,7 @@ def trained(what: str) -> str:
     speed = json.loads((RESULTS / "sst2/speed.json").read_text(encoding="utf-8"))["times"]
     lines = []
     for name, times in speed.items():
-        files = sorted((RESULTS / "sst2/rows").glob(f"{file_name(name)}-[0-9].json"))
+        files = sorted((RESULTS / "sst2/rows").glob(f"{slug(name)}-[0-9].json"))
         is_wanted = name == "dense" or ("heads" in name) == (what == "structure")
         if len(files) < SEEDS or not is_wanted:
             continue
@@ -150,11 +151,6 @@ def trained(what: str) -> str:
             [name, *(f"{one:.2f}" for one in (mean(each), min(each), max(each))), *(f"{one:.2f}x" for one in times)]
         )
     return table(["row", "mean accuracy", "least", "most", "float32", "bfloat16"], lines)
-
-
-def file_name(row: str) -> str:
-    """Return a row's name as the benchmark's files carry it."""
-    return re.sub("[,%]", "", row).replace(" ", "-").replace("/", "-")
 
 
 def _number(value: float | None, form: str) -> str:

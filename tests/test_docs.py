@@ -195,7 +195,7 @@ def test_one_shot_pruning_is_told_as_it_was_measured() -> None:
 
 def test_trainings_are_told_as_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names, slug = importlib.import_module("prune_sst2").ROWS, importlib.import_module("sst2").slug
+    names, slug = importlib.import_module("prune_sst2").ROWS, importlib.import_module("row_names").slug
     results = ROOT / "benchmarks/results/sst2"
     speed = json.loads((results / "speed.json").read_text(encoding="utf-8"))["times"]
     told: set[str] = set()

@@ -32,7 +32,7 @@ def test_a_sentence_counts_once_however_many_seeds_saw_it(distill_sst2: Any) -> 
 
 def test_the_tables_of_pruning_are_of_the_kept_rows(distill_sst2: Any) -> None:
     prune_sst2, paired = importlib.import_module("prune_sst2"), importlib.import_module("paired")
-    slug = importlib.import_module("sst2").slug
+    slug = importlib.import_module("row_names").slug
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     section = text[text.index("prune_sst2.py") : text.index("### Smaller students")]
     kept = {
@@ -65,7 +65,7 @@ def test_the_tables_of_pruning_are_of_the_kept_rows(distill_sst2: Any) -> None:
 def test_the_table_of_smaller_students_is_of_the_kept_rows(distill_sst2: Any) -> None:
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     sentences = " ".join(text.split())
-    slug, paired = importlib.import_module("sst2").slug, importlib.import_module("paired")
+    slug, paired = importlib.import_module("row_names").slug, importlib.import_module("paired")
     kept = {
         name: [json.loads((RESULTS / "sst2/rows" / f"{slug(name)}-{seed}.json").read_text()) for seed in range(3)]
         for pair in distill_sst2.PAIRS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
@@ -33,29 +35,35 @@ def outputs_of(linear: nn.Module) -> int:
     return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
 
 
-class InputPass:
-    """A forward pass of a layer that meets each group of linear layers when all of its input is there.
+@dataclass(frozen=True)
+class Ground:
+    """What a pass goes over: a layer, and the linear layers in it that are met, in groups that share an input."""
 
-    linears: those that are met.  groups: names that share an input.
-    """
+    layer: nn.Module
+    linears: Mapping[str, nn.Module]
+    groups: Sequence[Sequence[str]]
+    masks: TokenMasks
 
-    def __init__(
-        self, layer: nn.Module, linears: Mapping[str, nn.Module], groups: Sequence[Sequence[str]], masks: TokenMasks
-    ) -> None:
-        self.layer, self.linears, self.masks = layer, linears, masks
-        self.groups = [tuple(group) for group in groups]
+
+class InputPass(ABC):
+    """A forward pass of a layer that meets each group of linear layers when all of its input is there."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.layer, self.linears, self.masks = ground.layer, ground.linears, ground.masks
+        self.groups = [tuple(group) for group in ground.groups]
         self.group_of = {name: group for group in self.groups for name in group}
         self.waiting = set(self.groups)
         self.context: set[int] = set()
         self.rows = 0
         self.instead: Callable[[str, Tensor], Tensor | None] | None = None
 
+    @abstractmethod
     def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
         """Do what is to be done with a group that was not met before.  parts: of its input, (rows, ..., in) each."""
-        raise NotImplementedError
 
     def answer(self, name: str, inputs: Tensor) -> Tensor | None:
         """Return what a linear layer answers once it was met; None is what it gives as it is in the layer by then."""
+        return None
 
     def awaits(self, name: str) -> bool:
         """Tell whether a module has to be called once for all rows, and not by parts."""
@@ -195,16 +203,8 @@ class JoinedPass(InputPass, Generic[Observed]):
     the layer.
     """
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        linears: Mapping[str, nn.Module],
-        groups: Sequence[Sequence[str]],
-        masks: TokenMasks,
-        statistic: Statistic[Observed],
-        compress: Callable[[Observed], None],
-    ) -> None:
-        super().__init__(layer, linears, groups, masks)
+    def __init__(self, ground: Ground, statistic: Statistic[Observed], compress: Callable[[Observed], None]) -> None:
+        super().__init__(ground)
         self.statistic, self.compress = statistic, compress
 
     def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:

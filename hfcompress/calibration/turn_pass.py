@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
 from hfcompress.calibration.integers import TOKENS
-from hfcompress.calibration.joined import InputPass, outputs_of
-from hfcompress.calibration.observe import InputHessian, TokenMasks
+from hfcompress.calibration.joined import Ground, InputPass, outputs_of
+from hfcompress.calibration.observe import InputHessian
 from hfcompress.calibration.parts import row_parts
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.sites import OUTPUT, noting_inputs
@@ -90,18 +90,15 @@ class TurnPass(InputPass):
 
     def __init__(
         self,
-        layer: nn.Module,
-        linears: Mapping[str, nn.Module],
-        groups: Sequence[Sequence[str]],
-        masks: TokenMasks,
+        ground: Ground,
         sites: Mapping[str, str],
         dense: dict[str, list[Tensor]],
         compress: Callable[[Turn], None],
     ) -> None:
-        super().__init__(layer, linears, groups, masks)
+        super().__init__(ground)
         self.sites, self.dense, self.compress = sites, dense, compress
         self.plain: Mapping[str, Callable[[Tensor], Tensor]] = {
-            name: module.forward for name, module in linears.items()
+            name: module.forward for name, module in self.linears.items()
         }
         self.held: dict[str, list[tuple[str, list[Tensor]]]] = {}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfcompress.calibration.experts import in_portions
 from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
+from hfcompress.calibration.joined import Ground
 from hfcompress.calibration.observe import InputHessian, refuse_non_finite, tensor_key
 from hfcompress.calibration.running import watching
 from hfcompress.calibration.sites import OUTPUT, call_order, noting_inputs, summing_sites
@@ -83,16 +84,15 @@ class Turns:
     def _take_joined_(self, compress: Callable[[Turn], None]) -> bool:
         """Return False, with nothing done, where one pass is not possible."""
         seen = {name for rows in self.dense for name in rows}
-        joined = None
+        fits = not self.late and fit_one_pass(self.groups, self.sites)
+        joined = self.visit.joined_() if fits and all(rows.keys() == seen for rows in self.dense) else None
+        if joined is None:
+            return False
 
         def checked(turn: Turn) -> None:
             refuse_non_finite(self.visit.name, [turn.found])
             compress(turn)
 
-        if not self.late and fit_one_pass(self.groups, self.sites) and all(rows.keys() == seen for rows in self.dense):
-            joined = self.visit.joined_()
-        if joined is None:
-            return False
         call, masks, hidden = joined
         linears = {name: self.layer.get_submodule(name) for group in self.groups for name in group}
         with watching(self.layer):
@@ -100,7 +100,7 @@ class Turns:
             if not sums_are_plain(self.layer, lambda: first.run(self.layer, hidden[:1]), self.sites):
                 return False
             dense = {name: [rows.pop(name) for rows in self.dense] for name in seen}
-            turns = TurnPass(self.layer, linears, self.groups, masks, self.sites, dense, checked)
+            turns = TurnPass(Ground(self.layer, linears, self.groups, masks), self.sites, dense, checked)
             self.visit.take_(turns.run(call, hidden))
         return True
 

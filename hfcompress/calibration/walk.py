@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.calibration.experts import in_portions, with_lent_tokens
-from hfcompress.calibration.joined import JoinedPass
+from hfcompress.calibration.joined import Ground, JoinedPass
 from hfcompress.calibration.observe import (
     GRAM,
     LARGEST_SQUARES,
@@ -120,7 +120,7 @@ class LayerVisit:
             groups, others = call_order(self.layer, lambda: first.run(self.layer, hidden[:1]), linears)
             if others:
                 return False
-            self.take_(JoinedPass(self.layer, linears, groups, masks, statistic, compress).run(call, hidden))
+            self.take_(JoinedPass(Ground(self.layer, linears, groups, masks), statistic, compress).run(call, hidden))
         return True
 
     def joined_(self) -> tuple[LayerCall, TokenMasks, Tensor] | None:

@@ -31,11 +31,11 @@ class Change:
 
 
 def changes(facts: Facts) -> list[Change]:
-    """Compare the first model that could do the task with the final one, metric by metric."""
+    """Compare the first model that could do the task with the final one, metric by metric; none where they are one."""
     before, after = facts.before, facts.after
-    found = []
-    for name in facts.metric_names:
-        interval, examples = (None, None) if before is after else _interval(before, after, name)
+    found: list[Change] = []
+    for name in facts.metric_names if before is not after else ():
+        interval, examples = _interval(before, after, name)
         found.append(Change(name, before.metrics.get(name), after.metrics.get(name), interval, examples))
     return found
 
@@ -61,7 +61,7 @@ def _bootstrap(before: str, after: str) -> tuple[tuple[float, float], int]:
 def comparison_markdown(facts: Facts) -> str:
     """Return the table of metrics before and after; empty when there is only one model to speak of."""
     found = changes(facts)
-    if not found or facts.before is facts.after:
+    if not found:
         return ""
     headers = ["metric", "before", "after", "difference"]
     rows = [

@@ -92,7 +92,7 @@ def run_values(name: str, facts: Facts) -> dict[str, Any]:
         "stages": [_stage(facts, index) for index in range(len(facts.stages))],
         "changes": [
             {"metric": one.name, "before": _number(one.before), "after": _number(one.after), "interval": one.interval}
-            for one in (changes(facts) if facts.before is not facts.after else ())
+            for one in changes(facts)
         ],
         "kept": {label: {str(at): list(counts) for at, counts in cells.items()}
                  for label, cells in kept_rows(facts).items()},
