@@ -143,6 +143,24 @@ def test_what_something_else_moved_is_zero_again_when_evaluated_and_saved(tmp_pa
     assert same_tensors(zeros_of({name: saved[name] for name in watch.evaluated[10]}), watch.evaluated[10])
 
 
+def test_what_another_callback_writes_at_an_epochs_end_is_pruned_when_evaluated_and_saved(tmp_path: Path) -> None:
+    class Averaged(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for weight in matrices(kwargs["model"]).values():
+                weight.data.add_(0.01)
+
+    watch, options = (
+        Watch(),
+        {"save_strategy": "epoch", "eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2},
+    )
+    trainer_for(tiny_bert(), tmp_path, [Averaged(), PruneCallback(end=0.2), watch], **options).train()
+    assert len(watch.evaluated) == 2
+    for step, zeros in watch.evaluated.items():
+        assert count_zeros(zeros) == half_of(tiny_bert())
+        saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        assert same_tensors(zeros_of({name: saved[name] for name in zeros}), zeros)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

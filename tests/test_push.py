@@ -174,6 +174,13 @@ def test_a_card_that_names_another_repository_is_no_edited_one(hub: Hub, folder:
     assert "old-name" not in card
 
 
+def test_an_edited_card_with_a_string_of_its_own_is_pushed_as_it_is(hub: Hub, folder: Path) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("from_pretrained(", 'from_pretrained("C:\\models")  # or (', 1))
+    hub.push(folder, "tester/windows")
+    assert hub.bytes_of("tester/windows")["README.md"].decode() == card.read_text()
+
+
 def test_what_an_earlier_push_told_of_another_model_does_not_stay(hub: Hub, folder: Path) -> None:
     hub.push(folder, "tester/second")
     other = folder.parent / "other"
@@ -509,15 +516,21 @@ trainer.train()
 trainer.push_to_hub(tags=["mine"])
 args.hub_model_id, args.hub_private_repo = None, True
 unnamed = hfcompress.push(trainer).url
+args.hub_token = "hf_of_somebody_else"
+try:
+    refused = hfcompress.push(trainer).url
+except hfcompress.HFCompressError as error:
+    refused = str(error)
+args.hub_token = None
 args.hub_model_id = "tester/trainer"
-result = [unnamed, hfcompress.push(trainer).changed]
+result = [unnamed, refused[:28], hfcompress.push(trainer).changed]
 """
 
 
 def test_a_trainers_own_ways_to_the_hub_keep_working(hub: Hub, folder: Path) -> None:
     """push_to_hub of the arguments, and of the Trainer, go through our card; push takes the Trainer itself."""
     found = hub.run(f"FOLDER = {str(folder)!r}\n{TRAIN}")
-    assert found["result"] == [f"{hub.url}/tester/{folder.name}-out", True], found
+    assert found["result"] == [f"{hub.url}/tester/{folder.name}-out", "The Hub does not know you, o", True], found
     made = hub.ask("/_log")["repos"]
     assert made[f"tester/{folder.name}-out"]["private"] is True
     assert made["tester/pushed"]["private"] is not True

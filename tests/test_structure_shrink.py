@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -457,7 +458,7 @@ def test_units_that_are_not_there_are_refused(wrong: int) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [list, torch.tensor])
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
 def test_a_mask_closes_the_units_where_it_is_true(kind: Callable[[list[bool]], Any]) -> None:
     model = FAMILIES["bert"].model()
     with attach_gates(model, find_attention(model)) as gates:

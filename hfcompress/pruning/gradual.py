@@ -211,6 +211,9 @@ class GradualPruneCallback(TrainerCallback, ABC):
         if control.should_evaluate or control.should_save:
             masking.apply_masks_(self._weights(kwargs["model"]), self._masks)
 
+    # Evaluations and checkpoints of an epoch's end come after callbacks that may write weights there.
+    on_epoch_end = on_step_end
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the masks from the weights, as a run resumed from this checkpoint will."""
         if self._masks:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,11 @@ def keep_edited(folder: Path) -> None:
 def is_as_written(folder: Path) -> bool:
     """Tell whether a folder's card is what ``write_model_card`` writes, whichever place its example names."""
     text = (folder / CARD).read_text(encoding="utf-8")
+    places: list[str | None] = [None]
     named = re.search(r"from_pretrained\((\"(?:[^\"\\]|\\.)*\")", text)
-    places = [None, json.loads(named[1])] if named else [None]
+    if named:
+        with suppress(ValueError):  # somebody's own string, which JSON does not read
+            places.append(json.loads(named[1]))
     return any(text == render_folder(folder, place) for place in places)
 
 

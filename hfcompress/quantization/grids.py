@@ -41,8 +41,8 @@ def absmax_scale(weight: Tensor, bits: int, dtype: torch.dtype, dim: int = -1) -
     """Return the symmetric scale that spreads the codes as far as the largest absolute value, whose sign it chooses.
 
     There is one more code below 0 than above. Below 8 bits the largest value gets the lowest code, by a negative scale
-    where it is positive, and values of the other sign lose at most one step (AutoRound's "full range", arXiv
-    2309.05516). At 8 bits, where one code more is worth nothing, scales stay positive and the largest value is divided
+    where it is positive, and values of the other sign lose at most one step (the "full range" of llama.cpp and
+    AutoRound). At 8 bits, where one code more is worth nothing, scales stay positive and the largest value is divided
     by 127.5, so that both ends clip alike.
     weight: float32.  Returns float32 of the same shape with ``dim`` of size 1.
     """

@@ -41,7 +41,7 @@ class Gate:
         return self.values[self.unit_of_column]
 
     def close_(self, units: Iterable[int] | Tensor) -> None:
-        """Set the gates of these units to 0.  Raises ModelError when there are not so many."""
+        """Set the gates of these units, numbers or a mask, to 0.  Raises ModelError when there are not so many."""
         chosen = units_of(self.name, len(self.values), units)
         with torch.no_grad():
             self.values[torch.tensor(chosen, dtype=torch.long, device=self.values.device)] = 0.0

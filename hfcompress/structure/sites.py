@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +33,10 @@ class Part:
 def units_of(name: str, count: int, units: Iterable[int] | Tensor) -> list[int]:
     """Return the numbers of units in rising order.
 
-    units: numbers, or a mask of all, (count,) bool.  Raises ModelError when what is called ``name`` has not all.
+    units: numbers, or a mask of all, (count,) bool, whatever holds them.  Raises ModelError when what is called
+    ``name`` has not all.
     """
-    given = units.flatten().tolist() if isinstance(units, Tensor) else list(units)
+    given = units.flatten().tolist() if isinstance(units, (Tensor, np.ndarray)) else list(units)
     if given and all(isinstance(unit, bool) for unit in given):
         if len(given) != count:
             raise ModelError(f"{name} has {count} units, and the mask says something of {len(given)}.")

@@ -6,7 +6,7 @@ const NOT = "not measured";
 const revived = (key, value) => (value !== null && value.infinite === true ? Infinity : value);
 
 function format(value) {
-  if (value === null || value === undefined) return NOT;
+  if (value === null || value === undefined || Number.isNaN(value)) return NOT;
   if (!Number.isFinite(value)) return value < 0 ? "-infinite" : "infinite";
   const size = Math.abs(value);
   const digits = Number.isInteger(value) || size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4;
@@ -20,7 +20,7 @@ function sortRows(rows, key, descending) {
   return [...rows].sort((a, b) => {
     const [x, y] = [a[key] ?? null, b[key] ?? null];
     if (x === null || y === null) return (x === null) - (y === null);
-    return (descending ? -1 : 1) * (typeof x === "string" ? x.localeCompare(y) : x - y);
+    return (descending ? -1 : 1) * (typeof x === "string" ? x.localeCompare(y) : (x > y) - (x < y));
   });
 }
 
