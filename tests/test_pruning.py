@@ -272,6 +272,21 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(make: Any, end: float,
     assert any(key.endswith("exp_avg") for key in state_of(whole))
 
 
+def test_what_became_zero_before_a_checkpoint_stays_so_in_both_runs(tmp_path: Path) -> None:
+    class Zero(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                next(iter(matrices(kwargs["model"]).values())).data[0] = 0
+
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    whole = trainer_for(tiny_bert(), tmp_path, [PruneCallback(sparsity=0.7, end=0.3), Zero()], **options)
+    whole.train()
+    resumed = trainer_for(tiny_bert(seed=1), tmp_path / "on", [PruneCallback(sparsity=0.7, end=0.3)], max_steps=12)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert not next(iter(matrices(whole.model).values()))[0].any()
+    assert same_tensors(state_of(resumed), state_of(whole))
+
+
 def test_saving_does_not_change_the_run(tmp_path: Path) -> None:
     plain = trainer_for(small_llama(), tmp_path / "plain", [PruneCallback])
     saving = trainer_for(small_llama(), tmp_path, [PruneCallback], save_strategy="steps", save_steps=3)

@@ -129,11 +129,9 @@ class GradualPruneCallback(TrainerCallback, ABC):
             self._watch = self._watching(model, weights, criterion)
         self._masks.update(self._masks_from_zeros(model, weights))
         # The hook runs before DDP averages gradients and before clipping, and again after every accumulation.
-        scratch = masking.Scratch()
         for name, weight in weights.items():
             if weight.requires_grad:
-                mask = masking.GradientMask(self._masks, name, scratch)
-                self._hooks.append(weight.register_post_accumulate_grad_hook(mask))
+                self._hooks.append(weight.register_post_accumulate_grad_hook(masking.GradientMask(self._masks, name)))
         # Before anything is pruned here: what was evaluated and saved so far was denser than it should have been.
         wanted = self.sparsity_at(self._last_update(state.global_step, state), state)
         self._is_behind = state.global_step > 0 and self._misses(model, weights, wanted)
@@ -217,7 +215,9 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the masks from the weights, as a run resumed from this checkpoint will."""
         if self._masks:
-            self._masks.update(self._masks_from_zeros(unwrapped(kwargs["model"]), self._weights(kwargs["model"])))
+            weights = self._weights(kwargs["model"])
+            self._masks.update(self._masks_from_zeros(unwrapped(kwargs["model"]), weights))
+            clear_moments_(kwargs["optimizer"], weights, self._masks)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

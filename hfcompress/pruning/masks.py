@@ -16,7 +16,6 @@ from hfcompress.structure import layer_stacks
 __all__ = [
     "GradientMask",
     "Masks",
-    "Scratch",
     "apply_masks_",
     "masks_from_zeros",
     "prunable_weights",
@@ -95,36 +94,19 @@ def apply_masks_(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
         torch._foreach_mul_([weights[name].detach() for name in masks], [factors(mask) for mask in masks.values()])
 
 
-class Scratch:
-    """Room for one tensor on a CPU, used again by every product.
-
-    A product of two types makes a new tensor of the wider one first, and fresh pages cost more than the product.
-    """
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0)
-
-    def converted(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the mask in this type, to be used before the next call."""
-        if self._room.dtype != dtype or self._room.numel() < mask.numel():
-            self._room = torch.empty(mask.numel(), dtype=dtype)
-        return self._room[: mask.numel()].view(mask.shape).copy_(factors(mask))
-
-
 @dataclass(frozen=True)
 class GradientMask:
     """A hook that zeroes the gradient of a parameter's pruned weights; the mask is looked up, because it changes."""
 
     masks: Masks
     name: str
-    scratch: Scratch
 
     @torch.no_grad()
     def __call__(self, weight: Tensor) -> None:
         """Zero what the parameter's gradient has gathered for pruned weights, in place."""
         if weight.grad is not None:
-            mask = self.masks[self.name]
-            weight.grad.mul_(self.scratch.converted(mask, weight.grad.dtype) if mask.is_cpu else factors(mask))
+            # CPUs make a float copy of the mask first: in memory that backward has just freed, so in their caches.
+            weight.grad.mul_(factors(self.masks[self.name]))
 
 
 def sparsity_of(weights: Mapping[str, Tensor]) -> float:
