@@ -177,6 +177,20 @@ def test_all_classes_as_top_k_are_the_whole_distribution() -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def test_probabilities_too_small_for_float32_cost_what_they_should() -> None:
+    student, teacher = torch.tensor([[0.0, -300.0, 20.0]]), torch.tensor([[-250.0, 20.0, 0.0]])
+    exact = student.double(), teacher.double()
+    labels = torch.tensor([1])
+    loss, slope = cross_entropy(student, labels)
+    assert loss.item() == pytest.approx(320.0)
+    torch.testing.assert_close(slope, torch.softmax(student, -1) - F.one_hot(labels, 3))
+    for temperature in (1.0, 2.0):
+        log_q, log_p = (torch.log_softmax(one / temperature, -1) for one in exact)
+        kl_of_logs = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+        found, _ = ForwardKL(temperature=temperature).rows(student, teacher)
+        assert found.item() == pytest.approx(kl_of_logs.item())
+
+
 def test_a_student_without_any_tail_is_finite() -> None:
     # float32: all the student's mass on the teacher's classes, so its tail is 0
     student = torch.tensor([[200.0, 190.0, 0.0, 0.0]])

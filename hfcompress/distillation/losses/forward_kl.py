@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
+from hfcompress.distillation.losses.softmax import softmax_and_log_sum
 from hfcompress.distillation.losses.targets import Targets
 
 
@@ -32,8 +32,9 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     student, teacher: (rows, classes) logits.  The factor T^2 keeps the gradient's size independent of the temperature
     (arXiv 1503.02531, section 2).  Natural logarithms.
     """
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    p = log_p.exp()
-    loss = log_p.sub_(log_q).mul_(p).sum(-1).mul_(temperature**2)
-    return loss, log_q.exp_().sub_(p).mul_(temperature)
+    student, teacher = student / temperature, teacher / temperature
+    q, log_sum_q = softmax_and_log_sum(student)
+    p, log_sum_p = softmax_and_log_sum(teacher)
+    # log p - log q is the logits' difference, but for a constant of the row.
+    loss = teacher.sub_(student).mul_(p).sum(-1).add_(log_sum_q - log_sum_p).mul_(temperature**2)
+    return loss, q.sub_(p).mul_(temperature)
