@@ -90,7 +90,7 @@ def _first_line(thing: Any) -> str:
 def _entry(name: str) -> str:
     thing = getattr(hfcompress, name)
     parameters = {} if name == "HFCompressError" else dict(inspect.signature(thing).parameters)
-    inherited = {"DistillationConfig"}  # its 100 parameters are those of TrainingArguments
+    inherited = {"DistillationConfig", "Seq2SeqDistillationConfig"}  # 100 parameters are those of TrainingArguments
     if name in inherited:
         own = {field.name for field in dataclasses.fields(thing)} - {
             field.name for field in dataclasses.fields(thing.__mro__[1])

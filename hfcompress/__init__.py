@@ -22,6 +22,8 @@ _HOME_OF = {
     "DistillationConfig": "hfcompress.distillation",
     "DistillationTrainer": "hfcompress.distillation",
     "OnPolicy": "hfcompress.distillation",
+    "Seq2SeqDistillationConfig": "hfcompress.distillation",
+    "Seq2SeqDistillationTrainer": "hfcompress.distillation",
     "CachedTeacher": "hfcompress.distillation",
     "cache_teacher": "hfcompress.distillation",
     "make_student": "hfcompress.distillation",

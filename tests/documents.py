@@ -12,6 +12,7 @@ from transformers import AutoModel, DistilBertConfig, PreTrainedModel, PreTraine
 
 from hfcompress.publish import load_facts
 from tests.conftest import tiny_llama, token_batches
+from tests.families import FAMILIES
 from tests.runs import WORDS, write_reviews, write_text
 from tests.vocabularies import CASES
 
@@ -27,6 +28,10 @@ def blocks(text: str) -> list[tuple[str, str]]:
 def readers_names(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return what documents call ``model``, ``dataset`` and so on: tiny models, and rows of their tokens."""
     batches = token_batches(8)
+    token_rows = [
+        {name: value[0].clamp(max=len(tokenizer) - 1) for name, value in batch.items()}
+        for batch in token_batches(32, rows=1)
+    ]
     multilingual, its_tokenizer = CASES["gpt2"].make()
     return {
         "model": tiny_llama(layers=4),
@@ -38,10 +43,10 @@ def readers_names(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str,
         "args": TrainingArguments(
             output_dir=str(folder / "out"), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=8
         ),
-        "dataset": [
-            {name: value[0].clamp(max=len(tokenizer) - 1) for name, value in batch.items()}
-            for batch in token_batches(32, rows=1)
-        ],
+        "dataset": token_rows,
+        "summarizer": FAMILIES["t5"].model(),
+        "pairs": [{**row, "labels": row["input_ids"][:5]} for row in token_rows],
+        "rouge": lambda prediction: {"rougeL": float((prediction.predictions == 5).mean())},
         "batches": batches,
         "rows": [{**batch, "labels": batch["input_ids"]} for batch in batches],
         "other_teacher": CASES["llama3"].make()[0],

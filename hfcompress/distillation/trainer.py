@@ -247,9 +247,11 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **generation: Any,
     ) -> Any:
         """Evaluate the student on its own columns, as the plain Trainer does."""
-        return super().prediction_step(model, self._for_student(inputs), prediction_loss_only, ignore_keys)
+        own = self._for_student(inputs)
+        return super().prediction_step(model, own, prediction_loss_only, ignore_keys, **generation)
 
     def _for_student(self, inputs: dict[str, Any]) -> dict[str, Any]:
         teacher_only = self._teacher_only_columns()
