@@ -51,7 +51,7 @@ function drawAxes(svg, across, up, box, titles) {
 function drawTradeOff(place, runs, titles, logarithmic, told) {
   const [svg, width] = drawing(place, 430, titles.join(" against "));
   place.replaceChildren(svg);
-  const flat = runs.flatMap((run) => run.points), box = { left: 58, right: width - 8, top: 26, bottom: 380 };
+  const flat = runs.flatMap((run) => run.points), box = { left: 58, right: width - 26, top: 26, bottom: 380 };
   const log = logarithmic && flat.every((point) => point.y > 0);
   const across = scale(flat.map((point) => point.x), box.left, box.right, false);
   const up = scale(flat.map((point) => point.y), box.bottom, box.top, log);
