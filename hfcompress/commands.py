@@ -195,6 +195,7 @@ def one_shot_command(kind: str, method: str, about: str | None) -> typer.Typer:
             return
         for table in inspection_tables(inspect_checkpoint(output)):
             Console().print(table)
+        Console().print(f"\nModel card: {output / 'README.md'}", soft_wrap=True, highlight=False)
 
     return app
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +15,17 @@ from typing import Any
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.checkpoint.atomic import MARKER
-from hfcompress.evaluate import Measurement
+from hfcompress.errors import HFCompressError
+from hfcompress.evaluate import Measurement, describe_machine
+from hfcompress.opening import files_of
+from hfcompress.pruning.oneshot import PruningReport
 from hfcompress.publish.licence import license_of
 from hfcompress.publish.sharing import local_names
+from hfcompress.quantization import QuantizationReport
 from hfcompress.recipe import ModelSpec, Recipe
 from hfcompress.workspace import ORIGINAL, Workspace
 
+_NO_METRICS = "the command measures no quality, `hfcompress eval` does"
 _OF_STAGE = ("summary", "seconds", "machine")
 _KINDS_OF_UNITS = ("heads", "key_value_heads", "neurons")
 
@@ -47,10 +54,77 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
         "seed": recipe.seed,
         "inputs": space.inputs,
         "stages": rows,
-        "loads_without_hfcompress": verified is not None and not verified["with_hfcompress"],
-        "verification": {"hfcompress" if verified and verified["with_hfcompress"] else "stock": verified},
+        **_reloaded(verified),
         **reports_by_layer(reports),
         "layers": layers_of(folder),
+    }
+
+
+def gather_command_facts(
+    folder: Path,
+    kind: str,
+    summary: str,
+    report: PruningReport | QuantizationReport,
+    *,
+    spec: ModelSpec,
+    task: str,
+    data: str | None,
+    words: list[str],
+) -> dict[str, Any]:
+    """Return the content of ``measurements.json`` for what one command made of a model, in ``folder``.
+
+    Before stands what the model's own files hold, where they lie here as safetensors.  kind: of the stage.
+    summary: what it did.  data: a file or an id.  words: of the command line.
+    """
+    before, after = _original(spec), _counted(folder)
+    done = {"name": kind, "summary": summary, "seconds": round(report.seconds, 1), "machine": describe_machine()}
+    was = {"name": ORIGINAL, "summary": "as it was opened", "seconds": None}
+    techniques = {"quantized": kind == "quantize", "pruned": kind == "prune" or "--prune" in words}
+    return {
+        "hfcompress": version("hfcompress"),
+        "name": folder.absolute().name,
+        "task": task,
+        "created": datetime.now(timezone.utc).date().isoformat(),
+        **base_model(spec),
+        "data": data and {"files" if os.path.isfile(os.path.expanduser(data)) else "id": data},
+        "local": local_names([spec.id, data]),
+        "training": {
+            "techniques": [name for name, was_done in techniques.items() if was_done],
+            "evaluated": _NO_METRICS,
+            "command": words,
+            "output": str(folder),
+        },
+        "stages": [
+            *([] if before is None else [{**was, "measurement": before.to_dict()}]),
+            {**done, "measurement": after.to_dict()},
+        ],
+        **_reloaded(json.loads((folder / MARKER).read_text(encoding="utf-8"))["verified"]),
+        **reports_by_layer([(kind, report.to_dict())]),
+        "layers": layers_of(folder),
+    }
+
+
+def _original(spec: ModelSpec) -> Measurement | None:
+    """Return what a model's own files hold, None where they are not here or of a format that is not counted."""
+    with suppress(HFCompressError):  # the result is whole by now, and its card does without
+        folder = files_of(spec)
+        return None if folder is None else _counted(folder)
+    return None
+
+
+def _counted(folder: Path) -> Measurement:
+    """Return what a checkpoint's files hold; nothing of it was run."""
+    found = inspect_checkpoint(folder)
+    total = found.total
+    return Measurement(total.parameters, total.nonzero, {}, found.bytes_on_disk, stored_dtypes=total.dtypes)
+
+
+def _reloaded(verified: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a card says of the reload in a fresh process; None: there was none."""
+    with_hfcompress = bool(verified and verified["with_hfcompress"])
+    return {
+        "loads_without_hfcompress": verified is not None and not with_hfcompress,
+        "verification": {"hfcompress" if with_hfcompress else "stock": verified},
     }
 
 

@@ -18,13 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress import opening
 from hfcompress.checkpoint import save_compressed
-from hfcompress.checkpoint.atomic import MARKER, refuse_foreign
+from hfcompress.checkpoint.atomic import MARKER, list_own_files, refuse_foreign, write_text
 from hfcompress.checkpoint.locks import locked
 from hfcompress.checkpoint.verify import require_loader
 from hfcompress.data import load_train_rows, require_columns
 from hfcompress.errors import DataError, ModelError, OutputError, look_up
+from hfcompress.gathering import gather_command_facts
 from hfcompress.pruning.oneshot import PruningReport, prune
 from hfcompress.pruning.oneshot.plan import plan_weights
+from hfcompress.publish import write_model_card
+from hfcompress.publish.facts import FILE_NAME as MEASUREMENTS
 from hfcompress.quantization import QuantizationReport, quantize
 from hfcompress.quantization.bitsandbytes import ALL_IN_MEMORY, BitsAndBytes
 from hfcompress.quantization.checks import check_joint_pruning
@@ -78,11 +81,44 @@ class OneShot:
             calibration = self._calibration(stage, processor) if stage.method.needs_calibration else None
             on_disk = places if self.low_memory else None
             model = opening.open_model(self._spec, self._task, places=on_disk, merged=shards.with_name(MERGED))
-            report = _apply_(model, stage, calibration, shards)
+            report, summary = _apply_(model, stage, calibration, shards)
             files = {report.file_name: json.dumps(report.to_dict(), indent=2) + "\n"}
             save_compressed(model, self.output, processor, verify=True, extra_files=files)
+            self._write_card(summary, report)
             shutil.rmtree(shards, ignore_errors=True)
         return report
+
+    def _write_card(self, summary: str, report: PruningReport | QuantizationReport) -> None:
+        """Put facts and card beside the checkpoint, which is whole without them."""
+        facts = gather_command_facts(
+            self.output,
+            self.kind,
+            summary,
+            report,
+            spec=self._spec,
+            task=self.task,
+            data=self.data,
+            words=self.words,
+        )
+        write_text(self.output / MEASUREMENTS, json.dumps(facts, indent=2) + "\n")
+        list_own_files(self.output, [MEASUREMENTS])
+        write_model_card(self.output)
+
+    @property
+    def words(self) -> list[str]:
+        """Return the command line that asks for the same."""
+        words = ["hfcompress", self.kind, self.model, "--output", str(self.output)]
+        for name, value in self.options.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+                continue
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                words += [f"--{flag}", one if isinstance(one, str) else json.dumps(one)]
+        given = {"data": self.data, "text-column": self.text_column, "task": self.task}
+        usual = {"data": None, "text-column": "text", "task": "causal-lm"}
+        words += [word for name, value in given.items() if value != usual[name] for word in (f"--{name}", str(value))]
+        return [*words, *["--low-memory"] * self.low_memory]
 
     @contextmanager
     def _finished_layers(self) -> Iterator[Path]:
@@ -172,10 +208,12 @@ class OneShot:
 
 def _apply_(
     model: PreTrainedModel, stage: Prune | Quantize, calibration: list[dict[str, Any]] | None, shards: Path
-) -> PruningReport | QuantizationReport:
+) -> tuple[PruningReport | QuantizationReport, str]:
+    """Change the model; return the report, and in a line what was done."""
     if isinstance(stage, Prune):
-        return prune(model, stage.method, calibration, targets=stage.targets, exclude=stage.exclude)
-    return quantize(model, stage.method, calibration, prune=stage.prune, shards=shards)
+        pruned = prune(model, stage.method, calibration, targets=stage.targets, exclude=stage.exclude)
+        return pruned, stage.summary(pruned.sparsity)
+    return quantize(model, stage.method, calibration, prune=stage.prune, shards=shards), stage.summary
 
 
 def _refuse_output(output: Path, model: str, overwrite: bool) -> None:

@@ -137,6 +137,17 @@ def _location(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     return spec.id, {**options, "revision": spec.revision or "main"}
 
 
+def files_of(spec: ModelSpec) -> Path | None:
+    """Return the folder in which a model's weights lie here as safetensors; None where they do not."""
+    where, options = _location(spec)
+    if "gguf_file" in options:
+        return None
+    if os.path.isdir(where):
+        return Path(where)
+    found = try_to_load_from_cache(where, "config.json", revision=options["revision"])
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def open_config(spec: ModelSpec) -> PreTrainedConfig:
     """Open the model's config.  Raises ModelError when there is no such model."""
     where, options = _location(spec)

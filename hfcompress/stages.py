@@ -99,9 +99,7 @@ def _prune(job: Job, options: Prune, name: str) -> Outcome:
     method = options.method
     calibration = job.calibration_batches(options) if method.needs_calibration else None
     report = prune(model, method, calibration, targets=options.targets, exclude=options.exclude)
-    summary = f"{type(method).__name__}, {report.sparsity:.1%} of the targeted weights pruned"
-    summary += f" in the pattern {method.pattern}" if method.pattern else ""
-    return Outcome(model, summary, report.to_dict(), report.file_name)
+    return Outcome(model, options.summary(report.sparsity), report.to_dict(), report.file_name)
 
 
 def _shrink(job: Job, options: Shrink, name: str) -> Outcome:
@@ -119,10 +117,7 @@ def _quantize(job: Job, options: Quantize, name: str) -> Outcome:
     method = options.method
     calibration = job.calibration_batches(options) if method.needs_calibration else None
     report = quantize(model, method, calibration, prune=options.prune, shards=job.work / "layers")
-    summary = method.summary
-    if options.prune is not None:
-        summary += f", {options.prune.pattern or format(options.prune.sparsity, '.1%')} pruned in the same pass"
-    return Outcome(model, summary, report.to_dict(), report.file_name)
+    return Outcome(model, options.summary, report.to_dict(), report.file_name)
 
 
 _RUNNERS: dict[str, Callable[[Job, Any, str], Outcome]] = {

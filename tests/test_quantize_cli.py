@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import hfcompress
 from hfcompress import opening
 from hfcompress.errors import HFCompressError
 from hfcompress.packed import packed_layers
+from hfcompress.publish import load_facts
+from hfcompress.publish.card import is_as_written, technique_tags
+from hfcompress.publish.hub import check_card
 from hfcompress.recipe import METHODS, options_beside_method
 from tests.forks import Forks
 from tests.runs import model_files, run_command, write_text
@@ -70,6 +74,45 @@ def test_bits_are_chosen_for_each_layer(llama_dir: Path, tmp_path: Path) -> None
     assert {name: one.bits for name, one in packed_layers(model).items()} == {
         row["name"]: row["bits"] for row in report["rows"]
     }
+
+
+def test_the_result_has_a_card_with_the_command_that_makes_it_again(llama_dir: Path, tmp_path: Path) -> None:
+    text, output = write_text(tmp_path / "text.jsonl"), tmp_path / "small"
+    words = ["--bits", 4, "--group-size", 32, "--no-symmetric", "--exclude", "*.down_proj", "--exclude", "*.1.*"]
+    shown = quantize(llama_dir, *words, "--prune", "{sparsity: 0.5}", "--data", text, *SHAPE, "-o", output)
+    assert f"Model card: {output / 'README.md'}" in shown
+    card = (output / "README.md").read_text(encoding="utf-8")
+    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (llama_dir, output)]
+    facts = load_facts(output)
+    assert [one.measurement.bytes_on_disk for one in facts.stages] == sizes
+    assert [one.measurement.metrics for one in facts.stages] == [{}, {}]
+    assert f"{sizes[0] / sizes[1]:.2f} times smaller on disk" in card
+    assert "No metrics are given: the command measures no quality, `hfcompress eval` does." in card
+    assert "Calibrated on one choice of rows: how far others lie apart was not measured." in card
+    assert "seed" not in card.lower()
+    assert {"quantized", "pruned"} <= set(technique_tags(facts))
+    check_card(output)
+    assert is_as_written(output)
+    # Of paths, others read the last part alone.
+    code = card[card.index("## Make it again") :].split("```bash\n")[1].split("\n```")[0]
+    again = [{"llama": str(llama_dir), "small": str(tmp_path / "again"), "text.jsonl": str(text)}.get(word, word)
+             for word in shlex.split(code)]  # fmt: skip
+    run_command(*again[1:])
+    assert model_files(tmp_path / "again") == model_files(output)
+    quantize(llama_dir, *words, "--data", text, *SHAPE, "-o", output, "--overwrite")
+    assert technique_tags(load_facts(output)) == ["quantized"]
+
+
+def test_the_card_of_zeros_says_what_was_pruned(llama_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sparse"
+    run_command("prune", llama_dir, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "| prune | Magnitude, 50.0% of the targeted weights pruned |" in card
+    assert "prune_report" not in card
+    assert load_facts(output).pruning_report
+    assert "Calibrated on" not in card
+    assert technique_tags(load_facts(output)) == ["pruned"]
+    check_card(output)
 
 
 def test_the_command_does_what_the_function_does(llama_dir: Path, tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def render_card(
         limits=limits(facts, config),
         not_measured=sections.not_measured(facts),
         training=sections.training(facts),
+        command=sections.command(facts),
         seed=facts.seed,
         recipe=_yaml(shared_recipe(facts.recipe)) if facts.recipe else "",
         provenance=sections.provenance(facts),
@@ -209,7 +210,7 @@ def _hub_id(facts: Facts, name: str | None) -> str | None:
 
 def _place(facts: Facts, repo_id: str | None) -> str:
     """Return what a reader gives to ``from_pretrained``; absolute paths mean nothing to others."""
-    output = str(facts.recipe.get("output") or facts.name)
+    output = str(facts.recipe.get("output") or facts.training.get("output") or facts.name)
     return repo_id or (facts.name if is_absolute(output) else output)
 
 

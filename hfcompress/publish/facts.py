@@ -54,8 +54,8 @@ class Facts:
     verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report, pruning_report: a
     row per linear layer.  structure: kind of unit (heads, neurons) to block to (before, after).  layers: name,
     parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a model that no recipe
-    made, what its Trainer and callbacks were told.  local: which names of model and data are none of the Hub's: paths
-    where it was made, and the class of a model that came from nowhere.  None is what is not known.
+    made, what its Trainer and callbacks, or the command, were told.  local: which names of model and data are none of
+    the Hub's: paths where it was made, and the class of a model that came from nowhere.  None is what is not known.
     """
 
     version: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,6 +146,11 @@ def training(facts: Facts) -> str:
     return "\n".join(f"- {code(name)}: {code(shared_text(str(value)))}" for name, value in told.items())
 
 
+def command(facts: Facts) -> str:
+    """Return the command that made the model, for others to run; empty where it was a recipe or a Trainer."""
+    return shlex.join(shared_name(word) for word in facts.training.get("command") or ())
+
+
 def provenance(facts: Facts) -> str:
     """Say which data, which model and which teachers from outside exactly, and how long the stages took in all."""
     lines = []
@@ -177,7 +183,7 @@ def not_measured(facts: Facts) -> list[str]:
         if (missing := _gaps(facts, stage.measurement))
     ]
     metrics = ", ".join(facts.metric_names) or "the numbers above"
-    data = data_name(facts, held_out=True)
+    data = data_name(facts, held_out=True) if facts.metric_names else ""  # others are what was calibrated on
     return [
         *gaps,
         f"Any quality other than {metrics}{f' on {code(data)}' if data else ''}: other tasks, domains and languages, "

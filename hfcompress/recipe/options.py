@@ -37,6 +37,11 @@ class Prune:
     calibration_rows: AtLeastOne = 128
     calibration_length: Annotated[int, Field(ge=2)] = 512
 
+    def summary(self, sparsity: float) -> str:
+        """Say in a line what it did.  sparsity: the share of the targeted weights that is zero now."""
+        pattern = f" in the pattern {self.method.pattern}" if self.method.pattern else ""
+        return f"{type(self.method).__name__}, {sparsity:.1%} of the targeted weights pruned{pattern}"
+
 
 @dataclass(frozen=True, config=FROZEN)
 class Quantize:
@@ -62,6 +67,14 @@ class Quantize:
                 f"one Hessian serves both, but damping is {self.method.damping:g} here and {self.prune.damping:g} in "
                 "prune; give both the same"
             )
+
+    @property
+    def summary(self) -> str:
+        """Say in a line what it does."""
+        if self.prune is None:
+            return self.method.summary
+        share = self.prune.pattern or format(self.prune.sparsity, ".1%")
+        return f"{self.method.summary}, {share} pruned in the same pass"
 
 
 @dataclass(frozen=True, config=FROZEN)
