@@ -101,6 +101,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--held-out-rows", type=int, default=64)
+    parser.add_argument(
+        "--skip-rows", type=int, default=0, help="left out before the calibration: another choice of it"
+    )
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one forward pass of ours")
     parser.add_argument("--peer-batch-size", type=int, default=1, help="of llm-compressor, whose default is 1")
@@ -115,7 +118,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("calibration_rows", "held_out_rows", "length", "batch_size", "peer_batch_size")
+    names = ("calibration_rows", "held_out_rows", "skip_rows", "length", "batch_size", "peer_batch_size")
     return {"text": options.text.name, **{name: getattr(options, name) for name in names}}
 
 
@@ -138,13 +141,15 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer = open_processor(MODEL)
     tokenizer.save_pretrained(dense)  # llm-compressor looks for one beside the model
     rows = torch.tensor(pack([options.text.read_text(encoding="utf-8")], tokenizer, options.length))
-    held_out, calibration = options.held_out_rows, options.calibration_rows
-    if len(rows) < held_out + calibration:
-        sys.exit(f"{options.text} has {len(rows)} rows of {options.length} tokens, not {held_out} + {calibration}.")
+    held_out, skipped, calibration = options.held_out_rows, options.skip_rows, options.calibration_rows
+    first = held_out + skipped
+    if len(rows) < first + calibration:
+        needed = f"{held_out} + {skipped} + {calibration}"
+        sys.exit(f"{options.text} has {len(rows)} rows of {options.length} tokens, not {needed}.")
     save_file(
         {
             "held_out": rows[:held_out].contiguous(),
-            "calibration": rows[held_out : held_out + calibration].contiguous(),
+            "calibration": rows[first : first + calibration].contiguous(),
         },
         tokens,
     )

@@ -125,3 +125,40 @@ def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> Non
     floor = json.loads((RESULTS / "quantize/floor.json").read_text(encoding="utf-8"))
     assert f"floor is {floor['operations'] / floor['rate']:.1f} s" in section
     assert f"would be {seconds['llmcompressor gptq 4 bits'] / 5:.1f} s" in section
+
+
+@pytest.mark.parametrize("work", ["language-model", "classifier"])
+def test_what_is_told_of_distillation_steps_is_of_the_kept_runs(work: str, distill_sst2: Any) -> None:
+    ratios = importlib.import_module("distill_overhead").ratios
+    runs = json.loads((RESULTS / f"distill_overhead/{work}.json").read_text(encoding="utf-8"))["seconds"]
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## `distill_overhead/`") :]
+    first = {"language-model": "SmolLM2-135M-Instruct", "classifier": "all-MiniLM-L6-v2"}[work]
+    lines = section[section.index(f"| {first}") :].splitlines()[:2]
+    leasts = {name: [[min(map(min, repeats))]] for name, repeats in runs.items()}
+    for name, line in zip(("distillation", "from a cache"), lines):
+        shown = [
+            statistics.median(ratios(found, of)[name])
+            for found, of in ((runs, statistics.fmean), (runs, statistics.median), (leasts, min))
+        ]
+        assert line.endswith(" | ".join(f"{one:.3f}" for one in shown) + " |")
+        assert max(shown) <= 1.05  # what is asked for
+
+
+def test_what_is_told_of_wanda_is_of_the_kept_runs() -> None:
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    found = {}
+    for skipped in (0, 64, 128):
+        kept = json.loads((RESULTS / f"prune_oneshot_wanda/{skipped}.json").read_text(encoding="utf-8"))
+        assert kept["settings"]["skip_rows"] == skipped
+        ours, theirs = (kept["rows"][f"{tool} wanda 50%"] for tool in ("hfcompress", "llm-compressor"))
+        found[skipped] = theirs["seconds"] / ours["seconds"], ours["perplexity"] / theirs["perplexity"]
+        cells = [
+            f"{one[what]:{form}}"
+            for one in (ours, theirs)
+            for what, form in (("seconds", ".1f"), ("perplexity", ".2f"))
+        ]
+        assert f"| {skipped} | {' | '.join(cells)} | {found[skipped][0]:.2f} | {found[skipped][1]:.4f} |" in text
+    faster, worse = (statistics.median(one) for one in zip(*found.values()))
+    assert f"(median {faster:.2f})" in text
+    assert f"missed by {100 * (worse - 1):.2f}% in the median" in text
