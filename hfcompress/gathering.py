@@ -116,7 +116,14 @@ def _counted(folder: Path) -> Measurement:
     """Return what a checkpoint's files hold; nothing of it was run."""
     found = inspect_checkpoint(folder)
     total = found.total
-    return Measurement(total.parameters, total.nonzero, {}, found.bytes_on_disk, stored_dtypes=total.dtypes)
+    return Measurement(
+        total.parameters,
+        total.nonzero,
+        {},
+        found.bytes_on_disk,
+        stored_dtypes=total.dtypes,
+        machine=describe_machine(),
+    )
 
 
 def _reloaded(verified: Mapping[str, Any] | None) -> dict[str, Any]:

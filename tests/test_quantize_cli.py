@@ -90,6 +90,9 @@ def test_the_result_has_a_card_with_the_command_that_makes_it_again(llama_dir: P
     assert "No metrics are given: the command measures no quality, `hfcompress eval` does." in card
     assert "Calibrated on one choice of rows: how far others lie apart was not measured." in card
     assert "seed" not in card.lower()
+    assert "Counted in the weight files, of which none was run; stored in float32 (original), float32, int4" in card
+    assert "unrecorded" not in card
+    assert "| stage | latency" not in card
     assert {"quantized", "pruned"} <= set(technique_tags(facts))
     check_card(output)
     assert is_as_written(output)

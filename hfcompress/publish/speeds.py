@@ -9,7 +9,9 @@ from hfcompress.publish.numbers import NOT_MEASURED, milliseconds
 
 
 def latency_markdown(facts: Facts) -> str:
-    """Return median and 95th percentile of each stage, with what was timed where stages differ."""
+    """Return median and 95th percentile of each stage, with what was timed where stages differ; empty without any."""
+    if not any(stage.measurement.latency for stage in facts.stages):
+        return ""
     rows = []
     for stage in facts.stages:
         found = stage.measurement.latency

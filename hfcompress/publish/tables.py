@@ -37,7 +37,8 @@ def dtype_note(facts: Facts) -> str:
         ran.setdefault(f"{found.dtype or NOT_KNOWN} on {found.device or NOT_KNOWN}", []).append(stage.name)
         if found.stored_dtypes:
             stored.setdefault(", ".join(found.stored_dtypes), []).append(stage.name)
-    text = f"Measured in {_by_stage(ran)}"
+    was_run = any(stage.measurement.dtype or stage.measurement.device for stage in facts.stages)
+    text = f"Measured in {_by_stage(ran)}" if was_run else "Counted in the weight files, of which none was run"
     return f"{text}; stored in {_by_stage(stored)}" if stored else text
 
 
