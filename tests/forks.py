@@ -60,6 +60,8 @@ class Spy:
         from transformers import TrainerCallback
         from transformers.trainer import DEFAULT_CALLBACKS
 
+        if self.signal == signal.SIGINT:  # which a shell's background job ignores, and so does what it starts
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         notes = os.open(self.notes, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 
         def note(text: str) -> None:

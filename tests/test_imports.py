@@ -24,9 +24,10 @@ LAYERS = [
     {"opening"},
     {"job"},
     {"teaching"},
-    {"stages", "workspace", "measuring", "checks", "oneshot", "clock"},
-    {"gathering", "commands"},
-    {"pipeline"},
+    {"stages", "workspace", "measuring", "checks", "clock"},
+    {"gathering"},
+    {"pipeline", "oneshot"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
