@@ -66,6 +66,7 @@ def gather_command_facts(
     summary: str,
     report: PruningReport | QuantizationReport,
     *,
+    techniques: list[str],
     spec: ModelSpec,
     task: str,
     data: str | None,
@@ -79,7 +80,6 @@ def gather_command_facts(
     before, after = _original(spec), _counted(folder)
     done = {"name": kind, "summary": summary, "seconds": round(report.seconds, 1), "machine": describe_machine()}
     was = {"name": ORIGINAL, "summary": "as it was opened", "seconds": None}
-    techniques = {"quantized": kind == "quantize", "pruned": kind == "prune" or "--prune" in words}
     return {
         "hfcompress": version("hfcompress"),
         "name": folder.absolute().name,
@@ -89,7 +89,7 @@ def gather_command_facts(
         "data": data and {"files" if os.path.isfile(os.path.expanduser(data)) else "id": data},
         "local": local_names([spec.id, data]),
         "training": {
-            "techniques": [name for name, was_done in techniques.items() if was_done],
+            "techniques": techniques,
             "evaluated": _NO_METRICS,
             "command": words,
             "output": str(folder),

@@ -95,6 +95,7 @@ class OneShot:
             self.kind,
             summary,
             report,
+            techniques=self._techniques,
             spec=self._spec,
             task=self.task,
             data=self.data,
@@ -103,6 +104,12 @@ class OneShot:
         write_text(self.output / MEASUREMENTS, json.dumps(facts, indent=2) + "\n")
         list_own_files(self.output, [MEASUREMENTS])
         write_model_card(self.output)
+
+    @property
+    def _techniques(self) -> list[str]:
+        if isinstance(self.stage, Prune):
+            return ["pruned"]
+        return ["quantized", *["pruned"] * (self.stage.prune is not None)]
 
     @property
     def words(self) -> list[str]:
@@ -212,7 +219,7 @@ def _apply_(
     """Change the model; return the report, and in a line what was done."""
     if isinstance(stage, Prune):
         pruned = prune(model, stage.method, calibration, targets=stage.targets, exclude=stage.exclude)
-        return pruned, stage.summary(pruned.sparsity)
+        return pruned, stage.summary_of(pruned.sparsity)
     return quantize(model, stage.method, calibration, prune=stage.prune, shards=shards), stage.summary
 
 

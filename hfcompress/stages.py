@@ -99,7 +99,7 @@ def _prune(job: Job, options: Prune, name: str) -> Outcome:
     method = options.method
     calibration = job.calibration_batches(options) if method.needs_calibration else None
     report = prune(model, method, calibration, targets=options.targets, exclude=options.exclude)
-    return Outcome(model, options.summary(report.sparsity), report.to_dict(), report.file_name)
+    return Outcome(model, options.summary_of(report.sparsity), report.to_dict(), report.file_name)
 
 
 def _shrink(job: Job, options: Shrink, name: str) -> Outcome:

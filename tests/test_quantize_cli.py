@@ -19,7 +19,7 @@ from hfcompress.packed import packed_layers
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import is_as_written, technique_tags
 from hfcompress.publish.hub import check_card
-from hfcompress.recipe import METHODS, options_beside_method
+from hfcompress.recipe import METHODS, ModelSpec, options_beside_method
 from tests.forks import Forks
 from tests.runs import model_files, run_command, write_text
 
@@ -111,11 +111,21 @@ def test_the_card_of_zeros_says_what_was_pruned(llama_dir: Path, tmp_path: Path)
     run_command("prune", llama_dir, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| prune | Magnitude, 50.0% of the targeted weights pruned |" in card
-    assert "prune_report" not in card
-    assert load_facts(output).pruning_report
+    rows = load_facts(output).pruning_report
+    assert len(rows) == 14
+    assert all(row["name"] in card for row in rows)
     assert "Calibrated on" not in card
     assert technique_tags(load_facts(output)) == ["pruned"]
     check_card(output)
+
+
+def test_before_counts_only_where_the_models_own_files_are_here(
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = {"me/here": str(llama_dir / "config.json")}
+    monkeypatch.setattr(opening, "try_to_load_from_cache", lambda name, file, revision: cached.get(name))
+    found = [opening.files_of(ModelSpec(id=name)) for name in (str(llama_dir), "me/here", "me/elsewhere")]
+    assert found == [llama_dir, llama_dir, None]
 
 
 def test_the_command_does_what_the_function_does(llama_dir: Path, tmp_path: Path) -> None:

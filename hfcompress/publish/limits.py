@@ -30,10 +30,9 @@ def limits(facts: Facts, config: dict[str, Any]) -> list[str]:
     rows = facts.data.get("max_train_rows")
     if rows:
         found.append(f"Trained on {rows:,} rows of the data only.")
-    command = facts.training.get("command")
-    if command is None:
+    if "command" not in facts.training:
         seed = "" if facts.seed is None else f" ({facts.seed})"
         found.append(f"One run with one seed{seed}: how far other seeds lie apart was not measured.")
-    elif "--data" in command:
+    elif facts.data:
         found.append("Calibrated on one choice of rows: how far others lie apart was not measured.")
     return found

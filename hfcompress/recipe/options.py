@@ -37,7 +37,7 @@ class Prune:
     calibration_rows: AtLeastOne = 128
     calibration_length: Annotated[int, Field(ge=2)] = 512
 
-    def summary(self, sparsity: float) -> str:
+    def summary_of(self, sparsity: float) -> str:
         """Say in a line what it did.  sparsity: the share of the targeted weights that is zero now."""
         pattern = f" in the pattern {self.method.pattern}" if self.method.pattern else ""
         return f"{type(self.method).__name__}, {sparsity:.1%} of the targeted weights pruned{pattern}"
