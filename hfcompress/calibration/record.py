@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hfcompress.calibration.attention import fast_attention
 from hfcompress.calibration.running import Batch, run_batch, tensors_in, watching
 from hfcompress.errors import ModelError
 from hfcompress.structure.stack import LayerStack
@@ -33,11 +34,10 @@ class LayerCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Return the layer's hidden states for other hidden states than those recorded."""
-        if self.by_keyword:
-            output = layer(*self.args, **{HIDDEN: hidden}, **self.kwargs)
-        else:
-            output = layer(hidden, *self.args, **self.kwargs)
-        return hidden_of(output)
+        with fast_attention():
+            if self.by_keyword:
+                return hidden_of(layer(*self.args, **{HIDDEN: hidden}, **self.kwargs))
+            return hidden_of(layer(hidden, *self.args, **self.kwargs))
 
     def context_pointers(self) -> set[int]:
         """Return the addresses of the tensors that the layer gets beside the hidden states, as encoder states are."""
