@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.calibration import InputHessian, InputSquares, LayerVisit, parts, together, walk_layers
-from hfcompress.calibration.observe import GRAM, SQUARES, TokenMasks
+from hfcompress.calibration.observe import GRAM, SQUARES, Statistic, TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.turn_pass import Turn, sums_are_plain
 from hfcompress.calibration.turns import Turns
@@ -164,27 +164,101 @@ def test_a_sum_that_is_copied_before_it_is_seen_is_not_plain(copied: bool) -> No
         assert sums_are_plain(layer, lambda: layer(states, copied), {"first": "norm", "second": ""}) is not copied
 
 
-def test_squares_are_the_diagonals_of_the_hessians() -> None:
-    """What Wanda prunes by comes from the same pass: the layers before it are pruned by then."""
+def test_squares_are_the_diagonals_of_the_hessians_before_anything_is_pruned() -> None:
+    """What Wanda prunes by; here the part that goes through the dense layer is all there is."""
     model = FAMILIES["llama"].model()
-    seen: dict[Any, dict[tuple[str, ...], Tensor]] = {GRAM: {}, SQUARES: {}}
-    for statistic, mine in seen.items():
-        visit = next(iter(walk_layers(copied := copy.deepcopy(model), batches(copied, 3))))
-        visit.compress_(list(linear_weights_of(visit.layer)), statistic, halving(visit, mine))
-    assert seen[GRAM].keys() == seen[SQUARES].keys()
-    for names, hessian in seen[GRAM].items():
-        torch.testing.assert_close(seen[SQUARES][names], hessian.diagonal(), rtol=1e-4, atol=1e-4)
+    visit = next(iter(walk_layers(model, batches(model, 3))))
+    dense = {names: one.hessian for one in visit.input_hessians() for names in [one.names]}
+    found: dict[tuple[str, ...], Tensor] = {}
+    visit.compress_(list(linear_weights_of(visit.layer)), SQUARES, halving(visit, found))
+    assert visit.index not in visit.batches[0].calls
+    assert found.keys() == dense.keys()
+    for names, hessian in dense.items():
+        torch.testing.assert_close(found[names], hessian.diagonal(), rtol=1e-4, atol=1e-4)
+
+
+def joined_totals(
+    model: PreTrainedModel, statistic: Statistic[Any], padding: int
+) -> tuple[dict[tuple[str, ...], Tensor], LayerVisit]:
+    """Return what each group's total is when the first layer is made coarse in one pass."""
+    visit = next(iter(walk_layers(copied := copy.deepcopy(model), batches(copied, padding))))
+    found: dict[tuple[str, ...], Tensor] = {}
+    visit.compress_(list(linear_weights_of(visit.layer)), statistic, halving(visit, found))
+    assert visit.index not in visit.batches[0].calls
+    return found, visit
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "gpt_neox"])
+def test_squares_of_the_dense_layer_are_estimated_from_a_part(
+    family: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All squares times what those of the first rows are in the dense layer over what they are in the coarse one."""
+    monkeypatch.setattr(parts, "PART", 4 * 12)
+    model = FAMILIES[family].model()
+    own = {names: one.diagonal() for names, one in joined_totals(model, GRAM, padding)[0].items()}
+    found, visit = joined_totals(model, SQUARES, padding)
+    squares: dict[str, list[Tensor]] = {}
+
+    def see(name: str, states: Tensor, mask: Tensor) -> None:
+        squares.setdefault(name, []).append(states[mask.bool()].flatten(1).float().square().sum(0))
+
+    for layer in (model.get_submodule(visit.name), visit.layer):  # dense, and coarse
+        fresh = next(iter(walk_layers(copy.deepcopy(model), batches(model, padding)[:1])))
+        mask = fresh.batches[0].batch["attention_mask"]
+        heads = {names[0]: layer.get_submodule(names[0]) for names in found}
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name, mask=mask: see(name, args[0], mask))
+            for name, module in heads.items()
+        ]
+        with watching(layer):
+            fresh.batches[0].calls[0].run(layer, fresh.hidden_states[0])
+        for handle in handles:
+            handle.remove()
+    assert found.keys() == own.keys()
+    corrected = 0
+    for names, total in found.items():
+        dense, coarse = squares[names[0]]
+        expected = own[names] * (dense / coarse).nan_to_num(1).clamp(0.5, 2)
+        torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+        corrected += not torch.allclose(total, own[names], rtol=1e-3)
+    assert corrected >= 2
+
+
+@torch.no_grad()
+def test_the_estimate_is_nearer_to_the_dense_layer_than_the_coarse_layers_own() -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].model()
+    visit = next(iter(walk_layers(copy.deepcopy(model), batches(model))))
+    dense = {one.names: one.hessian.diagonal() for one in visit.input_hessians()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART", 4 * 12)
+        own, found = (joined_totals(model, statistic, 0)[0] for statistic in (GRAM, SQUARES))
+    for names in list(dense)[1:]:
+        errors = [float((one / dense[names]).log().square().mean()) for one in (found[names], own[names].diagonal())]
+        assert errors[0] < errors[1], names
 
 
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])
-def test_pruning_too_takes_one_pass(method: Wanda | SparseGPT) -> None:
+def test_pruning_too_takes_one_pass(method: Wanda | SparseGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And Wanda a part of one more, which ends before the last linear layer."""
+    monkeypatch.setattr(parts, "PART", 4 * 12)
     model = FAMILIES["llama"].model()
     data = batches(model)
     calls: list[int] = []
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    ends: list[int] = []
+    mlp = model.model.layers[1].mlp
+    handles = [
+        mlp.register_forward_pre_hook(lambda _, args: calls.append(len(args[0]))),
+        mlp.register_forward_hook(lambda _, args, output: ends.append(len(output))),
+    ]
     prune(model, method, data)
-    handle.remove()
-    assert calls == [1, sum(len(batch["input_ids"]) for batch in data)]
+    for handle in handles:
+        handle.remove()
+    rows = sum(len(batch["input_ids"]) for batch in data)
+    part = [4] if isinstance(method, Wanda) else []
+    assert calls == [1, *part, rows]
+    assert ends == [1, rows]
 
 
 def test_a_layer_runs_once_for_all_and_once_for_a_row_to_learn_its_order() -> None:

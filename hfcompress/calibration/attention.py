@@ -72,14 +72,14 @@ def attention_in_blocks(
     key, value = key.reshape(rows * shared, keys, size).mT, value.reshape(rows * shared, keys, -1)
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     scale = size**-0.5 if scale is None else scale
+    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu_(1)
     for start in range(0, tokens, QUERIES):
         block = query[:, :, start : start + QUERIES]
         seen = start + block.shape[2] if is_causal else keys
         scores = torch.baddbmm(block.new_empty(1), block.flatten(1, 2), key[..., :seen], beta=0, alpha=scale)
         scores = scores.view(*block.shape[:3], seen)
         if is_causal:
-            later = torch.ones(block.shape[2], block.shape[2], dtype=torch.bool).triu(1)
-            scores[..., start:].masked_fill_(later, -torch.inf)
+            scores[..., start:].masked_fill_(later[: block.shape[2], : block.shape[2]], -torch.inf)
         probabilities = scores.softmax(-1).flatten(1, 2)
         output[:, :, start : start + QUERIES] = torch.bmm(probabilities, value[:, :seen]).view(*block.shape[:3], -1)
     return output.view(rows, heads, tokens, -1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hfcompress.calibration.dense_part import DensePart
 from hfcompress.calibration.integers import TOKENS
 from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens, tensor_key
 from hfcompress.calibration.parts import (
@@ -206,13 +207,30 @@ class JoinedPass(InputPass, Generic[Observed]):
     def __init__(self, ground: Ground, statistic: Statistic[Observed], compress: Callable[[Observed], None]) -> None:
         super().__init__(ground)
         self.statistic, self.compress = statistic, compress
+        self.dense = DensePart(self.layer, self.groups, self.masks, statistic) if statistic.of_dense else None
+
+    def run(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        """Return the output of the compressed layer.  hidden: (rows, tokens, size), of all batches."""
+        if self.dense is not None:
+            self.dense.run(call, hidden)
+        return super().run(call, hidden)
 
     def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
         """Compress a group."""
         total = self.statistic.empty(parts[0])
-        tokens = 0
-        for rows in self.real_rows(parts):
+        first, tokens = None, 0
+        for rows in self.real_rows(self._by_rows(parts)):
             for chunk in rows.split(TOKENS):
                 self.statistic.add_(total, chunk)
             tokens += len(rows)
+            first = total.clone() if first is None and self.dense is not None else first
+        if self.dense is not None and first is not None:
+            total = self.dense.corrected(group[0], total, first)
         self.compress(self.statistic.result(group, self.statistic.finish_(total), tokens))
+
+    def _by_rows(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return inputs that came whole in parts of rows where the first has to be known; not those of an encoder."""
+        whole = parts[0]
+        if self.dense is None or len(parts) > 1 or whole.dim() < 3 or whole.data_ptr() in self.context:
+            return parts
+        return [whole[rows] for rows in row_parts(whole)]

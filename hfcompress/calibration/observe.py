@@ -56,13 +56,15 @@ class Statistic(Generic[Observed]):
     """What is added up over a linear layer's inputs.
 
     result: makes what is reported of names, total and tokens.  dimensions: of the total, each as long as the input.
-    add_: adds (tokens, in) rows to it.  finish_: makes the total whole at the end.
+    add_: adds (tokens, in) rows to it.  finish_: makes the total whole at the end.  of_dense: where a layer is
+    compressed in one pass, what its linear layers would see if none before them was compressed yet is looked for.
     """
 
     result: Callable[[tuple[str, ...], Tensor, int], Observed]
     dimensions: int
     add_: Callable[[Tensor, Tensor], None]
     finish_: Callable[[Tensor], Tensor] = lambda total: total
+    of_dense: bool = False
 
     def empty(self, inputs: Tensor) -> Tensor:
         """Return the total before the first of the inputs, (..., in)."""
@@ -70,7 +72,7 @@ class Statistic(Generic[Observed]):
 
 
 GRAM: Statistic[InputHessian] = Statistic(InputHessian, 2, accumulate_triangle_, mirror_triangle_)
-SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, accumulate_squares_)
+SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, accumulate_squares_, of_dense=True)
 LARGEST_SQUARES: Statistic[InputSquares] = Statistic(InputSquares, 1, keep_largest_squares_)
 
 

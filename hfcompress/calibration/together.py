@@ -46,18 +46,18 @@ def join_calls(calls: Sequence[LayerCall], sizes: Sequence[int]) -> LayerCall | 
     return LayerCall(args, kwargs, calls[0].by_keyword)
 
 
-def first_row(call: LayerCall, rows: int) -> LayerCall:
-    """Return a joined call of so many rows for the first of them alone."""
-    args, kwargs = (_first_row(values, rows) for values in (call.args, call.kwargs))
+def first_rows(call: LayerCall, rows: int, count: int = 1) -> LayerCall:
+    """Return a joined call of so many rows for the first ``count`` of them alone."""
+    args, kwargs = (_first_rows(values, rows, count) for values in (call.args, call.kwargs))
     return LayerCall(args, kwargs, call.by_keyword)
 
 
-def _first_row(value: Any, rows: int) -> Any:
+def _first_rows(value: Any, rows: int, count: int) -> Any:
     if isinstance(value, Tensor):
-        return value[:1] if value.dim() and len(value) == rows else value
+        return value[:count] if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
-        return {key: _first_row(item, rows) for key, item in value.items()}
-    return type(value)(_first_row(item, rows) for item in value) if isinstance(value, (tuple, list)) else value
+        return {key: _first_rows(item, rows, count) for key, item in value.items()}
+    return type(value)(_first_rows(item, rows, count) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 class _UnlikeError(Exception):

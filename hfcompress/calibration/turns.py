@@ -19,7 +19,7 @@ from hfcompress.calibration.joined import Ground
 from hfcompress.calibration.observe import InputHessian, refuse_non_finite, tensor_key
 from hfcompress.calibration.running import watching
 from hfcompress.calibration.sites import OUTPUT, call_order, noting_inputs, summing_sites
-from hfcompress.calibration.together import first_row
+from hfcompress.calibration.together import first_rows
 from hfcompress.calibration.turn_pass import Turn, TurnPass, fit_one_pass, sums_are_plain
 from hfcompress.calibration.walk import LayerVisit
 from hfcompress.packed import unpacked
@@ -96,7 +96,7 @@ class Turns:
         call, masks, hidden = joined
         linears = {name: self.layer.get_submodule(name) for group in self.groups for name in group}
         with watching(self.layer):
-            first = first_row(call, len(hidden))
+            first = first_rows(call, len(hidden))
             if not sums_are_plain(self.layer, lambda: first.run(self.layer, hidden[:1]), self.sites):
                 return False
             dense = {name: [rows.pop(name) for rows in self.dense] for name in seen}

@@ -26,7 +26,7 @@ from hfcompress.calibration.parts import by_parts
 from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
-from hfcompress.calibration.together import first_row, fits_joined, join_calls, join_masks
+from hfcompress.calibration.together import first_rows, fits_joined, join_calls, join_masks
 from hfcompress.packed import unpacked
 from hfcompress.packed.experts import split_experts
 from hfcompress.structure.offload import bring_in_
@@ -92,8 +92,8 @@ class LayerVisit:
 
         Where all batches can be joined into one call whose activations fit, this takes one forward pass, see
         ``together``: the hidden states are advanced then, and linear layers are calibrated on what the compressed ones
-        before them give. Otherwise, and where the layer has experts, all see the layer as it was.  Raises ModelError
-        as ``input_hessians`` does.
+        before them give, but for a statistic ``of_dense``, see ``dense_part``. Otherwise, and where the layer has
+        experts, all see the layer as it was.  Raises ModelError as ``input_hessians`` does.
         """
 
         def checked(found: Observed) -> None:
@@ -115,7 +115,7 @@ class LayerVisit:
         if joined is None:
             return False
         call, masks, hidden = joined
-        first = first_row(call, len(hidden))
+        first = first_rows(call, len(hidden))
         with watching(self.layer):
             groups, others = call_order(self.layer, lambda: first.run(self.layer, hidden[:1]), linears)
             if others:

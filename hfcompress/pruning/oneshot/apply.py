@@ -100,7 +100,7 @@ def _walked(
     prune_: Callable[[list[PlannedWeight], Any], Rows],
     rows: Rows,
 ) -> Iterator[str]:
-    """Prune linear layers by what they see once those before them are pruned."""
+    """Prune linear layers by what they see once the layers before them are pruned."""
 
     def prune_siblings_(visit: LayerVisit, seen: InputHessian | InputSquares) -> None:
         rows.extend(prune_([planned[f"{visit.name}.{name}"] for name in seen.names], seen))
