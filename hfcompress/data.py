@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset_builder
@@ -95,6 +96,11 @@ def data_digest(spec: DataSpec) -> str:
 
     Raises DataError when there are no such data.
     """
+    with _naming_what_writes(spec):
+        return _digest(spec)
+
+
+def _digest(spec: DataSpec) -> str:
     if spec.id is None:
         digest = hashlib.sha256()
         for split, paths in sorted(_files_by_split(spec).items()):
@@ -126,12 +132,24 @@ def _files_by_split(spec: DataSpec) -> dict[str, list[Path]]:
 
 
 def _open(spec: DataSpec) -> DatasetDict:
-    if spec.id is None:
+    with _naming_what_writes(spec):
+        if spec.id is not None:
+            return open_dataset(spec.id, spec.name, spec.revision, spec.text_column or "text")
         files = _files_by_split(spec)
         if all(len(paths) == 1 and paths[0].is_dir() for paths in files.values()):
             return read_folders({split: path for split, (path,) in files.items()})
         return DatasetDict({split: read_files(paths) for split, paths in files.items()})
-    return open_dataset(spec.id, spec.name, spec.revision, spec.text_column or "text")
+
+
+@contextmanager
+def _naming_what_writes(spec: DataSpec) -> Iterator[None]:
+    """Have errors of data that cannot be opened name the command that writes them, where the recipe does."""
+    try:
+        yield
+    except DataError as error:
+        if spec.written_by is None:
+            raise
+        raise DataError(f"{error} The data are written by: {spec.written_by}") from error
 
 
 def _only(raw: DatasetDict, name: str | None, usual: Iterable[str], role: str) -> Dataset:

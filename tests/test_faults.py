@@ -75,6 +75,13 @@ def test_no_such_data_file(tmp_path: Path, llama_dir: Path) -> None:
     refused(tmp_path, recipe, DataError, r"No such data file: .*nothing\.jsonl")
 
 
+def test_missing_data_name_what_writes_them(tmp_path: Path, llama_dir: Path) -> None:
+    told = {"files": str(tmp_path / "nothing.jsonl"), "written_by": "python write_data.py", "block_size": 32}
+    recipe = language_recipe(llama_dir, tmp_path / "nothing.jsonl", tmp_path / "out", data=told)
+    message = r"No such data file: .*nothing\.jsonl\. The data are written by: python write_data\.py"
+    refused(tmp_path, recipe, DataError, message)
+
+
 def test_no_such_dataset(tmp_path: Path, llama_dir: Path, text: Path) -> None:
     recipe = language_recipe(llama_dir, text, tmp_path / "out", data={"id": "nobody/no-such-data", "block_size": 32})
     refused(tmp_path, recipe, DataError, "Data 'nobody/no-such-data' cannot be opened")

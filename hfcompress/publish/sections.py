@@ -151,6 +151,12 @@ def command(facts: Facts) -> str:
     return shlex.join(shared_name(word) for word in facts.training.get("command") or ())
 
 
+def data_written_by(facts: Facts) -> str:
+    """Return the command that writes the recipe's files, as a card shows it; empty where none is known."""
+    told = (facts.recipe.get("data") or {}).get("written_by")
+    return code(shared_text(str(told))) if told else ""
+
+
 def provenance(facts: Facts) -> str:
     """Say which data, which model and which teachers from outside exactly, and how long the stages took in all."""
     lines = []

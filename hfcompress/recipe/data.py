@@ -156,7 +156,8 @@ class DataSpec:
     id: a dataset on the Hub, a folder of images or sounds, or ``package:<name>``.  name: its configuration.
     revision: a branch, tag or commit.
     files: local files in place of a dataset: a path, a list of paths, or a mapping from split to either.  A folder
-    is one of images or sounds.
+    is one of images or sounds.  written_by: the command that writes the data, which the card names, and errors of data
+    that cannot be opened.
     splits: names of the splits to use.  held_out_share: share of the rows kept apart when no split is held out.
     text_column, text_pair_column, label_column, question_column, context_column, answer_column, summary_column,
     image_column_name, audio_column_name: names of columns.
@@ -184,6 +185,7 @@ class DataSpec:
     name: str | None = None
     revision: str | None = None
     files: Files = None
+    written_by: Text | None = None
     splits: Splits = dataclasses.field(default_factory=Splits)
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     text_column: Text | None = None
