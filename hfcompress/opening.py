@@ -49,9 +49,7 @@ def open_model(
     else:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if head is not None and not has_trained_head(config, task):
-        names = head.names or ("LABEL_0",)
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
+        _name_classes(config, head)
     auto_class = getattr(transformers, task.auto_class)
     if places is not None:
         options |= {"device_map": dict(places), "offload_folder": merged}
@@ -83,6 +81,27 @@ def refuse_other_class(spec: ModelSpec, config: PreTrainedConfig, task: Task) ->
     with torch.device("meta"):
         wanted, there = (_weights(one(copy.deepcopy(config))) for one in (mapping[type(config)], saved))
     _refuse_missing(spec, task, config, wanted - there)
+
+
+def skeleton(task: Task, config: PreTrainedConfig, head: Head | None) -> PreTrainedModel | None:
+    """Return the model that a task opens, without weights; None for classes that are not in Transformers.
+
+    head: what a new head is made for.
+    """
+    auto_class, config = getattr(transformers, task.auto_class), copy.deepcopy(config)
+    if type(config) not in auto_class._model_mapping:
+        return None
+    if head is not None and not has_trained_head(config, task):
+        _name_classes(config, head)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config)
+    return model
+
+
+def _name_classes(config: PreTrainedConfig, head: Head) -> None:
+    names = head.names or ("LABEL_0",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def _weights(model: PreTrainedModel) -> set[str]:

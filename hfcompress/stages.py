@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hfcompress.distillation import CachedTeacher, DistillationConfig, DistillationTrainer
 from hfcompress.distillation.crossing import crossing_loss
 from hfcompress.distillation.losses import named
+from hfcompress.distillation.pairs import tokenizer_of
 from hfcompress.job import Job
 from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
@@ -24,7 +25,6 @@ from hfcompress.pruning.oneshot import prune
 from hfcompress.quantization import QuantizeAwareCallback, quantize
 from hfcompress.recipe import Distill, Finetune, Prune, PruneVocabulary, Quantize, Shrink, Stage
 from hfcompress.structure import DropLayers, drop_layers, find_stack, shrink
-from hfcompress.teaching import tokenizer_of
 from hfcompress.training import train, training_options
 from hfcompress.vocabulary import prune_vocabulary
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from hfcompress import opening
+from hfcompress.distillation.checks import check_logit_losses, logit_losses_of
 from hfcompress.distillation.crossing import crossing_loss, refuse_tokenizers
 from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.pairs import (
     refuse_other_labels,
+    refuse_other_preparation,
     refuse_other_size,
     refuse_other_vocabulary,
     shared_vocabulary,
+    tokenizer_of,
 )
 from hfcompress.distillation.teachers import (
     CachedTeacher,
@@ -24,7 +27,7 @@ from hfcompress.distillation.teachers import (
 )
 from hfcompress.errors import DataError, ModelError
 from hfcompress.job import Source
-from hfcompress.outputs import label_names
+from hfcompress.outputs import label_names, outputs_of
 from hfcompress.recipe import Distill, ModelSpec, Recipe
 from hfcompress.structure.lengths import longest_input
 from hfcompress.tasks.lengths import refuse_longer
@@ -43,11 +46,16 @@ def check_teachers(source: Source, options: Distill) -> None:
     inside = [name for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
     if ORIGINAL in options.teachers and source.head_is_new and (not losses or len(inside) < len(losses)):
         raise _no_head(source, f"Name the stage that trains one: teacher: {stages[0]}.")
+    caches = [
+        CachedTeacher(Path(name).expanduser()) for name in options.teachers if crossing is None and is_cache(name)
+    ]
+    for cache in caches:
+        _check_cache(source, cache, options)
     for name in options.teachers:
         if crossing is not None:
             _check_other_tokenizer(source, crossing, None if name in (ORIGINAL, *stages) else name)
         elif is_cache(name):
-            _check_cache(source, CachedTeacher(Path(name).expanduser()), options)
+            continue
         elif name not in (ORIGINAL, *stages):
             _check_model(source, ModelSpec(id=name))
     if inside and (len(options.teachers) > 1 or is_cache(options.teachers[0])):
@@ -57,6 +65,18 @@ def check_teachers(source: Source, options: Distill) -> None:
         k = getattr(loss, "k", None)
         if k is not None and classes is not None and k > classes:
             raise ModelError(f"{name}: k={k} is more than the {classes} classes there are.")
+    _check_logit_losses(source, options, caches)
+
+
+def _check_logit_losses(source: Source, options: Distill, caches: list[CachedTeacher]) -> None:
+    """Check the losses as the stage's Trainer will, by a student without weights."""
+    student = opening.skeleton(source.task, source.config, source.head)
+    if student is None:
+        return
+    source.task.prepare_(student, source.processor, source.head)
+    kind = source.task.outputs(source.recipe.data) or outputs_of(student)
+    losses = logit_losses_of(options.losses, options.temperature, kind, caches)
+    check_logit_losses(student, kind, losses, caches)
 
 
 def _no_head(source: Source, advice: str) -> ModelError:
@@ -74,7 +94,9 @@ def _check_model(source: Source, teacher: ModelSpec) -> None:
         opening.refuse_other_class(teacher, config, task)
     if (row := task.row_length(source.recipe.data)) is not None:
         refuse_longer(teacher.id, longest_input(config), *row)
-    own, other = (tokenizer_of(one) for one in (source.processor, opening.open_processor(teacher, task)))
+    processors = source.processor, opening.open_processor(teacher, task)
+    refuse_other_preparation(teacher.id, *processors)
+    own, other = (tokenizer_of(one) for one in processors)
     if task.predicts_tokens and own is not None:
         sizes = [int(one.get_text_config().vocab_size or 0) for one in (student, config)]
         shared_vocabulary(sizes[0], sizes[1], own, other)
@@ -106,12 +128,6 @@ def _check_other_tokenizer(source: Source, loss: str, teacher: str | None) -> No
     spec = None if teacher is None else ModelSpec(id=teacher)
     other = source.processor if spec is None else opening.open_processor(spec, source.task)
     refuse_tokenizers(loss, tokenizer_of(source.processor), tokenizer_of(other))
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """Return the tokenizer of a processor, None for one of images."""
-    found = getattr(processor, "tokenizer", processor)
-    return found if hasattr(found, "get_vocab") else None
 
 
 def _check_cache(source: Source, cache: CachedTeacher, options: Distill) -> None:
@@ -158,8 +174,9 @@ def cache_recipe_teacher(
     model = source.open_in(spec, "fast")
     collator = source.task.collator(source.processor, source.recipe.data)
     return cache_teacher(
-        model, rows, folder, collator=collator, k=k, temperature=temperature, batch_size=batch_size, name=spec.id
-    )
+        model, rows, folder, collator=collator, k=k, temperature=temperature, batch_size=batch_size, name=spec.id,
+        outputs=source.task.outputs(source.recipe.data),
+    )  # fmt: skip
 
 
 def _spec_of(source: Source, teacher: str) -> ModelSpec:

@@ -280,14 +280,28 @@ def test_encoder_decoders_compare_both_stacks(tmp_path: Path) -> None:
     )  # fmt: skip
     models = [spread(hf.T5ForConditionalGeneration(config), seed) for seed in (0, 1)]
     rows = [row for row in text_rows(16) if (row["labels"] != -100).any()][:8]
+    blocks = ("encoder.block.0", "decoder.block.0")
+    seen: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen[name].append(output[0])
+        )
+        for model in models
+        for name in blocks
+    ]
     with torch.no_grad():
-        both = [model.eval()(**stack(rows), output_hidden_states=True) for model in models]
+        for model in models:
+            model.eval()(**stack(rows))
+    for handle in handles:
+        handle.remove()
+    real = {"encoder.block.0": stack(rows)["attention_mask"] != 0, "decoder.block.0": stack(rows)["labels"] != -100}
+    distances = {name: (own - other).square().mean(-1) for name, (own, other) in seen.items()}
+    means = [((distances[name] * real[name]).sum(1) / real[name].sum(1)).mean() for name in blocks]
     trainer = distiller(*models, tmp_path, rows, temperature=None, losses=["feed_forward", "hidden_states"])
     stacks = {match.student[0].module.split(".")[0] for match in trainer.matcher.matches}
     assert stacks == {"encoder", "decoder"}
     trainer.train()
-    assert trainer.state.log_history[0]["hidden_states"] > 0
-    assert both[0].logits.shape == both[1].logits.shape
+    assert trainer.state.log_history[0]["hidden_states"] == pytest.approx(float(sum(means)) / 2, rel=1e-5)
 
 
 # Projections

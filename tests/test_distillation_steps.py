@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,22 @@ def unlabelled(row: Row) -> Row:
     return {**row, "labels": torch.full_like(row["labels"], IGNORED)}
 
 
+def counting(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that fills with how many places of each micro-batch are compared."""
+    counted: list[int] = []
+    count = trainer.counted_in
+
+    def note(batch: Any) -> dict[str, int]:
+        found: dict[str, int] = count(batch)
+        counted.append(found["places"])
+        return found
+
+    monkeypatch.setattr(trainer, "counted_in", note)
+    return counted
+
+
 @pytest.mark.parametrize("name", CAN_BE_UNLABELLED)
-def test_a_step_without_any_label_is_finite(name: str, tmp_path: Path) -> None:
+def test_a_step_without_any_label_is_finite(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so is one of which a whole micro-batch has none."""
     kind = KINDS[name]
     full = kind.rows()
@@ -34,9 +49,12 @@ def test_a_step_without_any_label_is_finite(name: str, tmp_path: Path) -> None:
     for rows in (none, [*none[:4], *full[4:]]):
         trainer = distiller(
             kind.make(0), kind.make(1), tmp_path, rows, data_collator=pad, max_steps=2,
-            per_device_train_batch_size=4, gradient_accumulation_steps=2, seed=0,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, train_sampling_strategy="sequential",
         )  # fmt: skip
+        counted = counting(trainer, monkeypatch)
         trainer.train()
+        frames = name == "letter of a sound"  # are compared whatever the transcript
+        assert [found > 0 for found in counted] == [frames, frames or rows is not none] * 2
         assert all(bool(torch.isfinite(weight).all()) for weight in weights_of(trainer.model).values())
         logged = [value for logs in trainer.state.log_history for value in logs.values() if isinstance(value, float)]
         assert all(math.isfinite(value) for value in logged)

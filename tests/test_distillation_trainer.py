@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hfcompress.distillation import DistillationTrainer
+from hfcompress.distillation import DistillationTrainer, cache_teacher
 from hfcompress.errors import HFCompressError
 from hfcompress.pruning import PruneCallback
 from tests.distilling import (
@@ -67,6 +67,23 @@ def test_label_smoothing_smooths_the_task_loss(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["task_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("teachers", ["kept answers", "several"])
+def test_runs_with_other_teachers_resume_bit_for_bit(teachers: str, tmp_path: Path) -> None:
+    options = {"max_steps": 6, "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
+    given: Any = [bert(seed=1), bert(seed=2)]
+    if teachers == "kept answers":
+        given = tmp_path / "answers"
+        cache_teacher(bert(seed=1), class_rows(), given)
+    whole = distiller(bert(), given, tmp_path, **{**options, "save_strategy": "steps"})
+    whole.train()
+    resumed = distiller(bert(seed=3), given, tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert equal(weights_of(resumed.model), weights_of(whole.model))
+    terms = [{e["step"]: e["kd_loss"] for e in run.state.log_history if "kd_loss" in e} for run in (whole, resumed)]
+    assert terms[0] == terms[1]
+    assert len(terms[0]) == 6
 
 
 @pytest.mark.parametrize("prune", [False, True])

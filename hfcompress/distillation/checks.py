@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hfcompress.distillation.config import DEFAULT_TEMPERATURE, DistillationConfig
-from hfcompress.distillation.losses import FeatureLoss, LogitLoss, named
+from hfcompress.distillation.losses import FeatureLoss, LogitLoss, Loss, named
 from hfcompress.distillation.losses.forward_kl import ForwardKL
 from hfcompress.distillation.losses.logit_cosine import LogitCosine
 from hfcompress.distillation.losses.logit_mse import LogitMSE
@@ -27,7 +27,7 @@ from hfcompress.distillation.pairs import (
 )
 from hfcompress.distillation.teachers import AcrossTokenizers, CachedTeacher, LiveTeacher, Teacher
 from hfcompress.errors import ModelError
-from hfcompress.outputs import Classes, Frames, NextTokens, Outputs, outputs_of
+from hfcompress.outputs import Binary, Classes, Frames, NextTokens, Outputs, Vectors, outputs_of
 
 WeightedTeachers = list[tuple[Teacher, float]]
 
@@ -38,6 +38,11 @@ def check_run(args: Any, kwargs: Mapping[str, Any]) -> None:
         raise ModelError(f"DistillationTrainer takes a DistillationConfig as args, not a {type(args).__name__}.")
     if args.use_liger_kernel:
         raise ModelError("use_liger_kernel leaves no logits to distil from; turn it off for distillation.")
+    if args.n_gpu > 1:
+        raise ModelError(
+            f"One process would run {args.n_gpu} copies of the student, whose outputs cannot be told apart. Start one "
+            "process per device with torchrun, or show one device by CUDA_VISIBLE_DEVICES."
+        )
     check_sharding(args, bool(args.fsdp or args.deepspeed))
     if not any(isinstance(loss, FeatureLoss) for loss in args.chosen):
         return
@@ -93,19 +98,27 @@ def _teacher(given: Any) -> Teacher:
     )
 
 
-def logit_losses_of(args: DistillationConfig, kind: Outputs, teachers: WeightedTeachers) -> dict[str, LogitLoss]:
-    """Return the losses of logits by name: those of the arguments, or what fits the kind and the teachers."""
-    if args.losses is not None:
-        return {name: loss for name, loss in named(args.chosen).items() if isinstance(loss, LogitLoss)}
-    if any(teacher.top_k for teacher, _ in teachers):
-        index = next(one.index for one, _ in teachers if isinstance(one, CachedTeacher) and one.top_k)
-        return named([TopKKL(k=index.k or 1, temperature=args.temperature or index.temperature)])  # type: ignore[return-value]
+def logit_losses_of(
+    chosen: Sequence[Loss] | None, temperature: float | None, kind: Outputs, teachers: Sequence[Teacher]
+) -> dict[str, LogitLoss]:
+    """Return the losses of logits by name: those that were chosen, or what fits the kind and the teachers."""
+    if chosen is not None:
+        return {name: loss for name, loss in named(chosen).items() if isinstance(loss, LogitLoss)}
+    if any(teacher.top_k for teacher in teachers):
+        index = next(one.index for one in teachers if isinstance(one, CachedTeacher) and one.top_k)
+        return named([TopKKL(k=index.k or 1, temperature=temperature or index.temperature)])  # type: ignore[return-value]
     default: dict[str, list[LogitLoss]] = {
-        "odds": [ForwardKL(temperature=args.temperature or DEFAULT_TEMPERATURE)],
+        "odds": [ForwardKL(temperature=temperature or DEFAULT_TEMPERATURE)],
         "numbers": [LogitMSE()],
         "vectors": [LogitCosine(), LogitMSE()],
     }
     return named(default[kind.values])  # type: ignore[return-value]
+
+
+def losses_of(args: DistillationConfig, kind: Outputs, teachers: WeightedTeachers) -> dict[str, LogitLoss]:
+    """Return the losses of logits of a run by name."""
+    chosen = None if args.losses is None else args.chosen
+    return logit_losses_of(chosen, args.temperature, kind, [teacher for teacher, _ in teachers])
 
 
 def check_pair(
@@ -120,16 +133,22 @@ def check_pair(
 
     kind: of the student's outputs.
     """
+    if hasattr(student, "get_base_model"):
+        raise ModelError(
+            f"A {type(student).__name__} has adapters, which cannot be distilled into. Merge them (merge_and_unload) "
+            "and give the model that this returns."
+        )
     if not isinstance(student, PreTrainedModel):
         raise ModelError(
             f"model must be a transformers PreTrainedModel, not a {type(student).__name__}. To compile one, give it "
             "as it is and set torch_compile=True."
         )
     _refuse_other_tokens(teachers, tokenizer, teacher_tokenizer)
-    losses = logit_losses_of(args, kind, teachers)
+    losses = losses_of(args, kind, teachers)
     if losses:
         _refuse_without_logits(student, kind)
-    _check_losses(student, kind, teachers, args, losses)
+    check_logit_losses(student, kind, losses, [teacher for teacher, _ in teachers])
+    _check_feature_losses(student, teachers, args)
     if args.on_policy is not None:
         _check_on_policy(student, kind, teachers)
     if kind.values == "vectors" and not losses:
@@ -161,30 +180,39 @@ def _refuse_without_logits(student: PreTrainedModel, kind: Outputs) -> None:
         )
 
 
-def _check_losses(
-    student: PreTrainedModel,
-    kind: Outputs,
-    teachers: WeightedTeachers,
-    args: DistillationConfig,
-    losses: Mapping[str, LogitLoss],
+def check_logit_losses(
+    student: PreTrainedModel, kind: Outputs, losses: Mapping[str, LogitLoss], teachers: Sequence[Teacher]
 ) -> None:
+    """Raise ModelError for losses that do not fit the student's outputs, or what caches hold.
+
+    student: its weights are not looked at.
+    """
     for one, loss in losses.items():
+        classes = kind.size(student)
+        flat = isinstance(kind, Binary) or classes == 1
         if kind.values != "odds" and loss.of_distributions:
             raise ModelError(
                 f"The student gives {kind.what}; {one} compares distributions over classes, which it has not. Use "
-                "logit_mse or logit_cosine."
+                f"logit_mse{'' if flat else ' or logit_cosine'}."
+            )
+        if flat and isinstance(loss, LogitCosine):
+            raise ModelError(
+                f"The student gives {kind.what}: the direction of a single number is its sign, which has no gradient, "
+                f"so {one} would teach nothing. Use logit_mse{'' if kind.values == 'numbers' else ' or forward_kl'}."
             )
         if kind.ragged and not loss.of_distributions:
             raise ModelError(
                 f"The student gives {kind.what}, among as many places as the batch is long, so {one} would depend on "
                 "the padding. Use a loss of distributions, such as forward_kl."
             )
-        classes = kind.size(student)
         if classes is not None and getattr(loss, "k", 1) > classes:
             raise ModelError(f"{one}: k={loss.k} is more than the {classes} classes there are.")  # type: ignore[attr-defined]
-    for teacher, _ in teachers:
+    for teacher in teachers:
         if isinstance(teacher, CachedTeacher):
             _check_cache(student, kind, teacher, losses)
+
+
+def _check_feature_losses(student: PreTrainedModel, teachers: WeightedTeachers, args: DistillationConfig) -> None:
     features = [one for one, loss in named(args.chosen).items() if isinstance(loss, FeatureLoss)]
     if features and (len(teachers) > 1 or not isinstance(teachers[0][0], LiveTeacher)):
         raise ModelError(f"{features[0]} looks inside the teacher: it needs one teacher, which is a model.")
@@ -218,6 +246,11 @@ def _check_cache(
     if index.outputs != type(kind).__name__ or bool(names) != bool(index.labels):
         raise ModelError(
             f"{folder} holds answers of a {index.name}, which a {type(student).__name__} is not asked for."
+        )
+    if isinstance(kind, Vectors) and kind.pooling != index.pooling:
+        raise ModelError(
+            f"{folder} holds vectors pooled by '{index.pooling}', but the student's are by '{kind.pooling}'. Write a "
+            "cache of such vectors."
         )
     if names:
         refuse_other_size(len(names), len(index.labels))

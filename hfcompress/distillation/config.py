@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,8 @@ class DistillationConfig(TrainingArguments):
 
     The loss is ``alpha * KD + (1 - alpha) * task loss``.  KD is the sum of ``losses``, each times its weight; without
     any it is the forward KL at ``temperature``; for regression the mean squared error, for embeddings that and the
-    cosine.  A loss is an object, a name, or ``{name: options}`` as recipes write it.
+    cosine.  A loss is an object, a name, or ``{name: options}`` as recipes write it.  On a command line ``losses`` and
+    ``on_policy`` are JSON, as other options of TrainingArguments are.
     With ``on_policy`` a causal language model writes part of the texts itself; the loss of those steps is
     ``alpha * KD`` alone.
     """
@@ -31,10 +33,10 @@ class DistillationConfig(TrainingArguments):
         default=None, metadata={"help": "Softens both distributions; above 0; 2 unless given."}
     )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the distillation term, from 0 to 1."})
-    losses: Sequence[Loss | str | Mapping[str, Any]] | None = field(
+    losses: Sequence[Loss | str | Mapping[str, Any]] | str | None = field(
         default=None, metadata={"help": "What the distillation term is the sum of."}
     )
-    on_policy: OnPolicy | Mapping[str, Any] | None = field(
+    on_policy: OnPolicy | str | Mapping[str, Any] | None = field(
         default=None, metadata={"help": "How much of the texts the student writes itself, and how."}
     )
 
@@ -42,9 +44,9 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         self.check()
         if self.losses is not None:
-            self.losses = read_losses(self.losses)
+            self.losses = read_losses(_plain("losses", self.losses))
         if self.on_policy is not None:
-            self.on_policy = read_on_policy(self.on_policy)
+            self.on_policy = read_on_policy(_plain("on_policy", self.on_policy))
 
     def check(self) -> None:
         """Raise HFCompressError for options out of their range; a search sets them after the config was made."""
@@ -70,3 +72,13 @@ class DistillationConfig(TrainingArguments):
         if isinstance(self.on_policy, OnPolicy):
             plain["on_policy"] = asdict(self.on_policy)
         return plain
+
+
+def _plain(name: str, given: Any) -> Any:
+    """Return an option, read from JSON where it is a text.  Raises HFCompressError for a text that is none."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise HFCompressError(f"{name}={given!r} is no JSON: {error}.") from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfcompress.structure.inputs import dummy_inputs
-from hfcompress.structure.running import watching
+from hfcompress.structure.running import runs_beside, watching
 
 
 def run_for_logits(model: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
@@ -40,6 +40,8 @@ def _outputs_of_head(model: PreTrainedModel, keep: bool) -> Iterator[list[Tensor
     taken: list[Tensor] = []
 
     def take(module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+        if runs_beside():
+            return None
         taken.append(output)
         return None if keep else output[..., :0]
 

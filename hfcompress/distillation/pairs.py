@@ -25,6 +25,12 @@ def refuse_other_size(student: int, teacher: int, values: Values = "odds") -> No
     )
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """Return the tokenizer of a processor, None for one of images."""
+    found = getattr(processor, "tokenizer", processor)
+    return found if hasattr(found, "get_vocab") else None
+
+
 def shared_vocabulary(student: int, teacher: int, tokenizer: Any, teacher_tokenizer: Any) -> int:
     """Return how many logits two language models share: all, or those of the tokenizer that both have.
 
@@ -44,6 +50,42 @@ def shared_vocabulary(student: int, teacher: int, tokenizer: Any, teacher_tokeni
             f"The tokenizer has {len(tokenizer)} tokens, but one of the models knows only {min(student, teacher)}."
         )
     return min(student, teacher)
+
+
+def refuse_other_preparation(teacher: str, own: Any, other: Any) -> None:
+    """Raise ModelError where a teacher was trained on images or sounds that were prepared otherwise.
+
+    own, other: the student's and the teacher's processors.
+    """
+    mine, its = _preparation(own), _preparation(other)
+    for name in mine.keys() & its.keys():
+        if mine[name] != its[name]:
+            raise ModelError(
+                f"Teacher '{teacher}' reads inputs with {name}={its[name]}, but the student's are made with "
+                f"{mine[name]}, so it would see what it was not trained on. Give the model the teacher's processor, "
+                "or name another teacher."
+            )
+
+
+def _preparation(processor: Any) -> dict[str, Any]:
+    """Return what decides the numbers that a processor makes of images or sounds; nothing for a tokenizer."""
+    part = getattr(processor, "image_processor", None) or getattr(processor, "feature_extractor", None) or processor
+    told: dict[str, Any] = part.to_dict() if hasattr(part, "model_input_names") and hasattr(part, "to_dict") else {}
+    switched_off = {name for switch, names in _SWITCHED.items() if told.get(switch) is False for name in names}
+    return {name: told[name] for name in _DECIDING if told.get(name) is not None and name not in switched_off}
+
+
+# Of image processors and of feature extractors.
+_SWITCHED = {
+    "do_resize": ("size",),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+_DECIDING = (
+    "do_resize", "size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "sampling_rate", "feature_size", "n_fft", "hop_length",
+)  # fmt: skip
 
 
 def refuse_other_labels(student: Sequence[str], teacher: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -59,13 +60,23 @@ def make_student(
         return _auto_class(teacher, config).from_config(_with_labels(copy.deepcopy(config), teacher))
     if pretrained is not None:
         return _pretrained(teacher, pretrained)
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    student = copy.deepcopy(teacher)
+    _unfreeze(student)
     if layers is not None:
         _drop(student, layers)
     _close(student, heads, neurons)
     if heads is not None or neurons is not None:
         shrink(student)
     return student
+
+
+def _unfreeze(student: PreTrainedModel) -> None:
+    """Have all weights trained but those that the architecture keeps fixed, such as Whisper's positions of frames."""
+    with init_empty_weights():
+        fresh = type(student)(copy.deepcopy(student.config))
+    fixed = {name for name, one in fresh.named_parameters() if not one.requires_grad}
+    for name, one in student.named_parameters():
+        one.requires_grad_(name not in fixed and one.is_floating_point())
 
 
 def _pretrained(teacher: PreTrainedModel, name: str) -> PreTrainedModel:

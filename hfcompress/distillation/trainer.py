@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import IntervalStrategy, PreTrainedModel
 
-from hfcompress.distillation.checks import check_pair, check_run, check_sharding, logit_losses_of, teachers_of
+from hfcompress.distillation.checks import check_pair, check_run, check_sharding, losses_of, teachers_of
 from hfcompress.distillation.config import DistillationConfig
 from hfcompress.distillation.crossing import crossing_loss, reading_texts
 from hfcompress.distillation.head import run_for_logits
@@ -19,6 +19,7 @@ from hfcompress.distillation.losses import FeatureLoss, named
 from hfcompress.distillation.losses.taps import tapped
 from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.on_policy import OnPolicy, write_completions
+from hfcompress.distillation.pairs import tokenizer_of
 from hfcompress.distillation.projections import ProjectionTrainer
 from hfcompress.distillation.teachers import AcrossTokenizers, Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_task_loss
@@ -85,12 +86,16 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         student = self._student
         self.kind = self._kind()
         self.shared_classes = check_pair(
-            student, self.kind, self.teachers, self.args, self.processing_class, self.teacher_processing_class
+            student,
+            self.kind,
+            self.teachers,
+            self.args,
+            *(tokenizer_of(one) for one in (self.processing_class, self.teacher_processing_class)),
         )
         self.alpha = self.args.alpha if self.kind.label_columns else 1.0
         self.own_task_loss = takes_own_task_loss(self, self.kind)
         self.takes_logits = self.own_task_loss and not self.sharded and takes_logits(self.args, student)
-        self.logit_losses = logit_losses_of(self.args, self.kind, self.teachers)
+        self.logit_losses = losses_of(self.args, self.kind, self.teachers)
         features = {name: loss for name, loss in named(self.args.chosen).items() if isinstance(loss, FeatureLoss)}
         self.matcher: FeatureMatcher | None = None
         if features:
@@ -130,9 +135,9 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Collect one optimizer step's batches and count what their losses are means of, over all processes."""
-        self._logged.steps += 1
         self.zero_projections()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._logged.steps += bool(batches)  # none: a stream of unknown length ended with the step before
         options, step = self.args.on_policy, self.state.global_step
         self._written = False
         if isinstance(options, OnPolicy) and batches and options.is_due(self.args.seed, step):
@@ -186,7 +191,8 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         loss, kd, task = (self.scale("places") * one for one in (loss, kd, task))
         if task_mean is not None and not self._written:
             task = self.task_sum(task_mean, inputs) * self.scale("items")
-            loss = loss + (1 - self.alpha) * task
+            # Not 0 times it: a task loss may be infinite.
+            loss = loss + (1 - self.alpha) * task if self.alpha < 1 else loss
         if self.matcher is not None:
             more = self.scale("rows") * self._feature_loss(own, told[0][0], inputs)
             loss, kd = loss + self.alpha * more, kd + more

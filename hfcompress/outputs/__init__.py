@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto as auto
 
 from hfcompress.outputs.base import ABSENT, IGNORED, Batch, Outputs, label_names, require_columns, row_count
@@ -66,9 +67,15 @@ def outputs_of(model: nn.Module) -> Outputs:
         return Frames(
             getattr(config, "ctc_loss_reduction", "mean"), getattr(model, "_get_feat_extract_output_lengths", None)
         )
-    if _among(names, *_NEXT_TOKENS):
+    if _among(names, *_NEXT_TOKENS) or _shifts_labels(model):
         return NextTokens()
     return Vectors() if _among(names[:1], (auto.MODEL_MAPPING_NAMES,), ()) else Classes()
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Tell whether a model that is called otherwise predicts the next token, as those that see pictures and write."""
+    loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
+    return loss is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _among(names: Iterable[str], mappings: Iterable[Any], endings: tuple[str, ...]) -> bool:

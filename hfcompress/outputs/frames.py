@@ -35,13 +35,16 @@ class Frames(Outputs):
         return every_row(batch)
 
     def compared(self, batch: Batch) -> Tensor:
-        """Mark (rows, frames) the frames that are not padding, by the model's own count of frames."""
+        """Mark (rows, frames) the frames that are not padding, by the model's own count of frames.
+
+        Models that take no mask read sounds that end with zeros.
+        """
         sound = batch["input_values"] if "input_values" in batch else batch["input_features"]
         mask = batch.get("attention_mask")
         if self.count is None:
             return torch.ones_like(sound[:, :, 0], dtype=torch.bool) if mask is None else mask.bool()
         whole = torch.full((len(sound),), sound.shape[1], device=sound.device)
-        lengths = whole if mask is None else mask.sum(dim=1)
+        lengths = lengths_of_sounds(sound) if mask is None else mask.sum(dim=1)
         frames = torch.arange(int(self.count(whole)[0]), device=sound.device)
         return frames[None] < self.count(lengths)[:, None]
 
@@ -56,3 +59,9 @@ class Frames(Outputs):
     def size(self, model: Any) -> int | None:
         """Return the number of tokens."""
         return int(model.config.vocab_size)
+
+
+def lengths_of_sounds(sounds: Tensor) -> Tensor:
+    """Return (rows,) how long sounds are without the zeros at their ends.  sounds: (rows, samples, ...)."""
+    places = torch.arange(1, sounds.shape[1] + 1, device=sounds.device)
+    return ((sounds != 0).flatten(2).any(-1) if sounds.dim() > 2 else sounds != 0).mul(places).amax(1)

@@ -12,7 +12,7 @@ from hfcompress.errors import ModelError
 from hfcompress.structure.influence import acts_on
 from hfcompress.structure.probe import LinearCall, Trace, trace_model
 from hfcompress.structure.sites import FfnSite, Part, layer_of, part_of
-from hfcompress.structure.stack import LINEAR_TYPES
+from hfcompress.structure.stack import WEIGHT_TYPES
 
 
 def find_ffn(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> list[FfnSite]:
@@ -50,10 +50,10 @@ def ffn_in(model: PreTrainedModel, trace: Trace) -> list[FfnSite]:
 def _ups(model: PreTrainedModel, trace: Trace, down: LinearCall) -> list[LinearCall]:
     """Return the linear calls of the same layer that feed ``down`` and nothing else; none if anything else does."""
     layer = layer_of(model, down.name)
-    sources = trace.sources_of(down.inputs) if layer is not None and isinstance(down.module, LINEAR_TYPES) else []
+    sources = trace.sources_of(down.inputs) if layer is not None and isinstance(down.module, WEIGHT_TYPES) else []
     for source in sources:
         alone = [one.name if one else None for one in trace.listeners[id(source.leaf)]] == [down.name]
-        if not alone or not isinstance(source.module, LINEAR_TYPES) or layer_of(model, source.name) != layer:
+        if not alone or not isinstance(source.module, WEIGHT_TYPES) or layer_of(model, source.name) != layer:
             return []
     return sources
 

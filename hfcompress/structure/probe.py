@@ -26,10 +26,10 @@ from hfcompress.structure.exceptions import ATTENTION_RULES
 from hfcompress.structure.influence import leaves_of
 from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.modes import attention_implementation, eval_mode
-from hfcompress.structure.stack import LINEAR_TYPES
+from hfcompress.structure.stack import WEIGHT_TYPES
 
 NAME = "hfcompress_probe"
-LEAF_TYPES = (*LINEAR_TYPES, nn.Embedding)
+LEAF_TYPES = (*WEIGHT_TYPES, nn.Embedding)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +13,22 @@ from torch import Tensor, nn
 from hfcompress.structure.modes import eval_mode
 
 Batch = Mapping[str, Any]
+_beside: ContextVar[bool] = ContextVar("beside", default=False)
+
+
+@contextmanager
+def running_beside() -> Iterator[None]:
+    """Mark a pass that a hook makes for itself in the middle of a training step: other hooks take nothing from it."""
+    token = _beside.set(True)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def runs_beside() -> bool:
+    """Tell whether the pass that is running is one of ``running_beside``."""
+    return _beside.get()
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import ModelError
+from hfcompress.packed.weight import PackedWeight
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
+WEIGHT_TYPES = (*LINEAR_TYPES, PackedWeight)  # packed ones can be watched, not cut
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ def linear_weights_of(layer: nn.Module) -> dict[str, nn.Module]:
 def _is_stack(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) == 0:
         return False
-    return all(type(layer) is type(module[0]) and linear_weights_of(layer) for layer in module)
+    return all(type(layer) is type(module[0]) and _has_linear(layer) for layer in module)
+
+
+def _has_linear(layer: nn.Module) -> bool:
+    return any(isinstance(module, WEIGHT_TYPES) for module in layer.modules())
 
 
 def layer_stacks(model: nn.Module) -> list[LayerStack]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hfcompress.errors import DataError
 from hfcompress.evaluate import Reader
@@ -13,7 +13,7 @@ from hfcompress.evaluate.metrics import Form
 from hfcompress.recipe import DataSpec
 from hfcompress.tasks.answers import AnswerReader
 from hfcompress.tasks.base import Head, HeldOut, Task, mapped, refuse_slow_tokenizer
-from hfcompress.tasks.windows import cut_into_windows
+from hfcompress.tasks.windows import WindowCollator, cut_into_windows
 
 
 class QuestionAnswering(Task):
@@ -55,7 +55,7 @@ class QuestionAnswering(Task):
 
     def collator(self, processor: Any, spec: DataSpec, seed: int | None = None) -> Any:
         """Return the collator that pads a batch to its longest window."""
-        return DataCollatorWithPadding(processor)
+        return WindowCollator(processor)
 
     def forms(self, head: Head | None) -> tuple[Form, ...]:
         """Return the forms in which ``reader`` reads answers."""

@@ -95,12 +95,16 @@ class TextReader(Reader):
         self.seen += count
         return found
 
+    def new_tokens(self, model: Any) -> int | None:
+        """Return how many tokens a text may have."""
+        return self.held_out.spec.max_target_length
+
     def generated(self, model: Any, batch: Mapping[str, Any]) -> list[str]:
         """Return what the model writes for each row, without special tokens."""
         inputs = {k: v for k, v in on_device(model, batch).items() if k not in ("labels", "decoder_input_ids")}
         tokens = model.generate(
             **inputs,
-            max_new_tokens=self.held_out.spec.max_target_length,
+            max_new_tokens=self.new_tokens(model),
             num_beams=self.held_out.num_beams,
             do_sample=False,
             **_forced(self.held_out.processor, self.held_out.spec),

@@ -15,6 +15,8 @@ from hfcompress.tasks.base import Head, HeldOut
 from hfcompress.tasks.seq2seq_lm import TextReader
 from hfcompress.tasks.speech import Speech, SpeechCollator
 
+START_TOKENS = 4  # of Whisper: start, language, task, no timestamps
+
 
 class SpeechSeq2Seq(Speech):
     """Write down what is said, token by token."""
@@ -59,4 +61,13 @@ class SpeechSeq2Seq(Speech):
 
     def reader(self, held_out: HeldOut) -> Reader:
         """Return a reader that generates where a metric wants texts."""
-        return TextReader(held_out, list(held_out.rows[str(held_out.spec.text_column)]))
+        return TranscriptReader(held_out, list(held_out.rows[str(held_out.spec.text_column)]))
+
+
+class TranscriptReader(TextReader):
+    """Reads transcripts, for whose start the decoder needs places, too."""
+
+    def new_tokens(self, model: Any) -> int | None:
+        """Return how many tokens a transcript may have after the tokens that it starts with."""
+        asked, limit = super().new_tokens(model), getattr(model.config, "max_target_positions", None)
+        return asked if asked is None or limit is None else max(1, min(asked, limit - START_TOKENS))

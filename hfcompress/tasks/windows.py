@@ -79,3 +79,14 @@ def _window(encoded: Any, index: int, context: int, cls_token_id: int | None) ->
         [tuple(span) if part == context else None for span, part in zip(encoded["offset_mapping"][index], belongs)],
         ids.index(cls_token_id) if cls_token_id in ids else 0,
     )
+
+
+@dataclass(frozen=True)
+class WindowCollator:
+    """Pads windows on the right, whatever the tokenizer's side: answers are places counted from the left."""
+
+    processor: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return one batch."""
+        return dict(self.processor.pad(rows, padding_side="right", return_tensors="pt"))

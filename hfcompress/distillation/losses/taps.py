@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hfcompress.errors import ModelError
+from hfcompress.structure.running import runs_beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]
 
 def _keeper(outputs: dict[str, Tensor], name: str) -> Any:
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        outputs.setdefault(name, output if isinstance(output, Tensor) else output[0])
+        if not runs_beside():
+            outputs.setdefault(name, output if isinstance(output, Tensor) else output[0])
 
     return keep
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, default_data_collator
 from hfcompress.checkpoint.atomic import write_text
 from hfcompress.checkpoint.locks import locked
 from hfcompress.distillation.losses.targets import top_k_of
-from hfcompress.distillation.teachers.keys import keys_of
+from hfcompress.distillation.teachers.keys import keys_of, refuse_left_padding
 from hfcompress.distillation.teachers.live import LiveTeacher
 from hfcompress.distillation.teachers.shards import LARGEST_K, Shard, Stored, write_shard
 from hfcompress.errors import CheckpointError, ModelError, OutputError
-from hfcompress.outputs import Outputs, outputs_of
+from hfcompress.outputs import Outputs, Vectors, outputs_of
 from hfcompress.progress import meter
 
 INDEX = "teacher_cache.json"
@@ -43,6 +43,7 @@ class CacheIndex:
 
     teacher: fingerprint of its weights and config.  name: what it was called.  columns: the inputs that it read.
     outputs: the kind of the teacher's outputs.
+    pooling: how vectors were made of tokens, None for other outputs.
     classes: logits per answer, None where it depends on the example.  k: of which the most probable are kept, None for
     all.  temperature: at which their probabilities were taken.  labels: names of a classifier's classes.
     """
@@ -55,6 +56,7 @@ class CacheIndex:
     k: int | None
     temperature: float
     labels: tuple[str, ...] = ()
+    pooling: str | None = None
     format: int = FORMAT
 
 
@@ -79,12 +81,14 @@ def cache_teacher(
     temperature: float = 1.0,
     batch_size: int = 8,
     name: str = "",
+    outputs: Outputs | None = None,
 ) -> CacheReport:
     """Write the teacher's answers to every example of a dataset, from which ``DistillationTrainer`` then learns.
 
     dataset: a sequence of encoded examples, as the training will use them.  collator: makes a batch of them.
     k: keep the k most probable classes and the mass of all others; None keeps all logits of up to 256 classes, and 64
     of more.  temperature: at which probabilities are taken; losses of training must have the same.
+    outputs: the kind of the teacher's outputs, where its class does not say it all: ``Vectors(pooling="cls")``.
     An answer takes 4 k + 2 bytes, 3 more where there are up to 262,144 classes, and an example 24 more.
     A cache that was cut short is continued.  Raises OutputError for a folder with another teacher's answers,
     ModelError for a ``k`` that cannot be.
@@ -92,7 +96,8 @@ def cache_teacher(
     folder = Path(folder)
     refuse_other_files(folder)
     live = LiveTeacher(teacher)
-    index = _index(live, k, temperature, name)
+    kind = outputs or outputs_of(teacher)
+    index = _index(live, kind, k, temperature, name)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", str(folder)):
         _claim(folder, index)
@@ -104,7 +109,7 @@ def cache_teacher(
             for first in range(0, len(dataset), batch_size)
         )
         with meter("teacher answers", len(dataset)) as shown:
-            new = _answers(live, index, batches, known, lambda rows: shown.advance_to(rows))
+            new = _answers(live, kind, index, batches, known, lambda rows: shown.advance_to(rows))
             for number in itertools.count(len(shards)):
                 part = list(itertools.islice(new, ROWS_PER_SHARD))
                 if not part:
@@ -152,6 +157,7 @@ def read_index(folder: Path) -> CacheIndex:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no teacher's answers (it has no {INDEX}). Write them by cache-teacher.")
     plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    plain.setdefault("pooling", "mean" if plain.get("outputs") == Vectors.__name__ else None)  # by earlier versions
     if plain.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {plain.get('format')}, but this version reads {FORMAT}.")
     lists: dict[str, Any] = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
@@ -173,9 +179,8 @@ def _claim(folder: Path, index: CacheIndex) -> None:
         raise OutputError(f"{folder} holds {what}. Name another folder, or remove this one.")
 
 
-def _index(live: LiveTeacher, k: int | None, temperature: float, name: str) -> CacheIndex:
+def _index(live: LiveTeacher, kind: Outputs, k: int | None, temperature: float, name: str) -> CacheIndex:
     model, classes = live.model, live.classes
-    kind = outputs_of(model)
     if k is not None and kind.values != "odds":
         raise ModelError(f"k={k} classes cannot be kept: {type(model).__name__} gives {kind.what}. Leave k out.")
     if k is None and kind.values == "odds" and classes is not None and classes > FEW_CLASSES:
@@ -195,6 +200,7 @@ def _index(live: LiveTeacher, k: int | None, temperature: float, name: str) -> C
         k=k,
         temperature=temperature if k is not None else 1.0,
         labels=tuple(kind.class_names(model) or ()),
+        pooling=kind.pooling if isinstance(kind, Vectors) else None,
     )
 
 
@@ -220,13 +226,14 @@ def _without_origin(config: Any) -> Any:
 
 def _answers(
     live: LiveTeacher,
+    kind: Outputs,
     index: CacheIndex,
     batches: Iterator[dict[str, Any]],
     known: set[bytes],
     shown: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Stored]]:
     """Yield key and answer of every example that is not known yet."""
-    kind, done = outputs_of(live.model), 0
+    done = 0
     for batch in batches:
         keys = keys_of(batch, set(index.columns))
         if not known.issuperset(keys):
@@ -240,6 +247,7 @@ def _answers(
 
 def _batch(live: LiveTeacher, index: CacheIndex, kind: Outputs, batch: dict[str, Any]) -> Sequence[Stored]:
     """Return the answers of each row of a batch, at the places that count."""
+    refuse_left_padding(kind, batch)
     counted = kind.compared(batch)
     rows = counted.reshape(-1).nonzero().squeeze(-1)
     targets = live.answer(batch, kind, rows, ()).targets

@@ -13,7 +13,7 @@ from hfcompress.distillation.losses.taps import Tap
 from hfcompress.distillation.losses.targets import TopK
 from hfcompress.distillation.teachers.base import Answer, Teacher
 from hfcompress.distillation.teachers.cache import CacheIndex, Collator, read_index, shard_files
-from hfcompress.distillation.teachers.keys import keys_of
+from hfcompress.distillation.teachers.keys import keys_of, refuse_left_padding
 from hfcompress.distillation.teachers.shards import Shard, Stored, joined
 from hfcompress.errors import CheckpointError, DataError
 from hfcompress.outputs import Batch, Outputs
@@ -46,6 +46,7 @@ class CachedTeacher(Teacher):
     def answer(self, inputs: Mapping[str, Any], kind: Outputs, rows: Tensor | None, taps: Sequence[Tap]) -> Answer:
         """Look the rows up by their content.  Raises DataError for one that is not there."""
         assert rows is not None, "losses of features are refused"
+        refuse_left_padding(kind, inputs)
         found = [self._read(key) for key in keys_of(inputs, self.columns)]
         targets: Stored
         if self.top_k:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfcompress.outputs import IGNORED, row_count
+from hfcompress.errors import DataError
+from hfcompress.outputs import IGNORED, Outputs, row_count
+from hfcompress.outputs.frames import lengths_of_sounds
 
 KEY_BYTES = 16
 # What says where padding is, or is made from the labels, does not belong to the content.
@@ -25,6 +27,16 @@ def keys_of(inputs: Mapping[str, Any], columns: set[str]) -> list[bytes]:
     names = sorted(name for name in columns & inputs.keys() - _LEFT_OUT if isinstance(inputs[name], Tensor))
     decodes = "decoder_input_ids" in columns
     return [_key(inputs, names, mask, row, decodes) for row in range(row_count(inputs))]
+
+
+def refuse_left_padding(kind: Outputs, inputs: Mapping[str, Any]) -> None:
+    """Raise DataError where answers name places of a row and those are not counted from its first token."""
+    mask = inputs.get("attention_mask")
+    if kind.ragged and isinstance(mask, Tensor) and bool((mask[:, 0] == 0).any()):
+        raise DataError(
+            f"Rows are padded on the left, but kept answers of {kind.what} are places counted from a row's first "
+            "token. Pad on the right: padding_side='right'."
+        )
 
 
 def _key(inputs: Mapping[str, Any], names: list[str], mask: Tensor | None, row: int, decodes: bool) -> bytes:
@@ -48,6 +60,8 @@ def _aligned(inputs: Mapping[str, Any], labels: Tensor) -> bool:
 
 
 def _unpadded(values: Tensor, mask: Tensor | None, row: int) -> Tensor:
+    if mask is None and values.dim() == 2 and values.is_floating_point():  # sounds of models that take no mask
+        return values[row, : int(lengths_of_sounds(values[row : row + 1]))]
     padded = mask is not None and values.shape[: mask.dim()] == mask.shape
     return values[row][mask[row].bool()] if padded and mask is not None else values[row]
 

@@ -17,6 +17,7 @@ from hfcompress.pruning.inputs import counted, mask_names, take_sums
 from hfcompress.structure import AttentionSite
 from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.modes import attention_implementation, training_flags_kept
+from hfcompress.structure.running import running_beside
 
 NAME = "hfcompress_weights"
 See = Callable[[nn.Module, Tensor, Tensor], None]
@@ -120,7 +121,7 @@ class AttentionWatch:
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], see: See) -> Any:
     token = _see.set(see)
     try:
-        with torch.no_grad(), training_flags_kept(model), attention_implementation(model, NAME):
+        with torch.no_grad(), running_beside(), training_flags_kept(model), attention_implementation(model, NAME):
             return model.eval()(*args, **kwargs)
     finally:
         _see.reset(token)
