@@ -14,7 +14,8 @@ import hfcompress
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
     {"errors", "progress", "devices", "formats", "fresh"},
-    {"callbacks", "structure", "packed", "vocabulary", "outputs", "bundled"},
+    {"packed"},
+    {"callbacks", "structure", "vocabulary", "outputs", "bundled"},
     {"loading", "reading"},
     {"calibration", "checkpoint", "evaluate"},
     {"publish"},

@@ -78,6 +78,8 @@ def losses_for(kind: str) -> list[str | dict[str, Any]]:
     in_place = {n: one for n, one in LOSSES.items() if issubclass(one, LogitLoss) and not one.across_tokenizers}
     logits = {name: one.of_distributions for name, one in in_place.items()}
     fitting = [n for n, odds in logits.items() if (outputs.values == "odds" if odds else not outputs.ragged)]
+    if kind == "yes or no":
+        fitting.remove("logit_cosine")  # the direction of one number has no gradient
     more = {"top_k_kl": {"k": 2}}
     return [{name: {"weight": 1 + place / 4, **more.get(name, {})}} for place, name in enumerate(fitting)]
 
@@ -283,6 +285,7 @@ def test_classes_from_elsewhere_are_known_by_their_ending(name: str, expected: t
         ("span", "logit_mse", "logit_mse would depend on the padding"),
         ("numbers", "forward_kl", r"gives numbers \(regression\); forward_kl compares distributions"),
         ("vector", "top_k_kl", "gives a vector; top_k_kl compares distributions"),
+        ("yes or no", "logit_cosine", "which has no gradient, so logit_cosine would teach nothing"),
     ],
 )
 def test_losses_that_mean_nothing_are_refused(kind: str, loss: str, message: str, tmp_path: Path) -> None:
