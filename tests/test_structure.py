@@ -150,9 +150,14 @@ def test_lists_that_only_happen_to_be_as_long_as_the_stack_stay() -> None:
     assert deberta.config.pos_att_type == ["c2p", "p2c"]
 
 
-def _fingerprint(model: hf.PreTrainedModel) -> tuple[list[str], dict, list]:
-    indices = [module.layer_idx for module in model.modules() if hasattr(module, "layer_idx")]
-    return list(model.state_dict()), copy.deepcopy(model.config.to_dict()), indices
+def _fingerprint(model: hf.PreTrainedModel) -> tuple[list[str], dict, dict]:
+    plain = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float))
+    }
+    return list(model.state_dict()), copy.deepcopy(model.config.to_dict()), plain
 
 
 def _refused(model: hf.PreTrainedModel, method: DropLayers, message: str) -> None:
@@ -178,6 +183,99 @@ def test_more_layers_than_there_are_is_refused() -> None:
 def test_layer_that_cannot_move_is_refused() -> None:
     # reloaded, layer 2 would lose its attention norm: other logits and no error
     _refused(FAMILIES["modernbert"].model(), DropLayers(keep=2, select="last"), "layer 2 cannot become layer 0")
+
+
+def _noisy(config: hf.PreTrainedConfig, auto: Any = hf.AutoModelForCausalLM) -> hf.PreTrainedModel:
+    return Family(auto, lambda: config, {}, ()).model()
+
+
+def _gpt_neo() -> hf.PreTrainedModel:
+    tokens = {"vocab_size": 64, "bos_token_id": 4, "eos_token_id": 5}
+    kinds = [[["global", "local"], 2]]
+    return _noisy(
+        hf.GPTNeoConfig(hidden_size=32, num_layers=4, num_heads=4, attention_types=kinds, window_size=4, **tokens)
+    )
+
+
+@pytest.mark.parametrize("kept", [(0, 2), (1, 3), (1, 2)])
+@torch.no_grad()
+def test_layers_that_call_their_place_by_another_name_are_renumbered(kept: tuple[int, ...], tmp_path: Path) -> None:
+    model, reference = _gpt_neo(), _gpt_neo()  # its attentions find their keys in the cache by layer_id
+    _bypass(reference.transformer.h, [index for index in range(4) if index not in kept])
+    inputs = {"input_ids": torch.arange(6, 16)[None]}
+    expected = reference(**inputs, use_cache=False).logits
+    drop_layers(model, DropLayers(layers=kept))
+    assert [block.attn.attention.layer_id for block in model.transformer.h] == [0, 1]
+    outputs = model(**inputs, use_cache=True)
+    assert torch.equal(outputs.logits, expected)
+    assert [layer.get_seq_length() for layer in outputs.past_key_values.layers] == [10, 10]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_layers_that_compute_with_their_place_are_refused_elsewhere(tmp_path: Path) -> None:
+    config = hf.DiffLlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = _noisy(config)
+    message = r"layer 2 of 4 cannot become layer 1 of 2, .*self_attn\.lambda_init is 0\.47.* would be 0\.35"
+    _refused(model, DropLayers(layers=(0, 2)), message)
+    drop_layers(model, DropLayers(keep=2, select="first"))
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.arange(6, 16)[None]}
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_layers_that_compute_with_their_number_are_refused() -> None:
+    class Scaled(hf.LlamaForCausalLM):
+        def __init__(self, config: hf.LlamaConfig) -> None:
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.residual_scale = config.num_hidden_layers**-0.5
+
+    config = FAMILIES["llama"].config()
+    message = r"layer 0 of 4 cannot become layer 0 of 1, .*residual_scale is 0\.5 and would be 1\.0\.$"
+    _refused(Scaled(config), DropLayers(keep=1), message)
+
+
+def test_what_sums_up_the_layers_follows_them() -> None:
+    model = FAMILIES["qwen2"].model()
+    drop_layers(model, DropLayers(layers=(0, 1)))
+    assert set(model.config.layer_types) == {"full_attention"}
+    assert model.model.has_sliding_layers is False
+
+
+def test_layers_keep_their_own_rate_of_stochastic_depth() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    model = _noisy(hf.BeitConfig(**sizes, intermediate_size=48, drop_path_rate=0.3), hf.AutoModel)
+    drop_layers(model, DropLayers(layers=(1, 3)))
+    (stack,) = layer_stacks(model)
+    assert [round(layer.drop_path.drop_prob, 3) for layer in stack.layers] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize("kept", [(0, 1), (1, 3)])
+@torch.no_grad()
+def test_stages_of_a_backbone_are_counted_anew(kept: tuple[int, ...], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    model = _noisy(hf.Dinov2Config(**sizes), hf.AutoModelForImageClassification)
+    drop_layers(model, DropLayers(layers=kept))
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path)
+    assert reloaded.config.out_features == ["stage2"]
+    inputs = {"pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    assert torch.equal(reloaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_stage_that_a_backbone_gives_out_cannot_go() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    model = _noisy(hf.Dinov2Config(**sizes, out_features=["stage2", "stage4"]), hf.AutoModel)
+    _refused(model, DropLayers(layers=(0, 3)), "cannot say which layers stay, .*out_features must be a subset")
 
 
 def test_config_without_a_layer_count_is_refused() -> None:

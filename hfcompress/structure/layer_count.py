@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,6 +30,24 @@ class LayerCount:
             if "layer" in name and isinstance(value, (list, tuple)) and len(value) == total:
                 setattr(config, name, [value[index] for index in kept])
         setattr(config, self.name, len(kept))
+        _renumber_stages_(config, total, kept)
+
+
+def _renumber_stages_(config: Any, total: int, kept: Sequence[int]) -> None:
+    """Count a backbone's stages anew, one per layer after the stem.
+
+    The last one, given out unless others are asked for, is then the new last one.  A config that gives out another
+    stage, which goes, is left with it, and cannot be reloaded.
+    """
+    stages = getattr(config, "stage_names", None)
+    if not stages or len(stages) != total + 1:
+        return
+    names = stages[: len(kept) + 1]
+    renamed = dict(zip([stages[0], *(stages[index + 1] for index in kept)], names))
+    given = names[-1:] if config.out_features == stages[-1:] else [renamed.get(one) for one in config.out_features]
+    if None not in given:
+        config.stage_names = names
+        config.out_features = given
 
 
 def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -67,13 +86,13 @@ def _configs(config: PreTrainedConfig, path: tuple[str, ...]) -> Iterator[tuple[
             yield from _configs(value, (*path, name))
 
 
-def follow_(model: PreTrainedModel, shorter: PreTrainedModel, old: PreTrainedConfig) -> None:
+def follow_(model: PreTrainedModel, longer: PreTrainedModel, shorter: PreTrainedModel) -> None:
     """Change the configs that parts of a model keep for themselves (T5's decoder) as they are in ``shorter``.
 
-    old: the model's config as it was; only what differs from a model built from it is changed.
+    longer: a model built from the config as it was; only what differs from it is changed.
     """
     parts = dict(shorter.named_modules())
-    for name, before in skeleton(model, old).named_modules():
+    for name, before in longer.named_modules():
         config, new = getattr(before, "config", None), getattr(parts.get(name), "config", None)
         own = getattr(model.get_submodule(name), "config", None) if name in parts else None
         if not isinstance(config, PreTrainedConfig) or new is None or own is None or own is model.config:

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.errors import DataError, ModelError
-from hfcompress.structure.layer_count import follow_, layer_count_of, skeleton
+from hfcompress.structure.layer_count import follow_, layer_count_of
 from hfcompress.structure.layer_scores import least_angular_block, least_loss_layers
+from hfcompress.structure.places import as_reloaded, renumbered
 from hfcompress.structure.running import Batch
 from hfcompress.structure.shapes import has_shapes_recorded, record_shapes
 from hfcompress.structure.stack import LayerStack, layer_stacks
@@ -83,11 +84,11 @@ def drop_layers(model: PreTrainedModel, method: DropLayers, calibration: Iterabl
     """Remove layers from one of the model's stacks in place and return the indices that stayed.
 
     calibration: batches for the measured choices, as the model takes them; for ``loss`` with labels.
-    The config is changed with the modules (layer count, per-layer lists, cache indices, the record of a shrunk model's
-    shapes), so that the model reloads with plain ``from_pretrained``.  Raises, before anything changed: ModelError for
-    a model with several stacks of which none is named, whose config cannot say how many layers there are, or whose
-    layers cannot stand where they would come to stand; DataError when a measured choice has no batches, or no labels
-    for ``loss``.
+    The config is changed with the modules (layer count, per-layer lists, the numbers by which layers know their place,
+    the record of a shrunk model's shapes), so that the model reloads with plain ``from_pretrained``.  Raises, before
+    anything changed: ModelError for a model with several stacks of which none is named, whose config cannot say how
+    many layers there are, or whose layers compute with their place and so cannot stand elsewhere; DataError when a
+    measured choice has no batches, or no labels for ``loss``.
     """
     stack = find_stack(model, method.stack)
     total = len(stack)
@@ -102,17 +103,17 @@ def drop_layers(model: PreTrainedModel, method: DropLayers, calibration: Iterabl
 
     shorter_config = copy.deepcopy(model.config)
     field.shorten_(shorter_config, total, kept)
-    shorter = skeleton(model, shorter_config)
+    longer, shorter = as_reloaded(model, model.config), as_reloaded(model, shorter_config)
     _refuse_unlike_places(shorter, stack, kept)
-    before = copy.deepcopy(model.config)
+    changes = renumbered(longer, shorter, stack.name, kept)
+    modules = dict(model.named_modules())
+    for one in changes:
+        if hasattr(modules.get(one.module), one.attribute):
+            setattr(modules[one.module], one.attribute, one.value)
     field.shorten_(model.config, total, kept)
     parent, _, name = stack.name.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(stack.layers[index] for index in kept))
-    follow_(model, shorter, before)
-    for new, old in enumerate(kept):
-        for module in stack.layers[old].modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = new  # type: ignore[assignment]
+    follow_(model, longer, shorter)
     if has_shapes_recorded(model.config):  # by module names, of which many are other ones now
         record_shapes(model)
     return kept
