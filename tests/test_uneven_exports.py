@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertForNextSentencePrediction, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertForNextSentencePrediction,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 import hfcompress
 from hfcompress.checkpoint import Probe
@@ -53,6 +59,35 @@ def test_shrunk_models_of_every_family_are_filled_up(name: str, tmp_path: Path) 
     assert sum(one.numel() for one in stock.parameters()) > report.parameters[1]
     with torch.no_grad():
         torch.testing.assert_close(_logits(stock, name), _logits(model, name), rtol=1e-4, atol=1e-4)
+
+
+WAYS_OUT = {
+    "dense": (lambda model: None, {"uneven": "dense"}),
+    "loader": (lambda model: None, {}),
+    "remote-code": (lambda model: None, {"uneven": "remote-code"}),
+    "packed": (lambda model: hfcompress.quantize(model, hfcompress.RTN(bits=8, group_size=None)), {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_how_a_model_generates_goes_with_it(way: str, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    own = {"eos_token_id": [5, 7, 9], "max_new_tokens": 77}
+    model.generation_config.update(**own)
+    change, options = WAYS_OUT[way]
+    change(model)
+    hfcompress.save_compressed(model, tmp_path / "out", verify=False, **options)
+    saved = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert {name: getattr(saved, name) for name in own} == own
+
+
+def test_a_dense_copy_generates_by_a_config_of_its_own() -> None:
+    model = FAMILIES["llama"]()
+    model.generation_config.eos_token_id = [5, 7, 9]
+    dense = hfcompress.to_dense(model)
+    assert dense.generation_config.eos_token_id == [5, 7, 9]
+    dense.generation_config.eos_token_id.append(11)
+    assert model.generation_config.eos_token_id == [5, 7, 9]
 
 
 def test_no_order_that_fits_is_an_error() -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hfcompress.errors import CheckpointError, ModelError
 from hfcompress.packed import packed_layers
@@ -98,6 +98,9 @@ def _fresh(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     fresh = type(model)(config)
+    # What a class makes of its config alone lacks what was set for generation since, such as several end tokens.
+    if isinstance(getattr(model, "generation_config", None), GenerationConfig):
+        fresh.generation_config = copy.deepcopy(model.generation_config)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for name, parameter in fresh.named_parameters():  # not .to(): rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
