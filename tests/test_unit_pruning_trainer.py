@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, Olmo2Config, PreTrainedModel, TrainerCallback
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    GptOssConfig,
+    MambaConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    TrainerCallback,
+)
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer
 from hfcompress.errors import HFCompressError
@@ -22,9 +33,11 @@ from hfcompress.pruning import (
     PruneCallback,
 )
 from hfcompress.pruning.evidence import KEY
+from hfcompress.pruning.units.trial import one_of_each_kind
 from hfcompress.structure import attach_gates, find_attention, find_ffn
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.families import FAMILIES
 from tests.forks import Forks
 from tests.pruning_runs import (
     StopAt,
@@ -380,6 +393,68 @@ UNFOUND = {
 def test_model_whose_units_cannot_be_found_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     config, kind, reason = UNFOUND[name]
     _refused(AutoModelForCausalLM.from_config(config), [kind()], tmp_path, reason)
+
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 4, "eos_token_id": 5,
+}  # fmt: skip
+HEADS_WITH_PARAMETERS = {
+    "a sink for each": GptOssConfig(**TINY, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+    "a norm for each": CohereConfig(**TINY, use_qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_WITH_PARAMETERS)
+def test_heads_that_shrink_cannot_remove_are_refused_with_its_reason(name: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(HEADS_WITH_PARAMETERS[name])
+    reason = "HeadPruneCallback closes only heads that shrink can remove, .*cannot run without its closed heads"
+    _refused(model, [HeadPruneCallback(0.5)], tmp_path, reason)
+
+
+def test_heads_of_an_architecture_that_fixes_them_are_refused(tmp_path: Path) -> None:
+    # a table of relative positions has one column per head
+    config = SwinConfig(image_size=16, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
+    trainer = trainer_for(SwinForImageClassification(config), tmp_path, [])
+    with pytest.raises(HFCompressError, match="SwinForImageClassification cannot run without its closed heads"):
+        HeadPruneCallback(0.5).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+class _PerNeuron(nn.Module):
+    """An activation with a parameter for each neuron."""
+
+    def __init__(self, neurons: int) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((neurons,), 0.1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.maximum(hidden, self.slope * hidden)
+
+
+def test_neurons_that_shrink_cannot_remove_are_refused_with_its_reason(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = _PerNeuron(64)
+    callback = NeuronPruneCallback(0.5, exclude=("bert.encoder.layer.0",))
+    reason = "NeuronPruneCallback closes only neurons that shrink can remove, .*cannot run without its closed"
+    _refused(model, [callback], tmp_path, reason)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trying_a_removal_leaves_the_model_as_it_was(name: str) -> None:
+    model = FAMILIES[name].model()
+    parameters = {key: (id(one), one.clone()) for key, one in model.named_parameters()}
+    config, random = model.config.to_dict(), torch.get_rng_state()
+    for kind in KINDS:
+        callback = kind(0.5)
+        callback._find(model)
+        tried = one_of_each_kind(callback._bundles, callback._sites)
+        assert 1 <= len(tried) <= len(callback._sites)
+        callback._refuse_unremovable(model)
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), random)
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(id(after[key]) == own and torch.equal(after[key], value) for key, (own, value) in parameters.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,13 @@ from hfcompress.structure.sites import AttentionSite, FfnSite, Part
 
 def cut_(model: PreTrainedModel, edits: Edits, plan: Plan) -> dict[str, int]:
     """Slice the weights, set the sizes that modules hold, and say the new sizes in the config."""
+    slice_(model, edits, plan)
+    said = _say_in_config(model, edits, plan)
+    return said | say_what_forward_reads_(model, edits, plan)
+
+
+def slice_(model: PreTrainedModel, edits: Edits, plan: Plan) -> None:
+    """Slice the weights, and set the sizes that modules hold."""
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
 
@@ -46,7 +53,6 @@ def cut_(model: PreTrainedModel, edits: Edits, plan: Plan) -> dict[str, int]:
         _set_counts(edits, model.get_submodule(site.name), site, plan.heads[site.name])
     for block in plan.ffn:
         _set_width(edits, model, block, len(plan.neurons[block.name].units))
-    return _say_in_config(model, edits, plan)
 
 
 def _set_counts(edits: Edits, module: nn.Module, site: AttentionSite, kept: Kept) -> None:
@@ -86,20 +92,19 @@ def _say_in_config(model: PreTrainedModel, edits: Edits, plan: Plan) -> dict[str
         new = len(kept.units), len(kept.key_value_heads)
         sites.append(Resized(f"{site.output.name}.weight", (site.heads, site.key_value_heads), new))
     head_dim = max((site.head_dim for site in plan.attention), default=0)
-    said = say_widths_(model, edits, blocks) | say_heads_(model, edits, sites, head_dim)
-    for site in plan.attention:
-        said |= _say_what_forward_reads(model, edits, site, plan.heads[site.name])
-    return said
+    return say_widths_(model, edits, blocks) | say_heads_(model, edits, sites, head_dim)
 
 
-def _say_what_forward_reads(model: PreTrainedModel, edits: Edits, site: AttentionSite, kept: Kept) -> dict[str, int]:
+def say_what_forward_reads_(model: PreTrainedModel, edits: Edits, plan: Plan) -> dict[str, int]:
     """Write head counts that the forward itself reads from the config, even where other sizes stay unsaid."""
     said: dict[str, int] = {}
-    for key in site.config_counts:
-        config: Any = model.get_submodule(site.name).config
-        count = len(kept.key_value_heads) if "key_value" in key or "kv" in key else len(kept.units)
-        if getattr(config, key) != count:
-            said |= {"head_dim": site.head_dim, key: count}
-            edits.set(config, "head_dim", site.head_dim)
-            edits.set(config, key, count)
+    for site in plan.attention:
+        kept = plan.heads[site.name]
+        for key in site.config_counts:
+            config: Any = model.get_submodule(site.name).config
+            count = len(kept.key_value_heads) if "key_value" in key or "kv" in key else len(kept.units)
+            if getattr(config, key) != count:
+                said |= {"head_dim": site.head_dim, key: count}
+                edits.set(config, "head_dim", site.head_dim)
+                edits.set(config, key, count)
     return said

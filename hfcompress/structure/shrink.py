@@ -130,7 +130,7 @@ def _shrink_to_fit(
         edits = Edits()
         try:
             config = cut_(model, edits, plan)
-            _prove_equal(model, inputs, expected)
+            prove_equal(model, inputs, expected)
         except Exception as error:
             edits.undo()
             if not isinstance(error, ModelError) or not plan.empties:
@@ -141,7 +141,8 @@ def _shrink_to_fit(
 
 
 @torch.no_grad()
-def _prove_equal(model: PreTrainedModel, inputs: Mapping[str, Any], expected: list[Tensor]) -> None:
+def prove_equal(model: PreTrainedModel, inputs: Mapping[str, Any], expected: list[Tensor]) -> None:
+    """Raise ModelError when a model that was cut cannot run, or gives other outputs than before, but for rounding."""
     try:
         outputs = float_outputs(model, inputs)
     except Exception as error:

@@ -28,9 +28,11 @@ from hfcompress.pruning.units.bundles import (
 from hfcompress.pruning.units.class_moments import first_row, refuse_no_classes
 from hfcompress.pruning.units.criteria import UnitMutualInformation, unit_criterion_of
 from hfcompress.pruning.units.options import HeadPruneOptions, NeuronPruneOptions, UnitPruneOptions
+from hfcompress.pruning.units.trial import one_of_each_kind
 from hfcompress.pruning.units.watch import unit_watch
 from hfcompress.structure import AttentionSite, FfnSite, Part, closed_units, find_attention, find_ffn
 from hfcompress.structure.resize import input_dim, refuse_uncuttable
+from hfcompress.structure.trial import refuse_unremovable
 
 Site = TypeVar("Site", AttentionSite, FfnSite)
 
@@ -94,6 +96,18 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
                 "requires_grad=False freezes. Unfreeze them, or exclude their layers."
             )
         refuse_impossible(self._bundles, self.options.sparsity, self.options.scope, self.what)
+        self._refuse_unremovable(model)
+
+    def _refuse_unremovable(self, model: nn.Module) -> None:
+        assert isinstance(model, PreTrainedModel)
+        closed = one_of_each_kind(self._bundles, self._sites)
+        try:
+            refuse_unremovable(model, [site for site in self._sites if site.name in closed], closed)
+        except ModelError as error:
+            raise ModelError(
+                f"{type(self).__name__} closes only {self.what} that shrink can remove, and here it cannot: {error} "
+                f"Exclude these layers, or prune something else than {self.what}."
+            ) from error
 
     def _criterion(self, seed: int, model: nn.Module) -> Criterion:
         return unit_criterion_of(self.options.criterion, seed, getattr(model.config, "num_labels", 0))
