@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -47,6 +48,20 @@ def refuse_sharding(args: TrainingArguments, kind: str) -> None:
         raise HFCompressError(
             f"{kind} needs whole weights on every device, but FSDP or DeepSpeed shards them. "
             "Train with DDP or on one device."
+        )
+
+
+def refuse_split_weights(model: nn.Module, kind: str) -> None:
+    """Raise HFCompressError when devices hold parts of the weights: tensor parallel, or sharded data parallel."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    split = next((name for name, weight in model.named_parameters() if isinstance(weight, DTensor)), None)
+    if split is not None:
+        raise HFCompressError(
+            f"{kind} needs whole weights on every device, but '{split}' is split over a mesh of devices (DTensor). "
+            "Load the model without distributed_config, tp_plan or fully_shard, and train with DDP or on one device."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -34,6 +37,7 @@ from hfcompress.pruning import (
 )
 from hfcompress.pruning.evidence import KEY
 from hfcompress.pruning.units.trial import one_of_each_kind
+from hfcompress.quantization import QuantizeAwareCallback
 from hfcompress.structure import attach_gates, find_attention, find_ffn
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
@@ -455,6 +459,25 @@ def test_trying_a_removal_leaves_the_model_as_it_was(name: str) -> None:
     after = dict(model.named_parameters())
     assert list(after) == list(parameters)
     assert all(id(after[key]) == own and torch.equal(after[key], value) for key, (own, value) in parameters.items())
+
+
+@pytest.fixture
+def split_weight() -> Iterator[nn.Parameter]:
+    """A weight as tensor parallel and FSDP2 hold it, on a mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        yield nn.Parameter(distribute_tensor(torch.ones(32, 32), mesh, [Shard(0)]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, PruneCallback, QuantizeAwareCallback])
+def test_weights_split_over_devices_are_refused(kind: Any, tmp_path: Path, split_weight: nn.Parameter) -> None:
+    trainer = trainer_for(small_llama(), tmp_path, [])
+    trainer.model.model.layers[1].self_attn.o_proj.weight = split_weight
+    with pytest.raises(HFCompressError, match=rf"{kind.__name__} needs whole weights.*layers\.1\.self_attn\.o_proj"):
+        kind().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from hfcompress.callbacks import refuse_split_weights
 from hfcompress.pruning import checks
 from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion, criterion_of
@@ -41,6 +42,7 @@ class PruneCallback(GradualPruneCallback):
     _transposed: frozenset[str] = frozenset()
 
     def _find(self, model: nn.Module) -> Weights:
+        refuse_split_weights(model, type(self).__name__)
         weights = masking.prunable_weights(model, self.options.targets, self.options.exclude)
         modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
         self._transposed = frozenset(name for name, module in modules.items() if lies_transposed(module))

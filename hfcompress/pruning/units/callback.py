@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from hfcompress.callbacks import refuse_split_weights
 from hfcompress.errors import ModelError
 from hfcompress.pruning import checks
 from hfcompress.pruning.criteria import Criterion
@@ -64,6 +65,7 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
     def _find(self, model: nn.Module) -> Weights:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"{type(self).__name__} needs a Transformers model, not {type(model).__name__}.")
+        refuse_split_weights(model, type(self).__name__)
         self._sites = self._without_excluded(self._search(model))
         parts = {site.name: self._parts(site)[0] for site in self._sites}
         modules = {part.name: model.get_submodule(part.name) for part in parts.values()}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hfcompress.callbacks import peers_of, read_options, refuse_sharding, unwrapped
+from hfcompress.callbacks import peers_of, read_options, refuse_sharding, refuse_split_weights, unwrapped
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.quantization.apply import quantize
 from hfcompress.quantization.aware.layers import FakeQuantized, fake_quantize_, restore_dense_
@@ -58,6 +58,7 @@ class QuantizeAwareCallback(TrainerCallback):
         """Find the layers, and raise for what cannot be quantized."""
         kind, model = type(self).__name__, unwrapped(kwargs["model"])
         refuse_sharding(args, kind)
+        refuse_split_weights(model, kind)
         if len(peers_of(self)) > 1:
             raise HFCompressError(f"There are {len(peers_of(self))} {kind}s; one model is quantized once: use one.")
         if not isinstance(model, PreTrainedModel):
