@@ -273,8 +273,12 @@ def test_a_record_of_another_architecture_is_refused() -> None:
 
 
 def test_dense_tensors_are_cut_but_cannot_grow() -> None:
-    model = bert()
-    resize_(model, uneven_shapes(FAMILIES["bert"]()))
+    model, shapes = bert(), uneven_shapes(FAMILIES["bert"]())
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    resize_(model, shapes)
+    assert uneven_shapes(model) == shapes != {}
+    for key, value in model.state_dict().items():  # the first rows and columns stay
+        assert torch.equal(value, whole[key][tuple(slice(size) for size in value.shape)]), key
     assert torch.isfinite(output_of(model)).all()
     with pytest.raises(hfcompress.HFCompressError, match=r"a?Linear's weight of shape \(40, 32\) cannot grow"):
         resize_(model, {"bert.encoder.layer.0.intermediate.dense": {"out_features": 48}})

@@ -54,9 +54,11 @@ def test_the_best_model_comes_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "start")
     run = trainer(
         reloaded(tmp_path / "start"), tmp_path / "run", eval_strategy="steps", eval_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="loss",
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
     run.train()
+    assert run.state.best_global_step == 2  # by the highest loss, so that the last model is another one
+    assert not torch.equal(output_of(run.model), output_of(reloaded(tmp_path / "run" / "checkpoint-4")))
     best = reloaded(Path(run.state.best_model_checkpoint))
     assert torch.equal(output_of(run.model), output_of(best))
 
