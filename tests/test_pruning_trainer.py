@@ -17,7 +17,8 @@ from transformers.integrations import integration_utils
 from hfcompress.errors import HFCompressError, ModelError
 from hfcompress.pruning import PruneCallback
 from hfcompress.pruning.criteria import CRITERIA
-from hfcompress.pruning.masks import prunable_weights
+from hfcompress.pruning.masks import prunable_weights, prune_masks_
+from hfcompress.pruning.oneshot import Magnitude, prune
 from hfcompress.pruning.patterns import Blocks, NofM, parse_pattern
 from tests.conftest import tiny_bert
 from tests.pruning_runs import (
@@ -207,7 +208,9 @@ def test_sparse_model_is_trained_further_without_a_change_of_its_zeros(
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize(("sparsity", "pattern"), [(0.8, None), (0.8, "4x1"), (0.5, "2:4"), (0.25, "3:4")])
+@pytest.mark.parametrize(
+    ("sparsity", "pattern"), [(0.8, None), (0.8, "4x1"), (0.8, "row"), (0.5, "2:4"), (0.25, "3:4")]
+)
 def test_zeros_of_a_sparse_model_stay_while_it_is_pruned(
     sparsity: float, pattern: str | None, criterion: str, tmp_path: Path
 ) -> None:
@@ -218,14 +221,37 @@ def test_zeros_of_a_sparse_model_stay_while_it_is_pruned(
     for zeros in watch.after.values():
         assert all(bool(zeros[name][zero].all()) for name, zero in before.items())
     final = watch.after[6]
-    if pattern is None:
-        assert count_zeros(final) == int(0.8 * sum(one.numel() for one in final.values()))
+    if sparsity == 0.8:
+        # Blocks of 4, or rows of 64 inputs at most, go together; zeros in blocks that stay count, too.
+        wanted = int(0.8 * sum(one.numel() for one in final.values()))
+        assert wanted - {None: 0, "4x1": 3, "row": 63}[pattern] <= count_zeros(final) <= wanted
     for name, zero in final.items():
         if pattern in ("2:4", "3:4"):
             parsed = parse_pattern(pattern)
             assert isinstance(parsed, NofM)
             inside, old = (_by_unit(one, parsed).sum(1) for one in (zero, before[name]))
             assert torch.equal(inside, old.clamp_min(parsed.group - parsed.kept))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("text", ["4x1", "4x4", "row"])
+def test_blocks_of_sparse_masks_never_exceed_what_is_asked(text: str, scope: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(64, 32, generator=generator) > 0.6 for name in "ab"}
+    scores = {name: torch.rand(64, 32, generator=generator) for name in "ab"}
+    before = {name: ~mask for name, mask in masks.items()}
+    pattern = parse_pattern(text)
+    assert isinstance(pattern, Blocks)
+    for sparsity in (0.5, 0.7, 0.8):
+        prune_masks_(masks, scores.__getitem__, sparsity, scope, pattern)
+        zeros = {name: ~mask for name, mask in masks.items()}
+        groups = [zeros] if scope == "global" else [{name: zero} for name, zero in zeros.items()]
+        for group in groups:
+            wanted = max(int(sparsity * 64 * 32 * len(group)), count_zeros({name: before[name] for name in group}))
+            assert wanted - pattern.size(32) < count_zeros(group) <= wanted
+        for name, zero in zeros.items():
+            units, old = _by_unit(zero, pattern), _by_unit(before[name], pattern)
+            assert bool((units.all(1) | (units == old).all(1)).all())
 
 
 def test_moments_of_zeros_that_were_trained_without_the_callback_are_cleared(tmp_path: Path) -> None:

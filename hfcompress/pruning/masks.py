@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hfcompress.pruning.patterns import Blocks, NofM, Pattern, block_scores, nofm_pruned, spread_blocks, whole_units
+from hfcompress.errors import ModelError
+from hfcompress.pruning.patterns import (
+    Blocks,
+    NofM,
+    Pattern,
+    block_counts,
+    block_scores,
+    nofm_pruned,
+    spread_blocks,
+    whole_units,
+)
 from hfcompress.pruning.select import smallest
 from hfcompress.pruning.targets import prunable_weights
 from hfcompress.structure import layer_stacks
@@ -47,19 +57,31 @@ def prune_masks_(
     masks: True where a weight is kept; what is pruned stays pruned and counts towards the sparsity.
     score: returns the float32 scores of a weight by name, of its mask's shape; it is called several times so that no
     copy of the model's scores is ever held.  Masks of matrices that patterns apply to lie (outputs, inputs).
-    The count is rounded down to whole units of the pattern: never more than asked.  N:M ramps up to the pattern:
-    at any sparsity below its own, what is pruned is a part of it.
+    The count is rounded down to whole units of the pattern: never more than asked, and zeros inside blocks that stay
+    count, too.  N:M ramps up to the pattern: at any sparsity below its own, what is pruned is a part of it.
     """
     for names in [list(masks)] if scope == "global" else [[name] for name in masks]:
         units = _Units(masks, names, score, pattern)
-        total = sum(masks[name].numel() for name in names)
-        marked = smallest(units, whole_units(sparsity, total), [_size(pattern, masks[name]) for name in names])
+        wanted = whole_units(sparsity, sum(masks[name].numel() for name in names))
+        if isinstance(pattern, Blocks):
+            dead = sum(masks[name].numel() - int(masks[name].sum()) for name in names)
+            marked = smallest(units, wanted - dead, _Living(masks, names, pattern))
+        else:
+            marked = smallest(units, wanted)
         for name, one in zip(names, marked):
             masks[name] &= ~(spread_blocks(one, pattern, masks[name].shape[1]) if isinstance(pattern, Blocks) else one)
 
 
-def _size(pattern: Pattern | None, mask: Tensor) -> int:
-    return pattern.size(mask.shape[1]) if isinstance(pattern, Blocks) else 1
+@dataclass(frozen=True)
+class _Living:
+    """How many weights each block of each mask still keeps, which is what pruning it adds: counted when asked for."""
+
+    masks: Masks
+    names: list[str]
+    blocks: Blocks
+
+    def __getitem__(self, index: int) -> Tensor:
+        return block_counts(self.masks[self.names[index]], self.blocks)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,12 @@ def block_scores(scores: Tensor, blocks: Blocks) -> Tensor:
     return scores.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).mean((1, 3))
 
 
+def block_counts(mask: Tensor, blocks: Blocks) -> Tensor:
+    """Return how many entries of a mask are True in each block: (outputs / rows, inputs / columns), int64."""
+    rows, columns = blocks.rows, blocks.columns or mask.shape[1]
+    return mask.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).sum((1, 3))
+
+
 def spread_blocks(chosen: Tensor, blocks: Blocks, inputs: int) -> Tensor:
     """Return chosen blocks (outputs / rows, inputs / columns) as a mask over weights (outputs, inputs)."""
     return chosen.repeat_interleave(blocks.rows, 0).repeat_interleave(blocks.columns or inputs, 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +14,19 @@ ZERO = BUCKETS >> 1  # the bucket of 0.0
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 
-def smallest(scores: Iterable[Tensor], count: int, sizes: Sequence[int] | None = None) -> list[Tensor]:
+class Sizes(Protocol):
+    """What entries weigh, by the number of their tensor: all alike, or each its own, in a tensor of the same shape."""
+
+    def __getitem__(self, index: int, /) -> int | Tensor:
+        """Return the size of one tensor's entries."""
+        ...
+
+
+def smallest(scores: Iterable[Tensor], count: int, sizes: Sizes | None = None) -> list[Tensor]:
     """Mark the smallest entries over all tensors together, as many as weigh ``count`` at most; ties never add more.
 
     scores: of any shapes and signs, no NaN.  It is gone through twice, so an object that makes each tensor when it is
-    asked for keeps the memory at one tensor's worth.  sizes: what one entry of each tensor weighs, 1 by default.
+    asked for keeps the memory at one tensor's worth.  sizes: what entries weigh, whole numbers from 0, 1 by default.
     Returns boolean tensors of the same shapes.  A histogram over half words finds the bucket that the threshold lies
     in, and only what is inside that bucket is sorted.  Among equal scores those in earlier tensors and earlier places
     go first.
@@ -25,7 +34,7 @@ def smallest(scores: Iterable[Tensor], count: int, sizes: Sequence[int] | None =
     counts = torch.zeros(BUCKETS, dtype=torch.int64)
     shapes = []
     for index, one in enumerate(scores):
-        counts += _histogram(one) * _size(sizes, index)
+        counts += _histogram(one, 1 if sizes is None else sizes[index])
         shapes.append((one.shape, one.device))
     if count <= 0 or count >= int(counts.sum()):
         return [torch.full(shape, count > 0, dtype=torch.bool, device=device) for shape, device in shapes]
@@ -44,7 +53,7 @@ def smallest(scores: Iterable[Tensor], count: int, sizes: Sequence[int] | None =
 
 
 def _mark_first_(
-    marked: list[Tensor], places: list[Tensor], values: list[Tensor], sizes: Sequence[int] | None, left: int
+    marked: list[Tensor], places: list[Tensor], values: list[Tensor], sizes: Sizes | None, left: int
 ) -> None:
     """Mark the smallest of the candidates of all tensors as long as they weigh ``left`` at most."""
     lengths = [len(one) for one in values]
@@ -53,27 +62,31 @@ def _mark_first_(
         order = torch.arange(len(together))
     else:
         order = together.sort(stable=True).indices
-    weighs = torch.cat([torch.full((length,), _size(sizes, index)) for index, length in enumerate(lengths)])
+    weighs = torch.cat([_sizes_at(inside, sizes, index) for index, inside in enumerate(places)])
     taken = torch.zeros(len(together), dtype=torch.bool)
     taken[order[weighs[order].cumsum(0) <= left]] = True
     for flat, inside, mine in zip(marked, places, taken.split(lengths)):
         flat[inside[mine.to(inside.device)]] = True
 
 
-def _size(sizes: Sequence[int] | None, index: int) -> int:
-    return 1 if sizes is None else sizes[index]
+def _sizes_at(places: Tensor, sizes: Sizes | None, index: int) -> Tensor:
+    size = 1 if sizes is None else sizes[index]
+    return size.flatten()[places].cpu() if isinstance(size, Tensor) else torch.full((len(places),), size)
 
 
 def _flat(scores: Tensor) -> Tensor:
     return scores.detach().float().contiguous().flatten()
 
 
-def _histogram(scores: Tensor) -> Tensor:
-    """Count the entries by their upper half word: 65536 buckets in the order of the scores."""
+def _histogram(scores: Tensor, size: int | Tensor) -> Tensor:
+    """Add up the entries' sizes by their upper half word: 65536 buckets in the order of the scores, int64."""
     high = _flat(scores).view(torch.int16)[UPPER_HALF::2]
     # Negative floats grow downwards as integers, so all bits but the sign are turned round.
     ordered = high ^ ((high >> 15) & 0x7FFF)
-    counts = torch.bincount(ordered.int() + ZERO, minlength=BUCKETS).cpu()
+    if isinstance(size, Tensor):
+        counts = size.new_zeros(BUCKETS).index_add_(0, ordered.int() + ZERO, size.flatten()).cpu()
+    else:
+        counts = torch.bincount(ordered.int() + ZERO, minlength=BUCKETS).cpu() * size
     # -0.0 is 0.0, so the buckets on both sides of zero are one.
     counts[ZERO] += counts[ZERO - 1]
     counts[ZERO - 1] = 0
