@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from hfcompress.errors import CheckpointError, HFCompressError, ModelError
-from hfcompress.pruning import NeuronPruneCallback, PruneCallback
-from hfcompress.pruning.criteria import CRITERIA, Random
+from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
+from hfcompress.pruning.criteria import CRITERIA, Random, Taylor
 from hfcompress.pruning.evidence import KEY
-from hfcompress.pruning.inputs import sum_of_squares
+from hfcompress.pruning.inputs import InputSums, sum_of_squares
+from hfcompress.pruning.masks import prunable_weights, sparsity_by_layer
+from hfcompress.pruning.units.criteria import UnitTaylor
 from hfcompress.structure import find_ffn
-from tests.conftest import tiny_bert
+from tests.conftest import VOCABULARY_SIZE, tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 from tests.forks import Forks
 from tests.pruning_runs import (
@@ -32,6 +34,7 @@ from tests.pruning_runs import (
     half_of,
     matrices,
     same_tensors,
+    share_of,
     small_gpt2,
     small_llama,
     state_of,
@@ -154,7 +157,7 @@ def test_gradients_are_those_of_the_whole_batch(criterion: str, steps: int, max_
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             (kept,) = kwargs["optimizer"].param_groups[0][KEY].values()
-            assert kept["step"] == kept["observed"] == state.global_step
+            assert {kept["step"], *kept["observed"].values()} == {state.global_step}
             seen.update({name: next(iter(one.values())).clone() for name, one in kept["states"].items()})
 
     callback = PruneCallback(sparsity=0.6, criterion=criterion, end=1.0)
@@ -201,6 +204,103 @@ def test_padding_is_no_input(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(sum_of_squares(broken, mask), expected)
     for other in (None, torch.ones(3, 2), torch.ones(2, 1, 3, 3)):
         assert sum_of_squares(inputs, other)[-1] == 6
+
+
+# Layers that do not run in every step
+
+
+def _bart(**changes: float) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY_SIZE, d_model=32, encoder_layers=4, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0,
+        pad_token_id=0, eos_token_id=5, decoder_start_token_id=5, forced_eos_token_id=None, **changes,
+    )  # fmt: skip
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+class _Drops(TrainerCallback):
+    """Have the second layer not run in some steps, as LayerDrop does, and keep each layer's zeros after every step."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.after = steps, {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        layer = kwargs["model"].bert.encoder.layer[1]
+        if state.global_step + 1 in self.steps:
+            layer.forward = lambda hidden, *args, **kwargs: hidden
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].bert.encoder.layer[1].__dict__.pop("forward", None)
+        zeros = zeros_of(matrices(kwargs["model"]))
+        self.after[state.global_step] = [
+            share_of({name: one for name, one in zeros.items() if f".layer.{index}." in name}) for index in (0, 1)
+        ]
+
+
+OBSERVING_KINDS: list[tuple[Any, str, dict[str, Any]]] = [
+    *[(PruneCallback, criterion, {}) for criterion in OBSERVING],
+    *[(PruneCallback, "taylor", {"pattern": pattern}) for pattern in ("2:4", "4x1")],
+    (HeadPruneCallback, "taylor", {}),
+    (HeadPruneCallback, "activation", {}),
+    (NeuronPruneCallback, "mutual_information", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "criterion", "options"), OBSERVING_KINDS)
+def test_layer_that_has_not_run_yet_is_not_pruned_before_it_has(
+    kind: Any, criterion: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    drops = _Drops({1, 2, 4})
+    callback = kind(0.5, criterion=criterion, schedule="linear", start=0.0, end=0.7, **options)
+    trainer_for(tiny_bert(), tmp_path, [callback, drops], max_steps=6, learning_rate=1e-4).train()
+    assert [drops.after[step][1] for step in (1, 2)] == [0.0, 0.0]
+    # Zeros of units are zeros of the output projections alone.
+    assert drops.after[2][0] > 0.05
+    assert 0 < drops.after[6][1] < 0.75
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement", "activation"])
+def test_layer_scope_makes_up_for_a_layer_that_ran_late(criterion: str, tmp_path: Path) -> None:
+    model, drops = tiny_bert(), _Drops({1, 2, 3, 4})
+    callback = PruneCallback(criterion=criterion, scope="layer", schedule="oneshot")
+    trainer_for(model, tmp_path, [callback, drops], max_steps=7).train()
+    assert drops.after[4] == [0.5, 0.0]
+    assert drops.after[5] == drops.after[7] == [0.5, 0.5]
+
+
+def test_fewer_observations_are_no_lower_scores() -> None:
+    weight, gradient = torch.ones(4, 2, 3), torch.rand(4, 2, 3)
+    for one in (Taylor(), UnitTaylor()):
+        often, seldom = one.initial(weight), one.initial(weight)
+        for _ in range(5):
+            one.observe_(often, weight, gradient)
+        one.observe_(seldom, weight, gradient)
+        torch.testing.assert_close(one.scores("w", weight, seldom), one.scores("w", weight, often))
+
+
+def test_layerdrop_empties_no_layer(tmp_path: Path) -> None:
+    model = _bart(encoder_layerdrop=0.5)
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in text_rows()]
+    callback = PruneCallback(criterion="taylor")
+    trainer_for(model, tmp_path, [callback], rows=rows, max_steps=12, learning_rate=1e-4).train()
+    assert callback.reached(model) == pytest.approx(0.5, abs=0.001)
+    assert max(sparsity_by_layer(model, prunable_weights(model)).values()) < 0.75
+
+
+def test_layer_that_never_runs_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callbacks = [PruneCallback(criterion="taylor", scope="layer"), _Drops(set(range(1, 11)))]
+    with caplog.at_level(logging.WARNING, logger="hfcompress"):
+        trainer_for(tiny_bert(), tmp_path, callbacks).train()
+    (message,) = [record.message for record in caplog.records if "ended at step 10" in record.message]
+    assert "Nothing was observed of 'bert.encoder.layer.1.attention.self.query.weight'" in message
+
+
+def test_one_layer_that_is_dropped_alone_is_no_error(tmp_path: Path) -> None:
+    model, drops = tiny_bert(), _Drops({1, 3})
+    callback = PruneCallback(criterion="taylor", targets=("*.layer.1.*",))
+    trainer_for(model, tmp_path, [callback, drops], max_steps=6).train()
+    assert [drops.after[1], drops.after[6]] == [[0.0, 0.0], [0.0, 0.5]]
 
 
 def test_evaluation_is_no_evidence(tmp_path: Path) -> None:
@@ -400,7 +500,7 @@ def test_skipped_steps_move_neither_schedule_nor_scores(
     class Scores(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for kept in kwargs["optimizer"].param_groups[0].get(KEY, {}).values():
-                observed[state.global_step] = kept["observed"]
+                (observed[state.global_step],) = set(kept["observed"].values())
                 assert all(bool(one.isfinite().all()) for s in kept["states"].values() for one in s.values())
 
     callback = PruneCallback(criterion=criterion, schedule="linear", end=0.8)

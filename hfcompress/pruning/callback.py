@@ -78,6 +78,7 @@ class PruneCallback(GradualPruneCallback):
             sparsity,
             self.options.scope,
             self.options.parsed_pattern(),
+            evidence.unseen,
         )
 
     def _reached(self, model: nn.Module, weights: Weights) -> tuple[float, dict[str, float]]:

@@ -23,7 +23,8 @@ class Evidence:
 
     They lie in the optimizer's first parameter group, which every torch optimizer saves and loads as it is: a
     checkpoint has them or has no optimizer at all, wherever it is moved, and no file beside it can be lost or half
-    written.  ``trainer_state.json`` notes that they must be there, and they note the step that they belong to.
+    written.  ``trainer_state.json`` notes of which step they must be, and they note the step that they belong to.
+    Observations are counted for each weight: layers that LayerDrop leaves out of a step are not seen in it.
     """
 
     def __init__(self, criterion: Criterion, name: str, weights: Mapping[str, Tensor], rows: Rows) -> None:
@@ -33,14 +34,19 @@ class Evidence:
         self.observes = criterion.needs_gradient or criterion.needs_activations
         self._kept: dict[str, Any] = {
             "step": 0,
-            "observed": 0,
+            "observed": dict.fromkeys(weights, 0),
             "states": {key: criterion.initial(self._rows(key, weight.detach())) for key, weight in weights.items()},
         }
 
     @property
     def is_ready(self) -> bool:
-        """Say whether scores can be given."""
-        return not self.observes or self._kept["observed"] > 0
+        """Say whether any scores can be given."""
+        return len(self.unseen) < len(self._kept["observed"])
+
+    @property
+    def unseen(self) -> list[str]:
+        """The weights of which nothing has been observed, so that they have no scores: their layers did not run."""
+        return [name for name, count in self._kept["observed"].items() if self.observes and count == 0]
 
     def restore(self, optimizer: Any, state: TrainerState) -> None:
         """Go on with what the optimizer's checkpoint holds, or put the empty state there.
@@ -86,10 +92,11 @@ class Evidence:
     def observe_gradients(self, weights: Mapping[str, nn.Parameter], optimizer: Any) -> None:
         """Take in the gradients of one step; a step that the gradient scaler will skip does not count.
 
-        Raises HFCompressError when no weight has a gradient when the optimizer steps.
+        A weight without a gradient, since its layer did not run, is not seen.  Raises HFCompressError when no weight
+        at all has a gradient when the optimizer steps.
         """
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        if not gradients:
+        if not gradients and all(w.grad is None for group in optimizer.param_groups for w in group["params"]):
             raise HFCompressError(
                 f"No weight has a gradient before the optimizer's step, so there are no scores ({self.label}). "
                 "Optimizers that step inside the backward pass keep none; use criterion='magnitude' with them."
@@ -98,8 +105,7 @@ class Evidence:
             return
         for name, gradient in gradients.items():
             rows = self._rows(name, weights[name].detach()), self._rows(name, gradient)
-            self.criterion.observe_(self._kept["states"][name], *rows)
-        self._kept["observed"] += 1
+            self._observe(name, *rows)
 
     @torch.no_grad()
     def observe_sums(self, weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor]) -> None:
@@ -107,12 +113,17 @@ class Evidence:
         if not all(bool(torch.isfinite(one).all()) for one in sums.values()):
             return
         for name, one in sums.items():
-            self.criterion.observe_(self._kept["states"][name], self._rows(name, weights[name].detach()), one)
-        self._kept["observed"] += 1
+            # The sums count tokens or examples, too: only a layer that did not run has none.
+            if bool(one.any()):
+                self._observe(name, self._rows(name, weights[name].detach()), one)
+
+    def _observe(self, name: str, weight: Tensor, evidence: Tensor) -> None:
+        self.criterion.observe_(self._kept["states"][name], weight, evidence)
+        self._kept["observed"][name] += 1
 
     @torch.no_grad()
     def scores(self, name: str, weight: Tensor) -> Tensor:
-        """Return the scores of a weight: (outputs, inputs), or one per unit."""
+        """Return the scores of a weight: (outputs, inputs), or one per unit; they mean nothing for ``unseen`` ones."""
         return self.criterion.scores(name, self._rows(name, weight.detach()), self._kept["states"][name])
 
 

@@ -201,6 +201,10 @@ class GradualPruneCallback(TrainerCallback, ABC):
             self._prune(weights, self.sparsity_at(step, state))
             clear_moments_(optimizer, weights, self._masks)
             masking.apply_masks_(weights, self._masks)
+            # Layers that did not run so far kept everything: what they lack is made up for once they have.
+            self._is_behind = bool(self._evidence.unseen) and self._misses(
+                unwrapped(model), weights, self.sparsity_at(step, state)
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -238,11 +242,13 @@ class GradualPruneCallback(TrainerCallback, ABC):
     ) -> None:
         """Say so if the run ended before the target was reached, and take the hooks off."""
         model, weights = unwrapped(kwargs["model"]), self._weights(kwargs["model"])
+        unseen = [] if self._evidence is None else self._evidence.unseen
         if self._misses(model, weights, self.options.sparsity):
+            never = f" Nothing was observed of {checks.some(unseen)}, which stay dense." if unseen else ""
             logger.warning(
                 f"{type(self).__name__}: training ended at step {state.global_step} with sparsity "
                 f"{self._reached(model, weights)[0]:.3f}, below the target {self.options.sparsity}, "
-                f"which the schedule reaches at step {self._ramp(state)[1]}."
+                f"which the schedule reaches at step {self._ramp(state)[1]}.{never}"
             )
         if self._evidence is not None:
             self._evidence.remove_from(kwargs["optimizer"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
 
 Masks = dict[str, Tensor]
 LOWEST = torch.finfo(torch.float32).min
+LAST = 1e30  # more than any score, and its sum over a block is finite
 
 
 def masks_from_zeros(weights: Mapping[str, Tensor]) -> Masks:
@@ -50,7 +51,12 @@ def factors(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prune_masks_(
-    masks: Masks, score: Callable[[str], Tensor], sparsity: float, scope: str, pattern: Pattern | None = None
+    masks: Masks,
+    score: Callable[[str], Tensor],
+    sparsity: float,
+    scope: str,
+    pattern: Pattern | None = None,
+    unseen: Collection[str] = (),
 ) -> None:
     """Prune the lowest scores to ``sparsity``, of all weights together or of each layer, in place.
 
@@ -59,9 +65,10 @@ def prune_masks_(
     copy of the model's scores is ever held.  Masks of matrices that patterns apply to lie (outputs, inputs).
     The count is rounded down to whole units of the pattern: never more than asked, and zeros inside blocks that stay
     count, too.  N:M ramps up to the pattern: at any sparsity below its own, what is pruned is a part of it.
+    unseen: weights without scores as yet, which lose nothing now.
     """
     for names in [list(masks)] if scope == "global" else [[name] for name in masks]:
-        units = _Units(masks, names, score, pattern)
+        units = _Units(masks, names, score, pattern, unseen)
         wanted = whole_units(sparsity, sum(masks[name].numel() for name in names))
         if isinstance(pattern, Blocks):
             dead = sum(masks[name].numel() - int(masks[name].sum()) for name in names)
@@ -69,6 +76,8 @@ def prune_masks_(
         else:
             marked = smallest(units, wanted)
         for name, one in zip(names, marked):
+            if name in unseen:
+                continue
             masks[name] &= ~(spread_blocks(one, pattern, masks[name].shape[1]) if isinstance(pattern, Blocks) else one)
 
 
@@ -92,10 +101,13 @@ class _Units:
     names: list[str]
     score: Callable[[str], Tensor]
     pattern: Pattern | None
+    unseen: Collection[str]
 
     def __iter__(self) -> Iterator[Tensor]:
         for name in self.names:
-            yield self._units_of(self.score(name), self.masks[name])
+            mask = self.masks[name]
+            scores = torch.full_like(mask, LAST, dtype=torch.float32) if name in self.unseen else self.score(name)
+            yield self._units_of(scores, mask)
 
     def _units_of(self, scores: Tensor, mask: Tensor) -> Tensor:
         if isinstance(self.pattern, Blocks):

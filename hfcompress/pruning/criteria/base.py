@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -17,9 +18,12 @@ class Criterion(Protocol):
     """
 
     needs_gradient: ClassVar[bool]
-    """``observe_`` is called before every optimizer step with the weight's gradient."""
+    """``observe_`` is called before every optimizer step with the weight's gradient, where it has one."""
     needs_activations: ClassVar[bool]
-    """``observe_`` is called at the steps that prune, with sums over what the module saw: of squares, for weights."""
+    """``observe_`` is called at the steps that prune, with sums over what the module saw, where it ran.
+
+    For weights they are sums of squares.
+    """
 
     def initial(self, weight: Tensor) -> State:
         """Return the state of a weight of which nothing has been observed."""
@@ -36,6 +40,19 @@ class Criterion(Protocol):
     def scores(self, name: str, weight: Tensor, state: State) -> Tensor:
         """Return the scores of a weight, laid out (outputs, inputs) where it is a matrix."""
         ...
+
+
+def no_steps(weight: Tensor) -> Tensor:
+    """Return the number of steps that a moving average begins with, () float32."""
+    return torch.zeros((), dtype=torch.float32, device=weight.device)
+
+
+def unbiased(average: Tensor, steps: Tensor, decay: float) -> Tensor:
+    """Return a moving average that began at zero without its bias to zero (Adam, arXiv 1412.6980, section 3).
+
+    steps: (), how many values it has taken in; weights that have seen unlike numbers of steps compare by it.
+    """
+    return average / (1 - decay ** steps.clamp_min(1))
 
 
 class OfWeightsAlone:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfcompress.pruning.criteria.base import State
+from hfcompress.pruning.criteria.base import State, no_steps, unbiased
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Taylor:
     """Score a weight by a moving average of ``|w * gradient|`` (Molchanov et al., arXiv 1611.06440, section 2.2).
 
     The gradient is that of a whole optimizer step.  Clipping scales it all alike and so weighs steps, not weights.
+    The average is over the steps that the weight had a gradient in, without a bias to zero where these are few.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -23,13 +24,14 @@ class Taylor:
     decay: float = 0.9
 
     def initial(self, weight: Tensor) -> State:
-        """Start from zero; all weights have seen as many steps, so the order needs no correction for that."""
-        return {"average": torch.zeros_like(weight, dtype=torch.float32)}
+        """Start from zero and no step."""
+        return {"average": torch.zeros_like(weight, dtype=torch.float32), "steps": no_steps(weight)}
 
     def observe_(self, state: State, weight: Tensor, evidence: Tensor) -> None:
         """Average in ``|w * gradient|`` of one step."""
         state["average"].lerp_((weight.float() * evidence.float()).abs_(), 1 - self.decay)
+        state["steps"] += 1
 
     def scores(self, name: str, weight: Tensor, state: State) -> Tensor:
         """Return the average."""
-        return state["average"]
+        return unbiased(state["average"], state["steps"], self.decay)

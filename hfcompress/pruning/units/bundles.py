@@ -93,19 +93,28 @@ def _firsts(sizes: Iterable[int]) -> list[int]:
     return firsts[:-1]
 
 
-def close_lowest(bundles: Sequence[Bundle], scores: Tensor, closed: Tensor, sparsity: float, scope: str) -> Tensor:
+def close_lowest(
+    bundles: Sequence[Bundle],
+    scores: Tensor,
+    closed: Tensor,
+    sparsity: float,
+    scope: str,
+    unseen: Tensor | None = None,
+) -> Tensor:
     """Return which units are closed when this share of them is, (all units,) bool; never more.
 
     scores: (all units,), not negative.  closed: units that stay closed and count, also where their item is still open.
     scope: ``global`` compares the means of lanes over all bundles, ``layer`` takes the share from each bundle.
+    unseen: units whose scores mean nothing yet; bundles with such units lose none now.
     """
     result = closed.clone()
     for compared in scopes(bundles, scope):
         ordered = [bundle.in_order(scores, closed) for bundle in compared]
         lanes, counted = [], 0
         for bundle, (_, sums, is_closed) in zip(compared, ordered):
-            gone = is_closed.all(0)[: bundle.lanes]
-            lanes.append((sums.sum(0) / bundle.size)[: bundle.lanes].masked_fill(gone, -torch.inf))
+            may_go = 0 if unseen is not None and bool(unseen[bundle.units].any()) else bundle.lanes
+            gone = is_closed.all(0)[:may_go]
+            lanes.append((sums.sum(0) / bundle.size)[:may_go].masked_fill(gone, -torch.inf))
             counted += int(gone.sum()) * bundle.size
         total = sum(bundle.units.numel() for bundle in compared)
         stray = sum(int(closed[bundle.units].sum()) for bundle in compared) - counted

@@ -147,13 +147,17 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
 
     def _prune(self, weights: Weights, sparsity: float) -> None:
         assert self._evidence is not None
-        scores, closed = [], []
+        scores, closed, unseen = [], [], []
         for name, part in self._readers.items():
-            one = self._evidence.scores(name, weights[name]).cpu()
+            is_unseen, count = name in self._evidence.unseen, len(part.features)
+            one = torch.zeros(count) if is_unseen else self._evidence.scores(name, weights[name]).cpu()
             scores.append(one / one.norm().clamp_min(1e-30) if self.options.normalize else one)
             closed.append(~self._masks[name].flatten().cpu()[part.features].any(1))
+            unseen.append(torch.full((count,), is_unseen))
         sizes = [len(one) for one in closed]
-        chosen = close_lowest(self._bundles, torch.cat(scores), torch.cat(closed), sparsity, self.options.scope)
+        chosen = close_lowest(
+            self._bundles, torch.cat(scores), torch.cat(closed), sparsity, self.options.scope, torch.cat(unseen)
+        )
         self._masks.update(self._masks_of(chosen.split(sizes), weights))
 
     def _reached(self, model: nn.Module, weights: Weights) -> tuple[float, dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfcompress.pruning.criteria.base import State
+from hfcompress.pruning.criteria.base import State, no_steps, unbiased
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class UnitTaylor:
 
     A gate scales what the output projection reads of the unit, or just as well the columns that read it, so its
     gradient is the sum of weight times gradient over these columns: it costs no hook and no pass of its own.  The
-    gradient is that of a whole optimizer step; the paper takes absolute values row by row.
+    gradient is that of a whole optimizer step; the paper takes absolute values row by row.  The average is over the
+    steps that the weight had a gradient in, without a bias to zero where these are few.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -25,14 +26,16 @@ class UnitTaylor:
     decay: float = 0.98
 
     def initial(self, weight: Tensor) -> State:
-        """Start from zero; all units have seen as many steps, so the order needs no correction for that."""
-        return {"average": torch.zeros(len(weight), dtype=torch.float32, device=weight.device)}
+        """Start from zero and no step."""
+        average = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+        return {"average": average, "steps": no_steps(weight)}
 
     def observe_(self, state: State, weight: Tensor, evidence: Tensor) -> None:
         """Average in the size of the gates' gradients of one step."""
         gates = (weight.float() * evidence.float()).flatten(1).sum(1)
         state["average"].lerp_(gates.abs(), 1 - self.decay)
+        state["steps"] += 1
 
     def scores(self, name: str, weight: Tensor, state: State) -> Tensor:
         """Return the average."""
-        return state["average"]
+        return unbiased(state["average"], state["steps"], self.decay)
