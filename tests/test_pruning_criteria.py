@@ -421,6 +421,55 @@ def test_new_criterion_on_an_old_checkpoint_says_so(tmp_path: Path, caplog: pyte
     assert count_zeros(zeros_of(matrices(model))) == half_of(model)
 
 
+@pytest.mark.parametrize("kind", [PruneCallback, NeuronPruneCallback])
+def test_training_that_starts_over_with_smaller_batches_begins_anew(kind: Any, tmp_path: Path) -> None:
+    class RunsOutOfMemory(TrainerCallback):
+        steps: list[int] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps = [*self.steps, state.global_step]
+            if len(self.steps) == 3:
+                raise RuntimeError("CUDA out of memory.")
+
+    full, callback = RunsOutOfMemory(), kind(0.5, criterion="taylor")
+    options: dict[str, Any] = {"auto_find_batch_size": True, "max_steps": 4}
+    trainer = trainer_for(tiny_bert(), tmp_path, [callback, full], **options)
+    trainer.train()
+    assert full.steps == [0, 1, 2, 0, 1, 2, 3]
+    assert callback.reached(trainer.model) == pytest.approx(0.5, abs=0.001)
+
+
+def test_training_goes_on_without_the_callback_and_then_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(steps: int, *callbacks: TrainerCallback) -> PreTrainedModel:
+        model = tiny_bert()
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+        trainer = trainer_for(model, tmp_path, [*callbacks, StopAt(steps)], **options)
+        trainer.train(resume_from_checkpoint=steps > 2)
+        return model
+
+    trained(2, PruneCallback(criterion="taylor"))
+    trained(4)
+    with caplog.at_level(logging.WARNING, logger="hfcompress"):
+        model = trained(6, PruneCallback(criterion="taylor"))
+    (message,) = [record.message for record in caplog.records if "holds no scores" in record.message]
+    assert "later than of step 2; they begin at step 4" in message
+    assert count_zeros(zeros_of(matrices(model))) == half_of(model)
+
+
+def test_scores_of_other_weights_are_refused_by_name(tmp_path: Path) -> None:
+    query, key = "*.layer.0.attention.self.query", "*.layer.0.attention.self.key"
+    callbacks = [PruneCallback(criterion="taylor", targets=(query, "*.layer.1.output.dense")), StopAt(2)]
+    trainer_for(tiny_bert(), tmp_path, callbacks, save_strategy="steps", save_steps=2).train()
+    more = PruneCallback(criterion="taylor", targets=(query, key))
+    with pytest.raises(
+        CheckpointError,
+        match=r"other weights.*not of '.*\.0\..*key\.weight', and also of '.*\.1\.output\.dense\.weight'",
+    ):
+        trainer_for(tiny_bert(), tmp_path, [more]).train(resume_from_checkpoint=True)
+
+
 def test_a_second_run_of_the_same_trainer_starts_anew(tmp_path: Path) -> None:
     model = tiny_bert()
     trainer = trainer_for(model, tmp_path, [PruneCallback(criterion="movement")])
@@ -432,7 +481,7 @@ def test_a_second_run_of_the_same_trainer_starts_anew(tmp_path: Path) -> None:
 def test_checkpoint_state_is_json(tmp_path: Path) -> None:
     checkpoint = _stopped_run("taylor", tmp_path)
     marks = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"][KEY]
-    assert marks == ["taylor of bert.encoder.layer.0.attention.self.query.weight"]
+    assert marks == {"taylor of bert.encoder.layer.0.attention.self.query.weight": 4}
     trainer = trainer_for(
         tiny_bert(), tmp_path, [PruneCallback(criterion="taylor")], restore_callback_states_from_checkpoint=True
     )

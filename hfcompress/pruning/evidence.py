@@ -11,6 +11,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from hfcompress.errors import CheckpointError, HFCompressError
+from hfcompress.pruning.checks import some
 from hfcompress.pruning.criteria import Criterion
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,7 @@ class Evidence:
         self._rows = rows
         self.label = f"{name} of {next(iter(weights))}"
         self.observes = criterion.needs_gradient or criterion.needs_activations
+        self._marks: dict[str, Any] = {}
         self._kept: dict[str, Any] = {
             "step": 0,
             "observed": dict.fromkeys(weights, 0),
@@ -51,33 +53,52 @@ class Evidence:
     def restore(self, optimizer: Any, state: TrainerState) -> None:
         """Go on with what the optimizer's checkpoint holds, or put the empty state there.
 
-        Raises CheckpointError when a checkpoint should have it and has not, or has that of another step.
+        At step 0 all begins anew: what an optimizer holds then is of an attempt that was given up.  After steps that
+        were trained without this, too.  Raises CheckpointError when a checkpoint should have it and has not, or has
+        that of another step or of other weights.
         """
         if not self.observes:
             return
-        marks: dict[str, Any] = state.stateful_callbacks if isinstance(state.stateful_callbacks, dict) else {}
+        self._marks = state.stateful_callbacks if isinstance(state.stateful_callbacks, dict) else {}
+        noted = self._marks.get(KEY, {}).get(self.label)
         places = optimizer.param_groups[0].setdefault(KEY, {})
         found = places.get(self.label)
-        if found is None and self.label in marks.get(KEY, ()):
+        step = state.global_step
+        if step > 0 and found is None and noted == step:
             raise CheckpointError(
-                f"The checkpoint of step {state.global_step} lacks the scores ({self.label}) that its run had: it was "
+                f"The checkpoint of step {step} lacks the scores ({self.label}) that its run had: it was "
                 "not written to its end, or with save_only_model=True. Resume from another one."
             )
-        if found is not None and found["step"] != state.global_step:
+        # Whoever trains on without this hands on what it wrote: scores and note are of one and the same older step.
+        is_behind = found is not None and found["step"] < step and noted in (None, found["step"])
+        if step > 0 and found is not None and found["step"] != step and not is_behind:
             raise CheckpointError(
                 f"The optimizer holds scores ({self.label}) of step {found['step']}, but training goes on from step "
-                f"{state.global_step}: the checkpoint was not written to its end, or train() was cut off before. "
+                f"{step}: the checkpoint was not written to its end, or train() was cut off before. "
                 "Resume from another checkpoint, or make a new Trainer."
             )
-        if found is not None:
-            for name, mine in self._kept["states"].items():
-                mine.update({key: found["states"][name][key].to(empty.device) for key, empty in mine.items()})
-            self._kept["observed"] = found["observed"]
-        elif state.global_step > 0:
-            logger.warning(f"The checkpoint holds no scores ({self.label}); they begin at step {state.global_step}.")
-        self._kept["step"] = state.global_step
+        if step > 0 and found is not None and not is_behind:
+            self._take_over(found)
+        elif step > 0:
+            older = "" if found is None else f" later than of step {found['step']}"
+            logger.warning(f"The checkpoint holds no scores ({self.label}){older}; they begin at step {step}.")
         places[self.label] = self._kept
-        marks[KEY] = sorted({*marks.get(KEY, ()), self.label})
+        self.belongs_to(step)
+
+    def _take_over(self, found: Mapping[str, Any]) -> None:
+        """Copy what a checkpoint holds.  Raises CheckpointError when it is of other weights."""
+        mine, theirs = self._kept["states"], found["states"]
+        if mine.keys() != theirs.keys():
+            missing, more = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+            faults = [f"not of {some(missing)}"] * bool(missing) + [f"also of {some(more)}"] * bool(more)
+            raise CheckpointError(
+                f"The checkpoint holds scores ({self.label}) of other weights than are pruned now: "
+                f"{', and '.join(faults)}. Scores over unlike numbers of steps do not compare, so resume with the "
+                "options that its run had."
+            )
+        for name, state in mine.items():
+            state.update({key: theirs[name][key].to(empty.device) for key, empty in state.items()})
+        self._kept["observed"].update(found["observed"])
 
     def remove_from(self, optimizer: Any) -> None:
         """Take the state out of the optimizer."""
@@ -85,8 +106,10 @@ class Evidence:
             optimizer.param_groups[0].get(KEY, {}).pop(self.label, None)
 
     def belongs_to(self, step: int) -> None:
-        """Note the step that the next checkpoint will be of."""
+        """Note the step that the next checkpoint will be of, in the state and beside it."""
         self._kept["step"] = step
+        if self.observes:
+            self._marks.setdefault(KEY, {})[self.label] = step
 
     @torch.no_grad()
     def observe_gradients(self, weights: Mapping[str, nn.Parameter], optimizer: Any) -> None:
