@@ -11,16 +11,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+)
 from transformers.integrations import integration_utils
 
 from hfcompress.errors import HFCompressError, ModelError
-from hfcompress.pruning import PruneCallback
+from hfcompress.pruning import HeadPruneCallback, NeuronPruneCallback, PruneCallback
 from hfcompress.pruning.criteria import CRITERIA
 from hfcompress.pruning.masks import prunable_weights, prune_masks_
 from hfcompress.pruning.oneshot import Magnitude, prune
 from hfcompress.pruning.patterns import Blocks, NofM, parse_pattern
-from tests.conftest import tiny_bert
+from hfcompress.quantization import RTN, quantize
+from hfcompress.structure import shrink
+from tests.conftest import VOCABULARY_SIZE, tiny_bert
 from tests.pruning_runs import (
     StopAt,
     Watch,
@@ -343,6 +352,38 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 def _share(weights: dict[str, Tensor], part: str = "") -> float:
     inside = [weight for name, weight in weights.items() if part in name]
     return sum(int((weight == 0).sum()) for weight in inside) / sum(weight.numel() for weight in inside)
+
+
+def test_model_without_a_stack_of_layers_reports_no_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=2)
+    )
+    rows = [{"pixel_values": torch.rand(3, 32, 32), "labels": torch.tensor(index % 2)} for index in range(4)]
+    trainer = trainer_for(model, tmp_path, [PruneCallback(targets=("Conv2d",))], rows=rows, max_steps=2)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "sparsity" in entry]
+    assert entry["sparsity"] == pytest.approx(0.5, abs=0.001)
+    assert not [name for name in entry if name.startswith("sparsity/")]
+    with pytest.raises(ModelError, match=r"No weight matches targets=\['\*\.query'\].*resnet\.embedder"):
+        prunable_weights(model, ("*.query",))
+
+
+@pytest.mark.parametrize("change", ["quantize", "shrink"])
+def test_evaluation_after_the_model_was_changed_logs_what_is_there(change: str, tmp_path: Path) -> None:
+    model = small_llama()
+    callbacks = [PruneCallback(0.3), HeadPruneCallback(0.5), NeuronPruneCallback(0.5)]
+    trainer = trainer_for(model, tmp_path, callbacks, max_steps=2)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert {"sparsity", "heads_pruned", "neurons_pruned"} <= trainer.state.log_history[-1].keys()
+    if change == "quantize":
+        quantize(model, RTN(bits=8))
+    else:
+        shrink(model)
+    assert trainer.evaluate()["eval_loss"] > 0
+    logged = {name for name in trainer.state.log_history[-1] if not name.startswith("eval_")}
+    assert logged.isdisjoint({"sparsity", "heads_pruned", "neurons_pruned"}) == (change == "quantize")
 
 
 def test_trackers_get_the_sparsity_of_every_layer_at_every_evaluation(

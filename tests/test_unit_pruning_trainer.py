@@ -38,7 +38,7 @@ from hfcompress.pruning import (
 from hfcompress.pruning.evidence import KEY
 from hfcompress.pruning.units.trial import one_of_each_kind
 from hfcompress.quantization import QuantizeAwareCallback
-from hfcompress.structure import attach_gates, find_attention, find_ffn
+from hfcompress.structure import attach_gates, find_attention, find_ffn, shrink, zero_neurons_
 from tests.conftest import tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
 from tests.families import FAMILIES
@@ -278,6 +278,20 @@ def test_two_callbacks_prune_heads_of_their_own_layers(tmp_path: Path) -> None:
     assert [int(one.sum()) for one in watch.after[10][0].values()] == [1, 3]
     (entry,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert (entry["heads_pruned_1"], entry["heads_pruned_2"]) == (0.25, 0.75)
+
+
+def test_layer_that_lost_all_its_neurons_is_trained_further(tmp_path: Path) -> None:
+    model = tiny_bert(layers=3)
+    zero_neurons_(model, find_ffn(model)[1], range(64))
+    shrink(model)
+    trainer = trainer_for(
+        model, tmp_path, [NeuronPruneCallback(0.5)], eval_strategy="steps", eval_steps=4, max_steps=4
+    )
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert entry["neurons_pruned"] == 0.5
+    assert entry.get("neurons_pruned/bert.encoder.layer.1", 0.0) == 0.0
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 # Refusals

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hfcompress.callbacks import peers_of, read_options, refuse_sharding, unwrapped
+from hfcompress.callbacks import handler_of, peers_of, read_options, refuse_sharding, unwrapped
+from hfcompress.errors import HFCompressError
 from hfcompress.pruning import checks
 from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
@@ -87,6 +88,14 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def _weights(self, model: nn.Module) -> Weights:
         inner = unwrapped(model)
         return {name: inner.get_parameter(name) for name in self._masks}
+
+    def _fits(self, model: nn.Module) -> bool:
+        """Say whether the masks are of this model: not after training, nor of one shrunk after a cut-off run."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return bool(self._masks) and all(
+            name in parameters and all(length in (1, size) for length, size in zip(mask.shape, parameters[name].shape))
+            for name, mask in self._masks.items()
+        )
 
     def _ramp(self, state: TrainerState) -> tuple[int, int]:
         return ramp(self.options.schedule, self.options.start, self.options.end, state.max_steps)
@@ -226,10 +235,16 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the sparsity beside the metrics, overall and per layer, counted from the weights."""
+        """Log the sparsity beside the metrics, overall and per layer, counted from the weights.
+
+        Outside training, nothing is logged of a model that has nothing to prune any more, as a quantized one.
+        """
         model = unwrapped(kwargs["model"])
-        overall, layers = self._reached(model, self._weights(model) if self._masks else self._find(model))
-        log_shares(self, self.log_name, overall, layers, args, state, control)
+        try:
+            weights = self._weights(model) if self._fits(model) else self._find(model)
+        except HFCompressError:
+            return
+        log_shares(self, self.log_name, *self._reached(model, weights), args, state, control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the sparsity with the training's summary, unless an evaluation of the last step did."""

@@ -21,7 +21,7 @@ from hfcompress.pruning.patterns import (
 )
 from hfcompress.pruning.select import smallest
 from hfcompress.pruning.targets import prunable_weights
-from hfcompress.structure import layer_stacks
+from hfcompress.structure import LayerStack, layer_stacks
 
 __all__ = [
     "GradientMask",
@@ -146,11 +146,18 @@ class GradientMask:
 def sparsity_of(weights: Mapping[str, Tensor]) -> float:
     """Return the share of these weights that is zero, counted from the weights."""
     total = sum(weight.numel() for weight in weights.values())
-    return 1 - sum(int(weight.count_nonzero()) for weight in weights.values()) / total
+    return sum(weight.numel() - int(weight.count_nonzero()) for weight in weights.values()) / max(1, total)
+
+
+def _stacks(model: nn.Module) -> list[LayerStack]:
+    try:
+        return layer_stacks(model)
+    except ModelError:  # it has none, as convolutional networks have none
+        return []
 
 
 def sparsity_by_layer(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the sparsity of each layer of the stacks, by the layer's name."""
-    layers = [f"{stack.name}.{index}" for stack in layer_stacks(model) for index in range(len(stack))]
+    """Return the sparsity of each layer of the stacks, by the layer's name; nothing where a model has no stack."""
+    layers = [f"{stack.name}.{index}" for stack in _stacks(model) for index in range(len(stack))]
     inside = {layer: {n: w for n, w in weights.items() if n.startswith(layer + ".")} for layer in layers}
     return {layer: sparsity_of(found) for layer, found in inside.items() if found}

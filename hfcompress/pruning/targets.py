@@ -34,12 +34,20 @@ def prunable_weights(
         if named and not any(_named(name, exclude) or _typed(module, exclude) for name, module in modules.items()):
             found[f"{named[0]}.weight"] = weight
     if not found:
-        examples = ", ".join(list(stack_linears(model))[:3])
+        examples = ", ".join(_examples(model, [next(iter(modules)) for _, modules in holders.values()]))
         raise ModelError(
             f"No weight matches targets={_shown(targets)} and exclude={_shown(exclude)}. "
             f"Names in this model look like: {examples}; types like: Linear, Embedding."
         )
     return found
+
+
+def _examples(model: nn.Module, names: list[str]) -> list[str]:
+    """Return some names that targets could have; names: of all modules with a weight."""
+    try:
+        return list(stack_linears(model))[:3]
+    except ModelError:  # it has no stack of layers
+        return names[:3]
 
 
 def _holders(model: nn.Module) -> dict[int, tuple[nn.Parameter, dict[str, nn.Module]]]:

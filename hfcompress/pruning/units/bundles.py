@@ -56,6 +56,7 @@ def neuron_bundles(sites: Sequence[FfnSite], modules: Mapping[str, torch.nn.Modu
     return [
         Bundle((first + torch.arange(site.width)).reshape(1, -1, 1), int(isinstance(modules[site.down.name], Conv1D)))
         for site, first in zip(sites, firsts)
+        if site.width
     ]
 
 

@@ -238,7 +238,8 @@ def _layer_name(site: AttentionSite | FfnSite) -> str:
 
 
 def _share(closed: Sequence[Tensor]) -> float:
-    return sum(int(one.sum()) for one in closed) / sum(len(one) for one in closed)
+    """Return which share of all units is closed; 0 where there are none, as in a layer that lost all its neurons."""
+    return sum(int(one.sum()) for one in closed) / max(1, sum(len(one) for one in closed))
 
 
 def _ties(site: AttentionSite | FfnSite) -> set[str]:

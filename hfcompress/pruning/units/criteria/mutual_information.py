@@ -43,7 +43,7 @@ class UnitMutualInformation:
         moments = state["moments"].double().cpu()
         sums, squares = moments[:, 1:].chunk(2, dim=1)
         information = mixture_information(*moments_within(moments[:, 0], sums, squares))
-        return information.reshape(weight.shape[0], -1).amax(1).float().to(weight.device)
+        return information.reshape(weight.shape[:2]).amax(1).float().to(weight.device)
 
 
 def moments_within(counts: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
