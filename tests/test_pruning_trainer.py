@@ -488,6 +488,28 @@ def test_tied_weight_is_an_embedding_and_a_head_at_once() -> None:
     assert list(prunable_weights(apart, ("*embed_tokens",), ("lm_head",))) == [name]
 
 
+@pytest.mark.parametrize("door", ["callback", "oneshot"])
+def test_experts_that_are_left_out_are_counted_in_a_warning(
+    door: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, pad_token_id=0, eos_token_id=5,
+    )  # fmt: skip
+    for targets in (("*.self_attn.*",), None):
+        model = AutoModelForCausalLM.from_config(config)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hfcompress"):
+            if door == "callback":
+                trainer_for(model, tmp_path, [PruneCallback(0.8, targets=targets)], max_steps=1).train()
+            else:
+                prune(model, Magnitude(0.8), targets=targets)
+        found = [record.message for record in caplog.records if "experts of 2 layers" in record.message]
+        assert len(found) == (targets is None)
+    assert f"leaves out {2 * 4 * 3 * 32 * 48:,} of the model's {model.num_parameters():,} weights" in found[0]
+    assert "hfcompress.quantize" in found[0]
+
+
 def test_embeddings_are_pruned_when_asked_for(tmp_path: Path) -> None:
     model = tiny_bert()
     trainer_for(model, tmp_path, [PruneCallback(targets=("Embedding",))]).train()

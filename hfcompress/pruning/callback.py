@@ -15,7 +15,7 @@ from hfcompress.pruning.criteria import Criterion, criterion_of
 from hfcompress.pruning.gradual import GradualPruneCallback, Weights
 from hfcompress.pruning.options import PruneOptions
 from hfcompress.pruning.patterns import Blocks
-from hfcompress.pruning.targets import as_rows, lies_transposed
+from hfcompress.pruning.targets import as_rows, lies_transposed, warn_of_experts
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,7 @@ class PruneCallback(GradualPruneCallback):
     ) -> None:
         super()._check(args, model, weights, criterion, data)
         checks.refuse_misfits(weights, self.options, self._transposed)
+        warn_of_experts(model, self.options.targets, type(self).__name__)
         for name, weight in weights.items():
             if not bool(weight.any()):
                 logger.warning(f"PruneCallback: '{name}' is all zero, so all of it counts as pruned and stays zero.")

@@ -7,9 +7,13 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hfcompress.errors import ModelError
 from hfcompress.structure import stack_linears
+from hfcompress.structure.experts import fused_experts
+
+logger = logging.get_logger(__name__)
 
 
 def prunable_weights(
@@ -48,6 +52,23 @@ def _examples(model: nn.Module, names: list[str]) -> list[str]:
         return list(stack_linears(model))[:3]
     except ModelError:  # it has no stack of layers
         return names[:3]
+
+
+def warn_of_experts(model: nn.Module, targets: Iterable[str] | None, what: str) -> None:
+    """Warn where the default targets leave out experts, whose matrices are slices of one tensor and so no modules.
+
+    what: prunes.
+    """
+    experts = {} if targets is not None else fused_experts(model)
+    if not experts:
+        return
+    left_out = sum(model.get_submodule(name).get_parameter(leaf).numel() for name in experts for leaf in experts[name])
+    total = sum(weight.numel() for weight in model.parameters())
+    logger.warning(
+        f"{what} leaves out {left_out:,} of the model's {total:,} weights: the experts of {len(experts)} layers "
+        f"('{next(iter(experts))}'), which are slices of one tensor. They stay dense, and the sparsity is that of the "
+        "other weights. hfcompress.quantize makes experts smaller."
+    )
 
 
 def _holders(model: nn.Module) -> dict[int, tuple[nn.Parameter, dict[str, nn.Module]]]:

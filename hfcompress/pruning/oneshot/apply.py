@@ -24,6 +24,7 @@ from hfcompress.pruning.oneshot.plan import PlannedWeight, plan_weights
 from hfcompress.pruning.oneshot.report import PrunedLayer, PruningReport
 from hfcompress.pruning.oneshot.sparsegpt import SparseGPT, sparsegpt
 from hfcompress.pruning.oneshot.wanda import Wanda, wanda_pruned
+from hfcompress.pruning.targets import warn_of_experts
 
 Planned = Mapping[str, PlannedWeight]
 Rows = list[PrunedLayer]
@@ -52,6 +53,7 @@ def prune(
     name = type(method).__name__
     batches = batches_for(model, name, calibration, processor) if method.needs_calibration else []
     planned = plan_weights(model, method, targets, exclude)
+    warn_of_experts(model, targets, name)
     rows: Rows = []
     try:
         with freed_memory_kept(), meter(f"Pruning with {name}", len(planned)) as bar, torch.no_grad():
