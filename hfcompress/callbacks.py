@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from hfcompress.errors import HFCompressError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 Options = TypeVar("Options")
 
@@ -75,6 +78,19 @@ def handler_of(callback: TrainerCallback) -> CallbackHandler | None:
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, CallbackHandler) and any(one is callback for one in owner.callbacks):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def trainer_of(callback: TrainerCallback) -> Trainer | None:
+    """Return the Trainer that is training with this callback now, found as its handler is, or None."""
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and any(one is callback for one in owner.callback_handler.callbacks):
             return owner
         frame = frame.f_back
     return None

@@ -62,7 +62,9 @@ def class_rows(count: int = 32, length: int = 8) -> Rows:
 def trainer_for(
     model: PreTrainedModel, folder: Path, callbacks: list[Any], rows: Rows | None = None, **options: Any
 ) -> Trainer:
-    extra = {name: options.pop(name) for name in ("optimizers", "compute_metrics") if name in options}
+    extra = {
+        name: options.pop(name) for name in ("optimizers", "compute_metrics", "compute_loss_func") if name in options
+    }
     defaults = {
         "max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no",
         "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from hfcompress.errors import HFCompressError
@@ -329,6 +331,16 @@ def _unlabelled() -> Rows:
     return [{name: value for name, value in row.items() if name != "labels"} for row in class_rows(8)]
 
 
+class _Streamed(IterableDataset[dict[str, Tensor]]):
+    """Rows that can only be gone through, as those of a streamed data set."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.rows)
+
+
 @pytest.mark.parametrize(
     ("make", "rows", "options", "match"),
     [
@@ -338,13 +350,17 @@ def _unlabelled() -> Rows:
         (lambda: tiny_bert(num_labels=65), class_rows, {}, "at most 64 classes, not 65"),
         (tiny_bert, _unlabelled, {}, "found: none.* Rows have: input_ids, attention_mask"),
         (tiny_bert, class_rows, {"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 takes them"),
+        (tiny_bert, class_rows, {"compute_loss_func": lambda *given, **more: None}, "compute_loss_func takes them"),
+        (tiny_bert, lambda: _Streamed(_unlabelled()), {}, "in the model's forward, and found: none"),
     ],
 )
 def test_information_without_classes_is_refused_before_the_first_step(
     make: Any, rows: Any, options: dict[str, Any], match: str, tmp_path: Path
 ) -> None:
     callback = NeuronPruneCallback(criterion="mutual_information")
-    trainer = trainer_for(make(), tmp_path, [callback], rows=rows(), **options)
+    found = rows()
+    trainer = trainer_for(make(), tmp_path, [callback], rows=class_rows(8), **options)
+    trainer.train_dataset = found
     with pytest.raises(HFCompressError, match=match):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -35,10 +35,18 @@ class InputSums:
 
     statistic: from a weight's name, its module's inputs (..., features), their padding mask and the batch's labels,
     each None where there is none, to the tensor that is summed; of no inputs, (0, features), it returns zeros.
+    check: is shown the labels of the first training batch, also where that is not counted, and may raise.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], statistic: Statistic) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        statistic: Statistic,
+        check: Callable[[Tensor | None], None] | None = None,
+    ) -> None:
         self.active = False
+        self.check = check
         self.batch: dict[str, Tensor | None] = {}
         self.sums: dict[str, Tensor] = {}
         self.handles: list[Any] = []
@@ -55,6 +63,9 @@ class InputSums:
 
     def _note_batch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.batch = {name: kwargs.get(name) for name in BATCH}
+        if self.check is not None and module.training:
+            self.check(self.batch["labels"])
+            self.check = None
 
     def _hook(self, name: str, mask_name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hfcompress.callbacks import refuse_split_weights
+from hfcompress.callbacks import refuse_split_weights, trainer_of
 from hfcompress.errors import ModelError
 from hfcompress.pruning import checks
 from hfcompress.pruning.criteria import Criterion
@@ -89,7 +89,9 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
     ) -> None:
         super()._check(args, model, weights, criterion, data)
         if isinstance(criterion, UnitMutualInformation):
-            refuse_no_classes(model, args, first_row(data))
+            trainer = trainer_of(self)
+            has_own_loss = trainer is not None and trainer.compute_loss_func is not None
+            refuse_no_classes(model, args, first_row(data), has_own_loss)
         refuse_uncuttable(model, {part.name for site in self._sites for part in self._parts(site)})
         frozen = [name for name, weight in weights.items() if not weight.requires_grad]
         if frozen:

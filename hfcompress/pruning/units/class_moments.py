@@ -24,8 +24,10 @@ def class_moments(inputs: Tensor, mask: Tensor | None, labels: Tensor | None, cl
     rows = inputs.flatten(0, -2).float()
     if len(rows) == 0:
         return rows.new_zeros(classes, 1 + 2 * rows.shape[-1])
-    if labels is None or labels.is_floating_point() or len(rows) % max(1, len(labels)) or labels.dim() > 2:
-        raise HFCompressError(_NO_CLASSES.format(found="none" if labels is None else f"{tuple(labels.shape)}"))
+    refuse_unlabelled(labels)
+    assert labels is not None
+    if labels.dim() == 0 or len(rows) % max(1, len(labels)):
+        raise HFCompressError(_NO_CLASSES.format(found=f"{tuple(labels.shape)}"))
     keep = counted(inputs, mask)
     if labels.dim() == 1:
         weights = keep.to(rows.dtype).view(len(labels), -1, 1)
@@ -40,10 +42,11 @@ def class_moments(inputs: Tensor, mask: Tensor | None, labels: Tensor | None, cl
     return torch.cat([members.sum(1, keepdim=True), members @ rows, members @ rows.square()], dim=1)
 
 
-def refuse_no_classes(model: nn.Module, args: TrainingArguments, row: Any) -> None:
+def refuse_no_classes(model: nn.Module, args: TrainingArguments, row: Any, has_own_loss: bool) -> None:
     """Raise before the first step where the batches will have no class labels.
 
-    row: the first row of the training data, or None where it cannot be looked at.
+    row: the first row of the training data, or None where it cannot be looked at: then the first batch is looked at.
+    has_own_loss: whether the Trainer has a ``compute_loss_func``, to which it gives the labels instead of the model.
     """
     config = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)
@@ -66,6 +69,17 @@ def refuse_no_classes(model: nn.Module, args: TrainingArguments, row: Any) -> No
             "criterion='mutual_information' needs the labels in the model's forward, from which "
             f"label_smoothing_factor={args.label_smoothing_factor} takes them. Use criterion='taylor' or no smoothing."
         )
+    if has_own_loss:
+        raise HFCompressError(
+            "criterion='mutual_information' needs the labels in the model's forward, from which compute_loss_func "
+            "takes them. Use criterion='taylor', or let the model compute the loss."
+        )
+
+
+def refuse_unlabelled(labels: Tensor | None) -> None:
+    """Raise HFCompressError for a batch without labels that are classes."""
+    if labels is None or labels.is_floating_point() or labels.dim() > 2:
+        raise HFCompressError(_NO_CLASSES.format(found="none" if labels is None else f"{tuple(labels.shape)}"))
 
 
 def first_row(data: Any) -> Any:

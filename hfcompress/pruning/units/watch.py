@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hfcompress.pruning.criteria.base import Criterion
 from hfcompress.pruning.inputs import InputSums, Watch, sum_of_squares
 from hfcompress.pruning.units.attention_watch import AttentionWatch
-from hfcompress.pruning.units.class_moments import class_moments
+from hfcompress.pruning.units.class_moments import class_moments, refuse_unlabelled
 from hfcompress.pruning.units.criteria import UnitEntropy, UnitMutualInformation
 from hfcompress.structure import AttentionSite
 
@@ -40,4 +40,6 @@ def unit_watch(
         assert isinstance(criterion, UnitMutualInformation)
         return class_moments(in_order, mask, labels, criterion.classes)
 
-    return InputSums(model, weights, moments if isinstance(criterion, UnitMutualInformation) else squares)
+    if isinstance(criterion, UnitMutualInformation):
+        return InputSums(model, weights, moments, refuse_unlabelled)
+    return InputSums(model, weights, squares)
