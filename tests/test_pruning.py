@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hfcompress.errors import HFCompressError, ModelError
-from hfcompress.pruning import PruneCallback, PruneOptions
+from hfcompress.pruning import NeuronPruneCallback, PruneCallback, PruneOptions
 from hfcompress.pruning.masks import prunable_weights, sparsity_by_layer
 from hfcompress.pruning.optimizers import clear_moments_, keeps_zeros
 from hfcompress.pruning.schedules import SCHEDULES, ramp
@@ -368,6 +368,39 @@ def test_hooks_go_away_with_the_run(tmp_path: Path) -> None:
     model(**{name: torch.stack([row[name] for row in text_rows(8)]) for name in text_rows(1)[0]}).loss.backward()
     weight = model.model.layers[0].mlp.up_proj.weight
     assert weight.grad[weight == 0].all()
+
+
+class _Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "activation"])
+def test_a_cut_off_run_leaves_no_hooks_to_the_next(criterion: str, tmp_path: Path) -> None:
+    model = small_llama()
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    callbacks = [PruneCallback(0.8, criterion=criterion), NeuronPruneCallback(0.5), _Interrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, tmp_path, callbacks).train()
+    model.load_state_dict(dense)
+    hooks = len(model._forward_pre_hooks)
+    kept = [PruneCallback(0.0, targets=("*.q_proj",)), PruneCallback(0.0, targets=("*.k_proj",), criterion=criterion)]
+    during: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            attention = kwargs["model"].model.layers[0].self_attn
+            during.extend(len(one.weight._post_accumulate_grad_hooks) for one in (attention.q_proj, attention.k_proj))
+
+    trainer_for(
+        model, tmp_path, [*kept, Count()], max_steps=1, optim="sgd", max_grad_norm=0.0, learning_rate=1.0
+    ).train()
+    assert during == [1, 1]
+    assert len(model._forward_pre_hooks) == hooks - (criterion == "activation")
+    for name, weight in matrices(model).items():
+        # The cut-off run had pruned half of the weights.
+        assert int((weight != dense[name]).sum()) > 0.9 * weight.numel(), name
 
 
 # The best model

@@ -17,6 +17,7 @@ from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
 from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.inputs import InputSums, Watch, sum_of_squares
+from hfcompress.pruning.leftovers import remove_leftovers
 from hfcompress.pruning.optimizers import clear_moments_, keeps_zeros
 from hfcompress.pruning.options import GradualOptions
 from hfcompress.pruning.reporting import has_logged, log_shares
@@ -127,6 +128,9 @@ class GradualPruneCallback(TrainerCallback, ABC):
         self._release()
         self._masks = {}
         model = unwrapped(kwargs["model"])
+        handler = handler_of(self)
+        running = [one for one in handler.callbacks if isinstance(one, GradualPruneCallback)] if handler else [self]
+        remove_leftovers(model, [one._masks for one in running], [one._watch for one in running])
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(["hfcompress", "pruned"])  # what pushes it to the Hub puts them on its card
         weights = self._find(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ Statistic = Callable[[str, Tensor, Tensor | None, Tensor | None], Tensor]
 BATCH = ("attention_mask", "decoder_attention_mask", "labels")
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Sums evidence for some weights, by their names, in the forwards of training steps while ``active``."""
 
