@@ -24,6 +24,7 @@ from hfcompress.pruning.units.criteria import UnitTaylor
 from hfcompress.structure import find_ffn
 from tests.conftest import VOCABULARY_SIZE, tiny_bert
 from tests.distributed import WORLD_SIZE, run_in_two_processes
+from tests.families import FAMILIES
 from tests.forks import Forks
 from tests.pruning_runs import (
     Rows,
@@ -204,6 +205,25 @@ def test_padding_is_no_input(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(sum_of_squares(broken, mask), expected)
     for other in (None, torch.ones(3, 2), torch.ones(2, 1, 3, 3)):
         assert sum_of_squares(inputs, other)[-1] == 6
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_padding_of_the_encoder_is_no_input_of_cross_attention(family: str) -> None:
+    model = FAMILIES[family].model().train()
+    linears = {f"{name}.weight": one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    watch = InputSums(model, {n: one.weight for n, one in linears.items()}, lambda n, *seen: sum_of_squares(*seen[:2]))
+    watch.active = True
+    ids = torch.arange(6, 6 + 2 * 5).view(2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4])
+    counts = {name: int(one[-1]) for name, one in watch.take().items()}
+    watch.remove()
+    cross = {name for name in counts if "encoder_attn.k" in name or "encoder_attn.v" in name}
+    cross |= {name for name in counts if "EncDecAttention.k" in name or "EncDecAttention.v" in name}
+    assert len(cross) >= 2
+    assert {counts[name] for name in cross} == {7}
+    assert {count for name, count in counts.items() if ".encoder." in f".{name}"} == {7}
+    assert {count for name, count in counts.items() if ".decoder." in f".{name}" and name not in cross} == {8}
 
 
 # Layers that do not run in every step

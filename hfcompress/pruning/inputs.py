@@ -7,10 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hfcompress.errors import ModelError
 from hfcompress.pruning.targets import modules_of
 from hfcompress.structure import LINEAR_TYPES, layer_stacks
+from hfcompress.structure.inputs import dummy_inputs
+from hfcompress.structure.modes import eval_mode
 
 Statistic = Callable[[str, Tensor, Tensor | None, Tensor | None], Tensor]
 BATCH = ("attention_mask", "decoder_attention_mask", "labels")
@@ -53,7 +56,7 @@ class InputSums:
         self.handles: list[Any] = []
         self.statistic = statistic
         places = {name: _linears(model, name, weight) for name, weight in weights.items()}
-        masks = mask_names(model, weights)
+        masks = mask_names(model, weights) | dict.fromkeys(_readers_of_encoder(model, places), "attention_mask")
         for name, modules in places.items():
             width = weights[name].shape[0 if isinstance(modules[0], LINEAR_TYPES[1]) else 1]
             none = torch.zeros(0, width, device=weights[name].device)
@@ -104,6 +107,44 @@ def mask_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     stacks = layer_stacks(model)[1:] if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else []
     inside = tuple(f"{stack.name}." for stack in stacks)
     return {name: "decoder_attention_mask" if name.startswith(inside) else "attention_mask" for name in names}
+
+
+def _readers_of_encoder(model: nn.Module, places: Mapping[str, Sequence[nn.Module]]) -> set[str]:
+    """Return which weights read an encoder's states, as keys and values of cross-attention do.
+
+    places: the modules of each weight.  The model is run once on inputs made up for it; where it has none, no weight.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
+        return set()
+    context: set[int] = set()
+    readers: set[str] = set()
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = list(args if "hidden_states" in kwargs else args[1:])
+        given += [value for name, value in kwargs.items() if name != "hidden_states"]
+        context.clear()
+        context.update(one.data_ptr() for one in given if isinstance(one, Tensor))
+
+    def read(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            if (args[0] if args else kwargs["input"]).data_ptr() in context:
+                readers.add(name)
+
+        return see
+
+    layers = [layer for stack in layer_stacks(model)[1:] for layer in stack.layers]
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    for name, modules in places.items():
+        handles += [module.register_forward_pre_hook(read(name), with_kwargs=True) for module in modules]
+    try:
+        with torch.no_grad(), eval_mode(model):
+            model(**dummy_inputs(model))
+    except ModelError:  # no inputs are known for this kind of model
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return readers
 
 
 def counted(inputs: Tensor, mask: Tensor | None) -> Tensor:
