@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hfcompress.errors import ModelError
+from hfcompress.quantization import RTN, quantize
 from hfcompress.structure import (
     AttentionSite,
     FfnSite,
@@ -386,6 +387,15 @@ def test_quantized_weights_are_refused() -> None:
     layer = model.bert.encoder.layer[0]
     layer.output.dense = _Codes(layer.output.dense)
     _refused(model, r"layer\.0\.output\.dense is quantized, so it cannot be cut; shrink the model before")
+
+
+def test_packed_layers_are_refused_whatever_gates_say() -> None:
+    model = FAMILIES["llama"].model()
+    quantize(model, RTN(bits=8))
+    blocks = find_ffn(model)
+    attach_gates(model, ffn=blocks).neurons[blocks[0].name].close_([1])
+    with pytest.raises(ModelError, match=r"is quantized, so it cannot be cut; shrink the model before"):
+        shrink(model)
 
 
 def test_a_gate_between_open_and_closed_is_multiplied_in() -> None:

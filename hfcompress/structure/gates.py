@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfcompress.errors import ModelError
+from hfcompress.packed.weight import PackedWeight
 from hfcompress.structure.resize import Edits, input_dim, weight_of
 from hfcompress.structure.sites import AttentionSite, FfnSite, Part, units_of
 
@@ -96,7 +98,13 @@ def attached_gates(model: nn.Module) -> list[Gate]:
 
 
 def fold_gates_(model: nn.Module, edits: Edits) -> None:
-    """Multiply each gated layer's weight columns by its gates and take the gates off: the same function, ungated."""
+    """Multiply each gated layer's weight columns by its gates and take the gates off: the same function, ungated.
+
+    Raises ModelError when one of the layers is packed.
+    """
+    packed = [gate.name for gate in attached_gates(model) if isinstance(gate.module, PackedWeight)]
+    if packed:
+        raise ModelError(f"{packed[0]} is quantized, so it cannot be cut; shrink the model before quantizing it.")
     for gate in attached_gates(model):
         weight = weight_of(gate.module)
         factors = gate.factors().detach().to(weight.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import ModelError
+from hfcompress.packed.weight import PackedWeight
 
 _MISSING = object()
 
@@ -94,14 +95,19 @@ def refuse_uncuttable(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         weight = weight_of(module)
-        sizes = [getattr(module, _size_name(module, True)), weight.shape[1 - output_dim(module)]]
-        if not weight.is_floating_point() or sorted(weight.shape) != sorted(sizes):
+        if isinstance(module, PackedWeight) or not _is_plain(module, weight):
             raise ModelError(f"{name} is quantized, so it cannot be cut; shrink the model before quantizing it.")
         others = owners[id(weight)] - {name}
         if others:
             raise ModelError(
                 f"{name} shares its weight with {sorted(others)[0]}, so it cannot be cut; untie the two first."
             )
+
+
+def _is_plain(module: nn.Module, weight: Tensor) -> bool:
+    """Tell whether a weight holds numbers in the sizes that its module says."""
+    sizes = [getattr(module, _size_name(module, True)), weight.shape[1 - output_dim(module)]]
+    return weight.is_floating_point() and sorted(weight.shape) == sorted(sizes)
 
 
 def all_features(module: nn.Module, outputs: bool) -> Tensor:

@@ -67,6 +67,7 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
             raise ModelError(f"{type(self).__name__} needs a Transformers model, not {type(model).__name__}.")
         refuse_split_weights(model, type(self).__name__)
         self._sites = self._without_excluded(self._search(model))
+        refuse_uncuttable(model, {part.name for site in self._sites for part in self._parts(site)})
         parts = {site.name: self._parts(site)[0] for site in self._sites}
         modules = {part.name: model.get_submodule(part.name) for part in parts.values()}
         self._bundles = self._bundled(self._sites, modules)
@@ -92,7 +93,6 @@ class UnitPruneCallback(GradualPruneCallback, Generic[Site]):
             trainer = trainer_of(self)
             has_own_loss = trainer is not None and trainer.compute_loss_func is not None
             refuse_no_classes(model, args, first_row(data), has_own_loss)
-        refuse_uncuttable(model, {part.name for site in self._sites for part in self._parts(site)})
         frozen = [name for name, weight in weights.items() if not weight.requires_grad]
         if frozen:
             raise ModelError(
