@@ -163,3 +163,33 @@ def test_what_is_told_of_wanda_is_of_the_kept_runs() -> None:
     assert f"The medians are {faster:.2f} times as fast and {worse:.4f} times the perplexity." in text
     assert min(faster for faster, _ in found.values()) >= 3  # what is asked for
     assert max(worse for _, worse in found.values()) <= 1
+
+
+def test_the_tables_of_language_models_students_are_of_the_kept_rows(distill_sst2: Any) -> None:
+    distill_lm, slug = importlib.import_module("distill_lm"), importlib.import_module("row_names").slug
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## `distill_lm/`") : text.index("## `distill_overhead/`")]
+    folder = RESULTS / "distill_lm/rows"
+    kept = {
+        name: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"{slug(name)}-[01].json"))]
+        for name in (distill_lm.TEACHER, distill_lm.STUDENT, *distill_lm.OURS, distill_lm.TRL)
+    }
+    for name, seeds in kept.items():
+        assert (
+            f"| {' | '.join(distill_lm.cells(name, seeds, 2))} |".replace("|  |", "| |").replace("|  |", "| |")
+            in section
+        )
+    for pair in distill_lm.PAIRS:
+        assert f"| {' | '.join(distill_lm.compared(*pair, kept, 2))} |".replace("|  |", "| |") in section
+    guide = (ROOT / "docs/guides/distil.md").read_text(encoding="utf-8")
+    shown = {
+        "plain fine-tuning": "plain fine-tuning",
+        "hfcompress, task loss and forward KL": "the task and `forward_kl`",
+        "hfcompress, hidden states too": "and `hidden_states` by their cosine, weight 10",
+        distill_lm.TRL: "TRL's GKDTrainer, off-policy",
+    }
+    for name, label in shown.items():
+        perplexities = ", ".join(f"{row['perplexity']:.2f}" for row in kept[name])
+        assert f"| {label} | {perplexities} |" in guide
+    settings = json.loads((RESULTS / "distill_lm/settings.json").read_text(encoding="utf-8"))
+    assert f"--steps {settings['steps']} --seeds 0 1" in section
