@@ -1,8 +1,8 @@
 """Attention of calibration passes on CPUs that have instructions for bfloat16 products, but no matrix tiles.
 
 PyTorch's own kernel multiplies small blocks there, head after head.  All queries that share a key/value head are
-multiplied at once here, as many as stay in the caches, which takes about half of the time.  As eager attention of
-Transformers does, it rounds scores and probabilities to bfloat16.
+multiplied at once here, as many as stay in the caches.  As eager attention of Transformers does, it rounds scores and
+probabilities to bfloat16.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfcompress.errors import ModelError
 from hfcompress.packed.weight import PackedWeight
-from hfcompress.structure.resize import Edits, input_dim, weight_of
+from hfcompress.structure.resize import Edits, input_dim, quantized_error, weight_of
 from hfcompress.structure.sites import AttentionSite, FfnSite, Part, units_of
 
 
@@ -104,7 +103,7 @@ def fold_gates_(model: nn.Module, edits: Edits) -> None:
     """
     packed = [gate.name for gate in attached_gates(model) if isinstance(gate.module, PackedWeight)]
     if packed:
-        raise ModelError(f"{packed[0]} is quantized, so it cannot be cut; shrink the model before quantizing it.")
+        raise quantized_error(packed[0])
     for gate in attached_gates(model):
         weight = weight_of(gate.module)
         factors = gate.factors().detach().to(weight.dtype)

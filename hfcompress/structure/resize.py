@@ -96,12 +96,17 @@ def refuse_uncuttable(model: nn.Module, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         weight = weight_of(module)
         if isinstance(module, PackedWeight) or not _is_plain(module, weight):
-            raise ModelError(f"{name} is quantized, so it cannot be cut; shrink the model before quantizing it.")
+            raise quantized_error(name)
         others = owners[id(weight)] - {name}
         if others:
             raise ModelError(
                 f"{name} shares its weight with {sorted(others)[0]}, so it cannot be cut; untie the two first."
             )
+
+
+def quantized_error(name: str) -> ModelError:
+    """Return the error of a module whose weight is quantized where it would have to be cut."""
+    return ModelError(f"{name} is quantized, so it cannot be cut; shrink the model before quantizing it.")
 
 
 def _is_plain(module: nn.Module, weight: Tensor) -> bool:
