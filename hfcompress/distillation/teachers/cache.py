@@ -25,7 +25,7 @@ from hfcompress.outputs import Outputs, Vectors, outputs_of
 from hfcompress.progress import meter
 
 INDEX = "teacher_cache.json"
-FORMAT = 1
+FORMAT = 2
 FEW_CLASSES = 256  # all their logits are kept
 DEFAULT_K = 64
 ROWS_PER_SHARD = 256
@@ -89,7 +89,7 @@ def cache_teacher(
     k: keep the k most probable classes and the mass of all others; None keeps all logits of up to 256 classes, and 64
     of more.  temperature: at which probabilities are taken; losses of training must have the same.
     outputs: the kind of the teacher's outputs, where its class does not say it all: ``Vectors(pooling="cls")``.
-    An answer takes 4 k + 2 bytes, 3 more where there are up to 262,144 classes, and an example 24 more.
+    An answer takes 4 k + 2 bytes, up to 2 more where k is at most 10 of up to 262,144 classes, and an example 24 more.
     A cache that was cut short is continued.  Raises OutputError for a folder with another teacher's answers,
     ModelError for a ``k`` that cannot be.
     """
@@ -157,9 +157,11 @@ def read_index(folder: Path) -> CacheIndex:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no teacher's answers (it has no {INDEX}). Write them by cache-teacher.")
     plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    plain.setdefault("pooling", "mean" if plain.get("outputs") == Vectors.__name__ else None)  # by earlier versions
     if plain.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {plain.get('format')}, but this version reads {FORMAT}.")
+        raise CheckpointError(
+            f"{folder} has format {plain.get('format')}, but this version reads {FORMAT}. "
+            "Write it again by cache-teacher."
+        )
     lists: dict[str, Any] = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
     return CacheIndex(**{**plain, **lists})
 

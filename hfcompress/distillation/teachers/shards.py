@@ -1,9 +1,10 @@
 """How a teacher's answers are stored: tensors of one safetensors file, whose rows are found by their keys.
 
-A place takes 2 bytes for each of k class numbers and k + 1 logarithms.  Class numbers are in rising order, so that 16
-bits and the places where their upper bits change are enough for any vocabulary, for one byte more after each 65,536
-classes: a place takes 4 k + 2 bytes for up to 65,536 classes, 4 (k + 1) for up to 196,608 and 4 k + 5 for up to
-262,144.  A row takes 24 bytes more, for its key and where it ends, and a file, of up to 256 rows, less than 1,000.
+A place takes 2 bytes for each of k class numbers and k + 1 logarithms: 4 k + 2.  Class numbers are in rising order, so
+their lower 16 bits are enough where it is known how many of the k reach each multiple of 65,536.  Logarithms of
+probabilities are never above 0, so their k + 1 sign bits are free to hold these counts, each in as many bits as k has:
+with k = 64 there is room for 9.  Counts that find none take a byte each, at most 2 for up to 262,144 classes.
+A row takes 24 bytes more, for its key and where it ends, and a file, of up to 256 rows, less than 1,000.
 """
 
 from __future__ import annotations
@@ -54,18 +55,35 @@ def joined(logits: Sequence[Tensor], classes: int = 0) -> Tensor:
 def _packed(answer: TopK, classes: int) -> dict[str, Tensor]:
     order = answer.classes.argsort(dim=-1)
     rising = answer.classes.gather(-1, order)
-    steps = torch.arange(1, 1 + (classes - 1 >> _LOW_BITS))
     low = rising & (1 << _LOW_BITS) - 1
+    reach = (rising[..., None] >> _LOW_BITS >= torch.arange(1, 1 + (classes - 1 >> _LOW_BITS))).sum(1)
+    logarithms = torch.cat([answer.log_probabilities.gather(-1, order), answer.log_tail[:, None]], dim=-1)
+    signs, left = _counts_to_bits(reach, logarithms.shape[-1])
     return {
         "low": torch.where(low >= 1 << 15, low - (1 << 16), low).to(torch.int16),
-        "edges": (rising[..., None] >> _LOW_BITS < steps).sum(1).to(torch.uint8),
-        "log_probabilities": _to_half(answer.log_probabilities.gather(-1, order)),
-        "log_tail": _to_half(answer.log_tail),
+        "reach": left.to(torch.uint8),
+        "logarithms": _half_magnitude(logarithms).copysign(0.5 - signs.half()),
     }
 
 
-def _to_half(logarithms: Tensor) -> Tensor:
-    return logarithms.clamp_min(torch.finfo(torch.float16).min).to(torch.float16)
+def _half_magnitude(logarithms: Tensor) -> Tensor:
+    return logarithms.neg().clamp(0, torch.finfo(torch.float16).max).to(torch.float16)
+
+
+def _counts_to_bits(counts: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Return ``room`` bits a place and the counts that are not in them.  counts: (places, any), from 0 to room - 1."""
+    width = (room - 1).bit_length()
+    held = min(counts.shape[-1], room // width)
+    bits = (counts[:, :held, None] >> torch.arange(width) & 1).flatten(1)
+    return F.pad(bits, (0, room - bits.shape[-1])), counts[:, held:]
+
+
+def _bits_to_counts(bits: Tensor) -> Tensor:
+    """Return what ``_counts_to_bits`` wrote, followed by 0 where there was room for more."""
+    room = bits.shape[-1]
+    width = (room - 1).bit_length()
+    held = room // width
+    return (bits[:, : held * width].unflatten(-1, (held, width)).long() << torch.arange(width)).sum(-1)
 
 
 class Shard:
@@ -88,10 +106,10 @@ class Shard:
         if "logits" in self.file.keys():  # noqa: SIM118 (not a mapping)
             logits: Tensor = self.file.get_slice("logits")[part]
             return logits
-        low, edges, log, tail = (
-            self.file.get_slice(name)[part] for name in ("low", "edges", "log_probabilities", "log_tail")
-        )
-        places = torch.arange(low.shape[-1])
-        high = (places >= edges.long()[..., None]).sum(1)
+        low, left, logarithms = (self.file.get_slice(name)[part] for name in ("low", "reach", "logarithms"))
+        reach = torch.cat([_bits_to_counts(logarithms.signbit()), left.long()], dim=-1)
+        k = low.shape[-1]
+        high = (torch.arange(k) >= k - reach[..., None]).sum(1)
         classes = (low.long() & (1 << _LOW_BITS) - 1) + (high << _LOW_BITS)
-        return TopK(classes, log.float(), tail.float(), temperature)
+        log = -logarithms.float().abs()
+        return TopK(classes, log[:, :k], log[:, k], temperature)
