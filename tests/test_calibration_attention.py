@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -135,3 +136,19 @@ def test_cpus_with_matrix_tiles_have_their_own(monkeypatch: pytest.MonkeyPatch) 
     assert devices.fast_bfloat16("cpu")
     features.remove("avx512_bf16")
     assert not devices.fast_bfloat16("cpu")
+
+
+def test_it_is_left_where_linear_layers_are_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "vector_bfloat16", lambda: True)
+    asked: list[str] = []
+    monkeypatch.setattr(attention, "attention_in_blocks", lambda *_, **__: asked.append(now))
+    made = states(1, 1, 1, 8, 16)
+    with attention.fast_attention():
+        for now in ("before", "inside", "after"):
+            with attention.usual_functions() if now == "inside" else nullcontext():
+                F.scaled_dot_product_attention(*made)
+        with suppress(ZeroDivisionError), attention.usual_functions():
+            1 / 0  # noqa: B018
+        now = "after an error"
+        F.scaled_dot_product_attention(*made)
+    assert asked == ["before", "after", "after an error"]

@@ -62,26 +62,30 @@ def test_the_result_is_a_gram_matrix() -> None:
     assert int((eigenvalues > 1e-5 * eigenvalues[-1]).sum()) <= 260
 
 
-def test_columns_with_outliers_are_not_rounded() -> None:
+def test_columns_with_outliers_are_rounded_in_finer_steps() -> None:
     inputs = correlated(tokens=integers.TOKENS)
     inputs[11, 5], inputs[3500, 290] = 3000.0, -800.0
     error = unlike(gram(inputs), inputs)
     assert float(error[[5, 290], [5, 290]].abs().max()) < 1e-5
-    assert float(error[5, 290].abs()) < 1e-5
+    assert float(error[5, 290].abs()) < 1e-4
     others = [column for column in range(300) if column not in (5, 290)]
     assert float(error[others][:, others].abs().max()) < 4 * integers.LARGEST_NOISE
     assert float(error[5].abs().max()) < 4 * integers.LARGEST_NOISE
 
 
-def test_tokens_with_outliers_in_many_columns_are_multiplied_in_float32() -> None:
+def test_many_columns_may_have_outliers() -> None:
     inputs = correlated(tokens=2 * integers.TOKENS)
     inputs[: integers.TOKENS, ::2].mul_(1e-3)
     inputs[3, ::2] = 100.0
-    first, second = inputs.split(integers.TOKENS)
-    total = torch.zeros(300, 300)
-    assert not integers.add_integer_triangle_(total, first)
-    assert not total.any()
-    assert integers.add_integer_triangle_(total, second)
+    found = gram(inputs)
+    assert float(unlike(found, inputs).abs().max()) < 4 * integers.LARGEST_NOISE
+    eigenvalues = torch.linalg.eigvalsh(found.double())
+    assert float(eigenvalues[0]) > -1e-6 * float(eigenvalues[-1])
+
+
+@pytest.mark.parametrize("columns", [257, 513])
+def test_strips_may_be_one_column_wide(columns: int) -> None:
+    inputs = correlated(columns=columns)
     assert float(unlike(gram(inputs), inputs).abs().max()) < 4 * integers.LARGEST_NOISE
 
 

@@ -7,14 +7,14 @@ probabilities to bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from hfcompress.devices import vector_bfloat16
 
@@ -27,6 +27,20 @@ def fast_attention() -> AbstractContextManager[Any]:
     For passes without gradients; whatever the function here cannot do is done by PyTorch's own.
     """
     return _InBlocks() if vector_bfloat16() else nullcontext()
+
+
+@contextmanager
+def usual_functions() -> Iterator[None]:
+    """Leave ``fast_attention`` for a while: within it, each of the many small steps of a loop costs more."""
+    mode = _get_current_function_mode()
+    if not isinstance(mode, _InBlocks):
+        yield
+        return
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
 
 
 class _InBlocks(TorchFunctionMode):

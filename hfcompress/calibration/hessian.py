@@ -118,9 +118,18 @@ def relative_error(weight: Tensor, changed: Tensor, hessian: Tensor | None = Non
     weight, changed: (out, in).  hessian: (in, in).  An all-zero weight has error 0.
     """
     weight = weight.float()
-    difference = weight - changed.float()
-    error, size = (
-        float((matrix if hessian is None else matrix @ hessian).mul(matrix).sum(dtype=torch.float64))
-        for matrix in (difference, weight)
-    )
+    error, size = (_energy(matrix, hessian) for matrix in (weight - changed.float(), weight))
     return (max(error, 0.0) / size) ** 0.5 if size > 0 else 0.0
+
+
+def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    """Return tr(M H M^T) from the upper triangle of H.  matrix: (out, in) float32.  hessian: None is the identity."""
+    if hessian is None:
+        return float(matrix.square().sum(dtype=torch.float64))
+    total = 0.0
+    for first in range(0, len(hessian), STRIP):
+        last = first + STRIP
+        columns = hessian[:last, first:last].clone()
+        columns[:first] *= 2  # what is left out below the diagonal
+        total += float((matrix[:, :last] @ columns).mul_(matrix[:, first:last]).sum(dtype=torch.float64))
+    return total

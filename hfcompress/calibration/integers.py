@@ -5,7 +5,7 @@ tiles a Gram matrix costs float32 products, far slower than 8-bit ones (VNNI).  
 numbers from -127 to 127 of a step of its own, and the integer product, which is exact, is multiplied by the steps.
 What results is the exact Gram matrix of the rounded inputs, positive semidefinite as the true one is; rounding adds
 about ``step**2 / 12`` per token to the diagonal, much as damping does.  Columns with outliers, where that is more than
-``LARGEST_NOISE`` of what is there, are not rounded, and their products are made in float32.
+``LARGEST_NOISE`` of what is there, get a second number for what the first leaves, in steps 254 times finer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hfcompress.devices import matrix_tiles, vector_integers
 
@@ -24,9 +25,10 @@ TOKENS = 4096
 NARROW_STRIP = 256
 # What rounding may add to a column's sum of squares; GPTQ adds 1% of the mean to every column as damping.
 LARGEST_NOISE = 0.003
-# With more columns that are not rounded than this share, all of them are multiplied in float32.
-LARGEST_REST = 0.25
 LARGEST_CODE = 127
+FINER = 2 * LARGEST_CODE  # steps of the second number in half of one of the first, up and down
+# Rows that are rounded at once, in a buffer that stays in the caches.
+BUFFERED_ROWS = 512
 
 
 def integers_pay(inputs: Tensor) -> bool:
@@ -40,36 +42,51 @@ def integers_are_fast() -> bool:
     return vector_integers() and not matrix_tiles()
 
 
-@dataclass
-class _Rounded:
-    """Rows (tokens, size) as ``codes * step``, (tokens, size) int8 and (size,), but for some columns.
-
-    rest: the columns with outliers, whose codes are 0.  exact: their values, (tokens, len(rest)) float32.
-    """
+@dataclass(frozen=True)
+class _Whole:
+    """Some columns in whole numbers: ``codes * step``, (tokens, size) int8 and (size,) float32."""
 
     codes: Tensor
     step: Tensor
+
+    def product(self, other: _Whole) -> Tensor:
+        """Return the sum over tokens of one's columns times another's, (size, the other's size) float32."""
+        # PyTorch 2.13 gives wrong products where all of the left matrix is a single row.
+        codes = self.codes if self.codes.shape[1] > 1 else F.pad(self.codes, (0, 1))
+        product = torch._int_mm(codes.T, other.codes)[: len(self.step)].float()
+        return product.mul_(self.step.unsqueeze(1)).mul_(other.step)
+
+    def columns(self, start: int, stop: int) -> _Whole:
+        """Return some of the columns."""
+        return _Whole(self.codes[:, start:stop], self.step[start:stop])
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Rows (tokens, size) as ``coarse``, and for the columns ``rest``, which have outliers, ``fine`` in addition."""
+
+    coarse: _Whole
     rest: Tensor
-    exact: Tensor
+    fine: _Whole
 
     @classmethod
     def of(cls, rows: Tensor) -> _Rounded | None:
-        """Return rows rounded; None where too many columns have outliers or a value is not finite."""
+        """Return rows rounded; None where a value is not finite."""
         step = torch.maximum(rows.amax(0), -rows.amin(0)).float() / LARGEST_CODE  # abs().amax() takes ten times this
-        step = torch.where(step == 0, 1.0, step)  # a column of zeros
-        codes = (rows / step).round_()
-        squares = codes.square().sum(0)
-        rest = ((squares > 0) & (squares * LARGEST_NOISE < len(rows) / 12)).nonzero().squeeze(-1)
-        if len(rest) > LARGEST_REST * len(step) or not bool(squares.isfinite().all()):
+        if not bool(step.isfinite().all()):
             return None
-        codes[:, rest] = 0
-        return cls(codes.to(torch.int8), step, rest, rows[:, rest].float())
-
-    def values(self) -> Tensor:
-        """Return what stands for the rows, (tokens, size) float32."""
-        values = self.codes * self.step
-        values[:, self.rest] = self.exact
-        return values
+        step = torch.where(step == 0, 1.0, step)  # a column of zeros
+        codes = torch.empty(rows.shape, dtype=torch.int8)
+        buffer = torch.empty(min(BUFFERED_ROWS, len(rows)), rows.shape[1])
+        squares = torch.zeros_like(step)
+        for part, whole in zip(rows.split(BUFFERED_ROWS), codes.split(BUFFERED_ROWS)):
+            rounded = buffer[: len(part)].copy_(part).div_(step).round_()
+            whole.copy_(rounded)
+            squares += rounded.square_().sum(0)
+        rest = ((squares > 0) & (squares * LARGEST_NOISE < len(rows) / 12)).nonzero().squeeze(-1)
+        left = rows[:, rest].float().div_(step[rest]).sub_(codes[:, rest])
+        fine = _Whole(left.mul_(FINER).round_().to(torch.int8), step[rest] / FINER)
+        return cls(_Whole(codes, step), rest, fine)
 
 
 def add_integer_triangle_(hessian: Tensor, rows: Tensor) -> bool:
@@ -80,14 +97,15 @@ def add_integer_triangle_(hessian: Tensor, rows: Tensor) -> bool:
     rounded = _Rounded.of(rows)
     if rounded is None:
         return False
+    coarse, rest, fine = rounded.coarse, rounded.rest, rounded.fine
     for first in range(0, len(hessian), NARROW_STRIP):
         last = first + NARROW_STRIP
-        _add_product_(hessian[first:last, :last], rounded, slice(first, last), rounded, slice(0, last))
-    if len(rounded.rest):
-        product = rounded.exact.T @ rounded.values()
-        hessian.index_add_(0, rounded.rest, product)
-        product[:, rounded.rest] = 0  # already there
-        hessian.index_add_(1, rounded.rest, product.T)
+        hessian[first:last, :last] += coarse.columns(first, last).product(coarse.columns(0, last))
+    if len(rest):
+        mixed = fine.product(coarse)
+        hessian.index_add_(1, rest, mixed.T)
+        mixed[:, rest] += fine.product(fine)
+        hessian.index_add_(0, rest, mixed)
     return True
 
 
@@ -100,15 +118,12 @@ def add_integer_cross_(total: Tensor, left: Tensor, right: Tensor) -> bool:
     one, other = _Rounded.of(left), _Rounded.of(right)
     if one is None or other is None:
         return False
-    _add_product_(total, one, slice(None), other, slice(None))
-    if len(one.rest):
-        total.index_add_(0, one.rest, one.exact.T @ other.values())
+    total += one.coarse.product(other.coarse)
     if len(other.rest):
-        total.index_add_(1, other.rest, (one.codes * one.step).T @ other.exact)
+        total.index_add_(1, other.rest, one.coarse.product(other.fine))
+    if len(one.rest):
+        mixed = one.fine.product(other.coarse)
+        if len(other.rest):
+            mixed.index_add_(1, other.rest, one.fine.product(other.fine))
+        total.index_add_(0, one.rest, mixed)
     return True
-
-
-def _add_product_(total: Tensor, left: _Rounded, rows: slice, right: _Rounded, columns: slice) -> None:
-    """Add the product of some columns of both, but for those that are not rounded.  total: changed in place."""
-    product = torch._int_mm(left.codes[:, rows].T, right.codes[:, columns]).float()
-    total.addcmul_(product.mul_(left.step[rows].unsqueeze(1)), right.step[columns])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hfcompress.calibration.attention import usual_functions
 from hfcompress.calibration.dense_part import DensePart
 from hfcompress.calibration.integers import TOKENS
 from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real_tokens, tensor_key
@@ -183,7 +184,8 @@ class InputPass(ABC):
     def _meet_once_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
         if group in self.waiting:
             self.waiting.discard(group)
-            self.meet_(group, parts)
+            with usual_functions():
+                self.meet_(group, parts)
 
     def real_rows(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield what in each part is no padding, (tokens, size).

@@ -17,6 +17,7 @@ from hfcompress.calibration.running import tensors_in
 from hfcompress.structure.stack import LINEAR_TYPES
 
 PART = 4096  # tokens
+SMALL_PART = 512  # of modules without children: what they hold in float32 stays in the caches
 HIDDEN = "hidden_states"
 
 
@@ -92,9 +93,9 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
-def row_parts(states: Tensor) -> list[slice]:
-    """Return rows of about ``PART`` tokens each, one part after the other.  states: (rows, tokens, size)."""
-    size = max(1, PART // max(1, states.shape[1]))
+def row_parts(states: Tensor, tokens: int = PART) -> list[slice]:
+    """Return rows of about ``tokens`` tokens each, one part after the other.  states: (rows, tokens, size)."""
+    size = max(1, tokens // max(1, states.shape[1]))
     return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
@@ -115,7 +116,7 @@ def states_and_rest(output: Any) -> tuple[Tensor, tuple[Any, ...] | None] | None
 def _in_parts(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = RowCall.of(args, kwargs, rows)
-        parts = [] if call is None else row_parts(call.states)
+        parts = [] if call is None else row_parts(call.states, SMALL_PART)
         if call is None or len(parts) == 1:
             return plain(*args, **kwargs)
         output = rest = None

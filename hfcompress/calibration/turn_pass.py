@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hfcompress.calibration.attention import usual_functions
 from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
 from hfcompress.calibration.integers import TOKENS
 from hfcompress.calibration.joined import Ground, InputPass, outputs_of
@@ -139,7 +140,8 @@ class TurnPass(InputPass):
             places = [states] if len(parts) == 1 else [states[rows] for rows in row_parts(states)]
             plain = self.plain[name]
             sums = (place + plain(part).reshape(place.shape) for place, part in zip(places, parts))
-            self.compress(self._turn((name,), parts, sums, dense))
+            with usual_functions():
+                self.compress(self._turn((name,), parts, sums, dense))
             now = self.layer.get_submodule(name)
             answer = plain if now is self.linears[name] else now
             for place, part in zip(places, parts):
