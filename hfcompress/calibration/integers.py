@@ -49,12 +49,18 @@ class _Whole:
     codes: Tensor
     step: Tensor
 
-    def product(self, other: _Whole) -> Tensor:
-        """Return the sum over tokens of one's columns times another's, (size, the other's size) float32."""
+    def add_product_(self, other: _Whole, total: Tensor) -> None:
+        """Add the sum over tokens of one's columns times another's.  total: (size, the other's size) float32."""
         # PyTorch 2.13 gives wrong products where all of the left matrix is a single row.
         codes = self.codes if self.codes.shape[1] > 1 else F.pad(self.codes, (0, 1))
-        product = torch._int_mm(codes.T, other.codes)[: len(self.step)].float()
-        return product.mul_(self.step.unsqueeze(1)).mul_(other.step)
+        product = torch._int_mm(codes.T, other.codes)[: len(self.step)]
+        total.addcmul_(product * self.step.unsqueeze(1), other.step)
+
+    def product(self, other: _Whole) -> Tensor:
+        """Return that sum alone."""
+        total = torch.zeros(len(self.step), len(other.step))
+        self.add_product_(other, total)
+        return total
 
     def columns(self, start: int, stop: int) -> _Whole:
         """Return some of the columns."""
@@ -100,11 +106,11 @@ def add_integer_triangle_(hessian: Tensor, rows: Tensor) -> bool:
     coarse, rest, fine = rounded.coarse, rounded.rest, rounded.fine
     for first in range(0, len(hessian), NARROW_STRIP):
         last = first + NARROW_STRIP
-        hessian[first:last, :last] += coarse.columns(first, last).product(coarse.columns(0, last))
+        coarse.columns(first, last).add_product_(coarse.columns(0, last), hessian[first:last, :last])
     if len(rest):
         mixed = fine.product(coarse)
         hessian.index_add_(1, rest, mixed.T)
-        mixed[:, rest] += fine.product(fine)
+        mixed.index_add_(1, rest, fine.product(fine))
         hessian.index_add_(0, rest, mixed)
     return True
 
@@ -118,7 +124,7 @@ def add_integer_cross_(total: Tensor, left: Tensor, right: Tensor) -> bool:
     one, other = _Rounded.of(left), _Rounded.of(right)
     if one is None or other is None:
         return False
-    total += one.coarse.product(other.coarse)
+    one.coarse.add_product_(other.coarse, total)
     if len(other.rest):
         total.index_add_(1, other.rest, one.coarse.product(other.fine))
     if len(one.rest):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -25,6 +25,7 @@ from hfcompress.calibration.parts import (
     states_and_rest,
 )
 from hfcompress.calibration.record import LayerCall
+from hfcompress.packed import unpacked
 
 
 class _SeenError(Exception):
@@ -58,6 +59,7 @@ class InputPass(ABC):
         self.context: set[int] = set()
         self.rows = 0
         self.instead: Callable[[str, Tensor], Tensor | None] | None = None
+        self.until_done = ExitStack()
 
     @abstractmethod
     def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
@@ -81,8 +83,16 @@ class InputPass(ABC):
             if name and len(groups := self._groups_inside(name)) == 2 and len(groups[1]) == 1
         )
         small = by_parts(small_modules(self.layer), self.rows)
-        with small, replaced_forwards(networks), replaced_forwards(linears):
+        with self.until_done, small, replaced_forwards(networks), replaced_forwards(linears):
             return call.run(self.layer, hidden)
+
+    @contextmanager
+    def compressing(self, group: tuple[str, ...]) -> Iterator[None]:
+        """Have a group's linear layers compressed in it; what is packed then is unpacked once for the whole pass."""
+        with usual_functions():
+            yield
+            for name in group:
+                self.until_done.enter_context(unpacked(self.layer.get_submodule(name)))
 
     def _groups_inside(self, name: str) -> list[tuple[str, ...]]:
         """Return the groups with linear layers inside a module."""
@@ -184,8 +194,7 @@ class InputPass(ABC):
     def _meet_once_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
         if group in self.waiting:
             self.waiting.discard(group)
-            with usual_functions():
-                self.meet_(group, parts)
+            self.meet_(group, parts)
 
     def real_rows(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield what in each part is no padding, (tokens, size).
@@ -219,6 +228,11 @@ class JoinedPass(InputPass, Generic[Observed]):
 
     def meet_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:
         """Compress a group."""
+        with self.compressing(group):
+            self.compress(self._seen_by(group, parts))
+
+    def _seen_by(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> Observed:
+        """Return the statistic of a group's inputs."""
         total = self.statistic.empty(parts[0])
         first, tokens = None, 0
         for rows in self.real_rows(self._by_rows(parts)):
@@ -228,7 +242,7 @@ class JoinedPass(InputPass, Generic[Observed]):
             first = total.clone() if first is None and self.dense is not None else first
         if self.dense is not None and first is not None:
             total = self.dense.corrected(group[0], total, first)
-        self.compress(self.statistic.result(group, self.statistic.finish_(total), tokens))
+        return self.statistic.result(group, self.statistic.finish_(total), tokens)
 
     def _by_rows(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return inputs that came whole in parts of rows where the first has to be known; not those of an encoder."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.attention import usual_functions
 from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
 from hfcompress.calibration.integers import TOKENS
 from hfcompress.calibration.joined import Ground, InputPass, outputs_of
@@ -119,7 +118,8 @@ class TurnPass(InputPass):
         """Compress a group, or hold its input back for the sum."""
         site = self.sites.get(group[0])
         if site is None:
-            self.compress(self._turn(group, parts, parts, self.dense.pop(group[0])))
+            with self.compressing(group):
+                self.compress(self._turn(group, parts, parts, self.dense.pop(group[0])))
         else:
             whole = len(parts) == 1 and parts[0].dim() > 2
             held = [parts[0][rows] for rows in row_parts(parts[0])] if whole else list(parts)
@@ -140,7 +140,7 @@ class TurnPass(InputPass):
             places = [states] if len(parts) == 1 else [states[rows] for rows in row_parts(states)]
             plain = self.plain[name]
             sums = (place + plain(part).reshape(place.shape) for place, part in zip(places, parts))
-            with usual_functions():
+            with self.compressing((name,)):
                 self.compress(self._turn((name,), parts, sums, dense))
             now = self.layer.get_submodule(name)
             answer = plain if now is self.linears[name] else now
