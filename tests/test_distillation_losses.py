@@ -191,6 +191,15 @@ def test_probabilities_too_small_for_float32_cost_what_they_should() -> None:
         assert found.item() == pytest.approx(kl_of_logs.item())
 
 
+@each_loss
+def test_probabilities_that_are_0_in_float32_leave_the_sums_finite(loss: LogitLoss, reference: Reference) -> None:
+    student, teacher = (200 * one.detach() for one in logits())
+    assert (torch.softmax(student.float() / 3, dim=-1) * torch.softmax(teacher.float() / 3, dim=-1) == 0).any()
+    (found, slope), (exact, _) = loss.rows(student.float(), teacher.float()), loss.rows(student, teacher)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    assert slope.isfinite().all()
+
+
 def test_a_student_without_any_tail_is_finite() -> None:
     # float32: all the student's mass on the teacher's classes, so its tail is 0
     student = torch.tensor([[200.0, 190.0, 0.0, 0.0]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
 from hfcompress.distillation.losses.forward_kl import forward_kl
 from hfcompress.distillation.losses.reverse_kl import reverse_kl
+from hfcompress.distillation.losses.softmax import softmax_and_log_sum
 from hfcompress.distillation.losses.targets import Targets
 
 
@@ -44,12 +44,14 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float, temperature: f
     p and q are the teacher's and the student's softmax at temperature T, m = beta p + (1 - beta) q (arXiv 2306.13649,
     equation 1).  student, teacher: (rows, classes) logits; 0 < beta < 1.
     """
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    q = log_q.exp()
-    from_student = log_q.sub_(log_m)
+    student, teacher = student / temperature, teacher / temperature
+    q, log_sum_q = softmax_and_log_sum(student)
+    p, log_sum_p = softmax_and_log_sum(teacher)
+    # Where both probabilities are 0 their terms are, whatever the mixture's logarithm is, if it is finite.
+    log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
+    from_student = student.sub_(log_sum_q[:, None]).sub_(log_m)
+    from_teacher = teacher.sub_(log_sum_p[:, None]).sub_(log_m)
     expected = (q * from_student).sum(-1)
-    loss = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * expected
+    loss = beta * (p * from_teacher).sum(-1) + (1 - beta) * expected
     slope = q.mul_(from_student.sub_(expected[:, None])).mul_((1 - beta) * temperature)
     return loss * temperature**2, slope

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
+from hfcompress.distillation.losses.softmax import softmax_and_log_sum
 from hfcompress.distillation.losses.targets import Targets
 
 
@@ -31,8 +31,11 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
 
     student, teacher: (rows, classes) logits.
     """
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    ratio = log_q - torch.log_softmax(teacher / temperature, dim=-1)
-    q = log_q.exp_()
-    loss = (q * ratio).sum(-1)
-    return loss * temperature**2, q.mul_(ratio.sub_(loss[:, None])).mul_(temperature)
+    student, teacher = student / temperature, teacher / temperature
+    q, log_sum_q = softmax_and_log_sum(student)
+    _, log_sum_p = softmax_and_log_sum(teacher)
+    # log q - log p is the logits' difference, but for a constant of the row, of which the gradient knows nothing.
+    difference = student.sub_(teacher)
+    expected = (q * difference).sum(-1)
+    loss = (expected + log_sum_p - log_sum_q).mul_(temperature**2)
+    return loss, q.mul_(difference.sub_(expected[:, None])).mul_(temperature)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
+from hfcompress.distillation.losses.softmax import softmax_and_log_sum
 from hfcompress.distillation.losses.targets import Targets, TopK, top_k_of
 from hfcompress.outputs import ABSENT
 
@@ -47,10 +48,10 @@ def top_k_kl(student: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
     student is not pulled to put all its mass on the teacher's k classes.
     """
     temperature = teacher.temperature
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    tiny = torch.finfo(log_q.dtype).tiny
-    kept = log_q.gather(-1, teacher.classes)
-    q = log_q.exp_()
+    student = student / temperature
+    q, log_sum = softmax_and_log_sum(student)
+    tiny = torch.finfo(q.dtype).tiny
+    kept = student.gather(-1, teacher.classes) - log_sum[:, None]
     others = q.scatter(-1, teacher.classes, 0)
     tail = others.sum(-1)
     p, p_tail = teacher.log_probabilities.exp(), teacher.log_tail.exp()
