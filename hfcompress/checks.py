@@ -56,7 +56,7 @@ def _check_stage(source: Source, stage: Stage) -> None:
     if isinstance(options, (Finetune, Distill)):
         _check_training(source, stage, options)
     if isinstance(options, Distill):
-        check_teachers(source, options)
+        check_teachers(source, stage)
         _check_on_policy(source, stage, options)
     if isinstance(options, PruneVocabulary):
         refuse_unprunable(source.processor, options.keep)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hfcompress import opening
 from hfcompress.distillation.checks import check_logit_losses, logit_losses_of
 from hfcompress.distillation.crossing import crossing_loss, refuse_tokenizers
 from hfcompress.distillation.losses import FeatureLoss, named
+from hfcompress.distillation.matching import check_layers
 from hfcompress.distillation.pairs import (
     refuse_other_labels,
     refuse_other_preparation,
@@ -28,18 +31,22 @@ from hfcompress.distillation.teachers import (
 from hfcompress.errors import DataError, ModelError
 from hfcompress.job import Source
 from hfcompress.outputs import label_names, outputs_of
-from hfcompress.recipe import Distill, ModelSpec, Recipe
+from hfcompress.recipe import Distill, ModelSpec, Recipe, Stage
+from hfcompress.structure import DropLayers, find_stack
+from hfcompress.structure.layers import kept_count
 from hfcompress.structure.lengths import longest_input
 from hfcompress.tasks.lengths import refuse_longer
 
 ORIGINAL = "original"
 
 
-def check_teachers(source: Source, options: Distill) -> None:
-    """Raise ModelError or DataError for teachers and losses of a stage that cannot go together.
+def check_teachers(source: Source, stage: Stage) -> None:
+    """Raise ModelError or DataError for teachers and losses of a distill stage that cannot go together.
 
     Teachers that are earlier stages of the recipe are its own model, which fits.
     """
+    options = stage.options
+    assert isinstance(options, Distill)
     stages = [stage.name for stage in source.recipe.stages]
     losses = named(options.losses or ())
     crossing = crossing_loss(losses)
@@ -66,6 +73,8 @@ def check_teachers(source: Source, options: Distill) -> None:
         if k is not None and classes is not None and k > classes:
             raise ModelError(f"{name}: k={k} is more than the {classes} classes there are.")
     _check_logit_losses(source, options, caches)
+    if inside:
+        _check_layers(source, stages.index(stage.name), options)
 
 
 def _check_logit_losses(source: Source, options: Distill, caches: list[CachedTeacher]) -> None:
@@ -77,6 +86,34 @@ def _check_logit_losses(source: Source, options: Distill, caches: list[CachedTea
     kind = source.task.outputs(source.recipe.data) or outputs_of(student)
     losses = logit_losses_of(options.losses, options.temperature, kind, caches)
     check_logit_losses(student, kind, losses, caches)
+
+
+def _check_layers(source: Source, position: int, options: Distill) -> None:
+    """Check the layers that losses of features name as the stage's Trainer will, by models without weights."""
+    names, teacher = [stage.name for stage in source.recipe.stages], options.teachers[0]
+    student, other = _after(source, position), _after(source, 0)
+    if teacher in names:
+        other = _after(source, names.index(teacher) + 1)
+    elif teacher != ORIGINAL:
+        other = opening.skeleton(source.task, opening.open_config(ModelSpec(id=teacher)), None)
+    if student is not None and other is not None:
+        losses = named(options.losses or ())
+        check_layers({name: one for name, one in losses.items() if isinstance(one, FeatureLoss)}, student, other)
+
+
+def _after(source: Source, stages: int) -> PreTrainedModel | None:
+    """Return the recipe's model, without weights, with as many layers as it has after its first ``stages`` stages.
+
+    None for classes that are not in Transformers.
+    """
+    model = opening.skeleton(source.task, source.config, source.head)
+    if model is None:
+        return None
+    for stage in source.recipe.stages[:stages]:
+        if isinstance(stage.options, DropLayers):
+            stack = find_stack(model, stage.options.stack)
+            model.set_submodule(stack.name, stack.layers[: kept_count(len(stack), stage.options)])
+    return model
 
 
 def _no_head(source: Source, advice: str) -> ModelError:

@@ -22,7 +22,6 @@ from hfcompress.errors import DataError, ModelError
 from hfcompress.job import Source
 from hfcompress.outputs import Frames, NextTokens, Spans, Vectors, outputs_of
 from hfcompress.quantization import RTN, quantize
-from hfcompress.recipe import Distill
 from hfcompress.tasks.speech_seq2seq import START_TOKENS
 from hfcompress.teaching import cache_recipe_teacher, check_teachers
 from tests.distilling import bert, class_rows, distiller, llama, text_rows, weights_of
@@ -143,7 +142,7 @@ def test_kept_vectors_are_pooled_as_the_recipe_says(pooling: str, tmp_path: Path
         tmp_path, [{"distill": {"steps": 1, "teacher": str(tmp_path / "cache")}}], pooling=other.pooling
     )
     with pytest.raises(ModelError, match=f"pooled by '{pooling}'"):
-        check_teachers(Source(changed), changed.stages[0].options)  # type: ignore[arg-type]
+        check_teachers(Source(changed), changed.stages[0])
 
 
 def trainer_of_vectors(student: Any, folder: Path, rows: Any, collator: Any, kind: Vectors) -> Any:
@@ -190,8 +189,7 @@ def distilled(folder: Path, task: str, **options: Any) -> Source:
 
 
 def refused_by_recipe(source: Source, match: str) -> None:
-    stage = source.recipe.stages[-1].options
-    assert isinstance(stage, Distill)
+    stage = source.recipe.stages[-1]
     with pytest.raises(ModelError, match=match):
         check_teachers(source, stage)
 

@@ -14,6 +14,7 @@ from hfcompress.distillation.losses.features import at_least_float32
 from hfcompress.distillation.losses.layer_map import layer_pairs
 from hfcompress.distillation.losses.taps import Tap, tapped
 from hfcompress.errors import ModelError
+from hfcompress.structure import layer_stacks
 from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.running import watching
 
@@ -100,6 +101,20 @@ def _matches(name: str, loss: FeatureLoss, student: PreTrainedModel, teacher: Pr
         for mine, theirs in zip(own, other)
         for first, second in layer_pairs(loss.layers, len(mine), len(theirs))
     ]
+
+
+def check_layers(losses: Mapping[str, FeatureLoss], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise ModelError for layers that are not there and stacks that do not correspond.
+
+    student, teacher: their weights are not looked at.  Of losses that find layers by running the model, pairs are
+    compared with the longest stacks, since there may be layers that have no such features.
+    """
+    longest = [max(len(stack) for stack in layer_stacks(model)) for model in (student, teacher)]
+    for name, loss in losses.items():
+        if not loss.found_by_running:
+            _matches(name, loss, student, teacher)
+        elif isinstance(loss.layers, tuple):
+            layer_pairs(loss.layers, *longest)
 
 
 def _widths(model: PreTrainedModel, taps: list[Tap]) -> dict[Tap, int]:

@@ -24,9 +24,11 @@ class FeatureLoss(Loss):
     """A loss of what both models compute on the way.
 
     projected: the student's features pass through a learned projection where their width is not the teacher's.
+    found_by_running: ``find`` runs the model, so it needs one with weights.
     """
 
     projected: ClassVar[bool] = True
+    found_by_running: ClassVar[bool] = False
     layers: Layers = "auto"
 
     @abstractmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
@@ -19,6 +21,8 @@ class FeedForward(VectorLoss):
     layers: ``auto`` spreads the student's layers evenly over the teacher's, ``last`` compares the last ones, or pairs
     of a student's and a teacher's layer.  distance: mse (a mean over the features) or cosine.
     """
+
+    found_by_running: ClassVar[bool] = True
 
     def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
         """Return the output of every layer's feed-forward block."""

@@ -40,6 +40,7 @@ class Relations(FeatureLoss):
     """
 
     projected: ClassVar[bool] = False
+    found_by_running: ClassVar[bool] = True
     layers: Layers = "last"
     of: Annotated[tuple[Part, ...], Field(min_length=1)] = ("queries", "keys", "values")
     heads: Annotated[int, Field(ge=1)] | None = None
