@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hfcompress.distillation import DistillationConfig, DistillationTrainer
+from hfcompress.distillation import DistillationConfig, DistillationTrainer, cache_teacher
 from hfcompress.errors import HFCompressError, ModelError
 from tests.conftest import tiny_bert, word_tokenizer
 from tests.distilling import (
@@ -21,6 +21,7 @@ from tests.distilling import (
     distiller,
     llama,
     text_rows,
+    token_classifier,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
@@ -152,10 +153,16 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
         DistillationConfig(tmp_path, use_cpu=True, **options)
 
 
-def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("alpha", "why"), [(0.5, "training needs them"), (1, "with alpha=1 too: they say which")])
+@pytest.mark.parametrize("make", [llama, bert, token_classifier])
+def test_batches_without_labels_are_refused(
+    make: Callable[..., PreTrainedModel], alpha: float, why: str, tmp_path: Path
+) -> None:
     rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in text_rows()]
-    with pytest.raises(ModelError, match=r"The batches hold no 'labels', only .*input_ids"):
-        distiller(llama(), llama(seed=1), tmp_path, rows).train()
+    with pytest.raises(ModelError, match=rf"The batches hold no 'labels', only .*input_ids.*{why}"):
+        distiller(make(), make(seed=1), tmp_path, rows, alpha=alpha).train()
+    with pytest.raises(ModelError, match=r"no 'labels', only .*input_ids.* the choice of places that count needs"):
+        cache_teacher(make(seed=1), rows, tmp_path / "cache")
 
 
 def test_a_compiled_wrapper_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hfcompress.distillation.projections import ProjectionTrainer
 from hfcompress.distillation.teachers import AcrossTokenizers, Answer, CachedTeacher, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_task_loss
 from hfcompress.distillation.tokens import real_tokens
-from hfcompress.outputs import row_count
+from hfcompress.outputs import require_columns, row_count
 from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.publish.reporters import draw_losses_over_steps, send_picture, show_in_notebook
 from hfcompress.publish.trained import ModelCardMixin
@@ -154,6 +154,8 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
 
     def counted_in(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Return how much of a batch the losses are means of: labelled items, compared places, rows."""
+        if self.alpha == 1:
+            require_columns(self.kind, batch, "training (with alpha=1 too: they say which places count)")
         found = super().counted_in(batch)
         found |= {
             f"places of teacher {index}": teacher.comparable(batch, self.kind)

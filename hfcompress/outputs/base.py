@@ -44,7 +44,11 @@ class Outputs(ABC):
         return self.labels(batch) != IGNORED
 
     def compared(self, batch: Batch) -> Tensor:
-        """Mark the places at which a student and a teacher are compared: those with a label, unless said otherwise."""
+        """Mark the places at which a student and a teacher are compared: those with a label, unless said otherwise.
+
+        Raises ModelError for a batch without labels.
+        """
+        require_columns(self, batch, "the choice of places that count")
         return self.labelled(batch)
 
     @abstractmethod
