@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hfcompress.bundled import packaged_model
 from hfcompress.distillation import make_student
 from hfcompress.errors import ModelError
+from hfcompress.quantization import RTN, BitsAndBytes, quantize
 from hfcompress.structure import find_attention, find_ffn
 from tests.distilling import bert, equal, llama, weights_of
 from tests.families import FAMILIES, inputs_of
@@ -166,6 +168,9 @@ def test_an_architecture_without_the_head_is_refused(tmp_path: Path) -> None:
         ({"layers": 1, "pretrained": "x"}, "takes parts of the teacher"),
         ({"layers": 3}, "layers=3: model.layers of the teacher has 2"),
         ({"layers": [0, 4]}, "the stack has layers 0 to 1"),
+        ({"layers": []}, r"layers=\[\] must be one index or more"),
+        ({"layers": [-1]}, "from 0 on"),
+        ({"layers": [1, 0]}, "each once and in rising order"),
         ({"heads": 3}, "has 4 heads in groups of 2"),
         ({"heads": 0}, "has 4 heads in groups of 2"),
         ({"neurons": 65}, "neurons=65"),
@@ -174,3 +179,12 @@ def test_an_architecture_without_the_head_is_refused(tmp_path: Path) -> None:
 def test_what_the_teacher_has_not_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         make_student(llama(), **options)
+
+
+@pytest.mark.parametrize("method", [RTN(bits=4, group_size=16), BitsAndBytes(bits=4)], ids=["packed", "bitsandbytes"])
+@pytest.mark.parametrize("parts", [{"layers": 1}, {"heads": 2}, {"neurons": 32}])
+def test_parts_of_a_quantized_teacher_are_no_students(method: Any, parts: dict[str, int]) -> None:
+    teacher = llama(hidden_size=64)
+    quantize(teacher, method)
+    with pytest.raises(ModelError, match="is quantized, and weights that are stored so cannot be trained"):
+        make_student(teacher, **parts)

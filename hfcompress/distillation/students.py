@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.distillation.losses.layer_map import spread
 from hfcompress.errors import ModelError
+from hfcompress.packed import packed_layers
 from hfcompress.structure import (
     DropLayers,
     Part,
@@ -50,7 +51,8 @@ def make_student(
     The kept weights are the teacher's.
     config: a model of this config with random weights instead.  pretrained: a model id, a folder or
     ``package:<name>`` instead.  With either, the student has the teacher's kind of head and its labels.
-    Raises ModelError for more than the teacher has, and for what its architecture cannot express.
+    Raises ModelError for more than the teacher has, for what its architecture cannot express, and for parts of a
+    quantized teacher.
     """
     parts = {"layers": layers, "heads": heads, "neurons": neurons}
     asked = [name for name, value in parts.items() if value is not None]
@@ -60,6 +62,7 @@ def make_student(
         return _auto_class(teacher, config).from_config(_with_labels(copy.deepcopy(config), teacher))
     if pretrained is not None:
         return _pretrained(teacher, pretrained)
+    _refuse_quantized(teacher)
     student = copy.deepcopy(teacher)
     _unfreeze(student)
     if layers is not None:
@@ -70,13 +73,21 @@ def make_student(
     return student
 
 
+def _refuse_quantized(teacher: PreTrainedModel) -> None:
+    if packed_layers(teacher) or not all(one.is_floating_point() for one in teacher.parameters()):
+        raise ModelError(
+            f"The {type(teacher).__name__} is quantized, and weights that are stored so cannot be trained. Make the "
+            "student from the model before it was quantized; the quantized one can be its teacher."
+        )
+
+
 def _unfreeze(student: PreTrainedModel) -> None:
     """Have all weights trained but those that the architecture keeps fixed, such as Whisper's positions of frames."""
     with init_empty_weights():
         fresh = type(student)(copy.deepcopy(student.config))
     fixed = {name for name, one in fresh.named_parameters() if not one.requires_grad}
     for name, one in student.named_parameters():
-        one.requires_grad_(name not in fixed and one.is_floating_point())
+        one.requires_grad_(name not in fixed)
 
 
 def _pretrained(teacher: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -135,6 +146,8 @@ def _made_by(auto: Any, config: type) -> tuple[type, ...]:
 
 
 def _drop(student: PreTrainedModel, layers: int | Sequence[int]) -> None:
+    if not isinstance(layers, int) and (not layers or min(layers) < 0 or list(layers) != sorted(set(layers))):
+        raise ModelError(f"layers={list(layers)} must be one index or more, from 0 on, each once and in rising order.")
     for stack in layer_stacks(student):
         total = len(stack)
         if isinstance(layers, int) and not 1 <= layers <= total:
