@@ -100,6 +100,14 @@ def test_a_classifier_that_reads_other_tokens_is_no_teacher(losses: list[str] | 
         distiller(bert(), bert(seed=1), tmp_path, teacher_processing_class=other, **options)
 
 
+def test_a_student_that_is_its_own_teacher_is_refused_and_can_still_be_trained(tmp_path: Path) -> None:
+    student = bert()
+    with pytest.raises(ModelError, match="The student is its own teacher"):
+        distiller(student, [bert(seed=1), student], tmp_path)
+    assert student.training
+    assert all(one.requires_grad for one in student.parameters())
+
+
 def test_liger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="use_liger_kernel leaves no logits"):
         distiller(llama(), llama(), tmp_path, use_liger_kernel=True)

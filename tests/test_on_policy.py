@@ -216,6 +216,22 @@ def test_rows_without_a_prompt_and_other_columns_are_refused(tmp_path: Path) -> 
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "no prompt to complete"), ({"prompt_tokens": 4, "max_new_tokens": 125}, "A prompt of 4 tokens")],
+)
+def test_rows_are_looked_at_before_the_first_step_though_the_student_writes_later(
+    options: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    late = OnPolicy(fraction=0.3, **options)  # type: ignore[arg-type]
+    assert not late.is_due(42, 0)
+    rows = [{**row, "labels": row["input_ids"].clone()} for row in prompt_rows(8)[::2]]
+    trainer = distiller(llama(), llama(seed=1), tmp_path, rows, on_policy=late, max_steps=20)
+    with pytest.raises(HFCompressError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_completions_longer_than_the_student_takes_are_refused(tmp_path: Path) -> None:
     trainer = distiller(llama(), llama(), tmp_path, prompt_rows(8), on_policy={"max_new_tokens": 125})
     with pytest.raises(

@@ -72,11 +72,16 @@ def check_sharding(args: DistillationConfig, sharded: bool) -> None:
         raise ModelError("Losses of features work in one process or with DDP, not with FSDP or DeepSpeed.")
 
 
-def teachers_of(given: Any, weights: Sequence[float] | None) -> WeightedTeachers:
-    """Return the teachers with their shares, which sum to 1.  Raises ModelError for anything else than a teacher."""
+def teachers_of(given: Any, weights: Sequence[float] | None, student: Any) -> WeightedTeachers:
+    """Return the teachers with their shares, which sum to 1.
+
+    Raises ModelError for anything else than a teacher, before it changes any, and for the student itself.
+    """
     models = list(given) if isinstance(given, (list, tuple)) else [given]
     if not models:
         raise ModelError("teacher_model is an empty list; give one teacher or more.")
+    if any(one is student for one in models):
+        raise ModelError("The student is its own teacher. Give a copy of it (copy.deepcopy) or another model.")
     shares = [1.0] * len(models) if weights is None else list(weights)
     if len(shares) != len(models):
         raise ModelError(f"There are {len(models)} teachers, but {len(shares)} teacher_weights.")

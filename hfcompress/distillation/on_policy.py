@@ -182,6 +182,12 @@ def special_tokens(student: PreTrainedModel) -> tuple[list[int], int]:
     return ends, padding if isinstance(padding, int) and padding >= 0 else (ends or [0])[0]
 
 
+def refuse_prompts(student: PreTrainedModel, batch: Mapping[str, Any], options: OnPolicy) -> None:
+    """Raise DataError for rows without prompts, ModelError for prompts that leave no room, as the writing does."""
+    real = [one for one in prompts_of(batch, options.prompt_tokens) if one is not None]
+    _refuse_too_long(student, max((len(one) for one in real), default=0), options)
+
+
 def _refuse_too_long(student: PreTrainedModel, prompt: int, options: OnPolicy) -> None:
     limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt + options.max_new_tokens > limit:

@@ -21,7 +21,8 @@ from hfcompress.distillation.matching import FeatureMatcher
 from hfcompress.distillation.on_policy import OnPolicy, write_completions
 from hfcompress.distillation.pairs import tokenizer_of
 from hfcompress.distillation.projections import ProjectionTrainer
-from hfcompress.distillation.teachers import AcrossTokenizers, Answer, CachedTeacher, LiveTeacher, forward_arguments
+from hfcompress.distillation.rows import refuse_rows
+from hfcompress.distillation.teachers import AcrossTokenizers, Answer, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_task_loss
 from hfcompress.distillation.tokens import real_tokens
 from hfcompress.outputs import require_columns, row_count
@@ -66,7 +67,7 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         self.teacher_model = teacher_model
         self.teacher_processing_class = teacher_processing_class
         # The Trainer's own constructor reads the columns that either model takes.
-        self.teachers = teachers_of(teacher_model, teacher_weights)
+        self.teachers = teachers_of(teacher_model, teacher_weights, model)
         if (crossing := crossing_loss(named(args.chosen))) is not None:
             self.teachers = reading_texts(
                 crossing, self.teachers, kwargs.get("processing_class"), teacher_processing_class
@@ -119,16 +120,12 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """Return the Trainer's batches; data that a teacher has no answer to are refused before the first."""
+        """Return the Trainer's batches; data that nothing can be learned from are refused before the first."""
         loader: Any = super().get_train_dataloader()
-        rows, collator = loader.dataset, loader.collate_fn
-        for teacher, _ in self.teachers if hasattr(rows, "__len__") else ():
-            if isinstance(teacher, CachedTeacher):
-                teacher.refuse_other_rows(rows, collator)
-            if isinstance(teacher, AcrossTokenizers):
-                last = len(rows) - 1
-                few = [collator([rows[row]]) for row in sorted({0, last // 2, last})]
-                teacher.refuse_other_data(few, self.kind)
+        if hasattr(loader.dataset, "__len__"):
+            refuse_rows(
+                loader.dataset, loader.collate_fn, self._student, self.kind, self.teachers, self.args.on_policy
+            )
         return loader
 
     def get_batch_samples(
