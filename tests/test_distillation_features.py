@@ -190,6 +190,33 @@ def test_padding_of_encoder_decoders_is_never_compared(kind: str, name: str, tmp
     assert 0 < found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-5)
 
 
+OF_BART = {
+    hf.BartForSequenceClassification: {"labels": torch.tensor(1)},
+    hf.BartForQuestionAnswering: {"start_positions": torch.tensor(1), "end_positions": torch.tensor(2)},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("head", OF_BART)
+def test_padding_of_decoders_that_read_the_source_is_never_compared(head: Any, name: str, tmp_path: Path) -> None:
+    config = family("bart")().config
+    end = torch.tensor([config.eos_token_id])
+    rows = []
+    for index in (0, 3):
+        ids = torch.cat([KINDS["class"].row(index)["input_ids"], end])
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **OF_BART[head]})
+    student, teacher = (spread(head(copy.deepcopy(config)), seed) for seed in (0, 1))
+    found = []
+    for part in ([rows[0]], [rows[1]], rows):
+        trainer = distiller(
+            copy.deepcopy(student), teacher, tmp_path, part, temperature=None, losses=[name],
+            per_device_train_batch_size=len(part), data_collator=pad,
+        )  # fmt: skip
+        trainer.train()
+        found.append(trainer.state.log_history[0]["kd_loss"])
+    assert 0 < found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-5)
+
+
 def test_embeddings_of_an_encoder_decoder_are_those_that_its_encoder_reads() -> None:
     names = {kind: LOSSES["embeddings"]().find(family(kind)())[0][0][0] for kind in FED}
     assert [(kind, tap.module, tap.decoder) for kind, tap in names.items()] == [

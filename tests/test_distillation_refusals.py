@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer, cache_teacher
-from hfcompress.errors import HFCompressError, ModelError
+from hfcompress.errors import DataError, HFCompressError, ModelError
 from tests.conftest import tiny_bert, word_tokenizer
 from tests.distilling import (
     bert,
@@ -171,6 +171,20 @@ def test_batches_without_labels_are_refused(
         distiller(make(), make(seed=1), tmp_path, rows, alpha=alpha).train()
     with pytest.raises(ModelError, match=r"no 'labels', only .*input_ids.* the choice of places that count needs"):
         cache_teacher(make(seed=1), rows, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_labels_for_other_places_are_refused(cached: bool, tmp_path: Path) -> None:
+    rows = [{**row, "labels": row["labels"][2:]} for row in text_rows()]
+    what = r"The labels are for places \(\d, 6\), but the model answers at \(\d, 8\)"
+    if cached:
+        with pytest.raises(DataError, match=what):
+            cache_teacher(llama(seed=1), rows, tmp_path / "cache")
+        return
+    trainer = distiller(llama(), llama(seed=1), tmp_path, rows)
+    with pytest.raises(DataError, match=what):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_compiled_wrapper_is_refused_with_what_to_do(tmp_path: Path) -> None:

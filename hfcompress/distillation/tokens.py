@@ -14,13 +14,14 @@ from hfcompress.outputs import IGNORED, Batch, NextTokens, Outputs
 def real_tokens(model: PreTrainedModel, inputs: Batch, features: Tensor, decoder: bool, kind: Outputs) -> Tensor:
     """Mark the tokens that feature losses compare, (rows, tokens): no padding, and no ignored token of a causal LM.
 
-    features: (rows, tokens, ...).  decoder: they belong to an encoder-decoder's decoder, whose padding has no label.
+    features: (rows, tokens, ...).  decoder: they belong to an encoder-decoder's decoder, whose padding has no label;
+    a classifier's decoder reads the encoder's tokens.
     """
     rows, length = features.shape[:2]
     everything = torch.ones((rows, length), dtype=torch.bool, device=features.device)
-    if decoder:
-        labels = inputs.get("labels")
-        return everything if labels is None else (labels != IGNORED).to(features.device)
+    labels = inputs.get("labels")
+    if decoder and labels is not None and labels.shape == (rows, length):
+        return (labels != IGNORED).to(features.device)
     mask = inputs.get("attention_mask")
     shortened: Any = getattr(model, "_get_feature_vector_attention_mask", None)
     if mask is None:

@@ -25,7 +25,7 @@ from hfcompress.distillation.rows import refuse_rows
 from hfcompress.distillation.teachers import AcrossTokenizers, Answer, LiveTeacher, forward_arguments
 from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_task_loss
 from hfcompress.distillation.tokens import real_tokens
-from hfcompress.outputs import require_columns, row_count
+from hfcompress.outputs import refuse_other_places, require_columns, row_count
 from hfcompress.outputs.trainer import PerItemTrainer
 from hfcompress.publish.reporters import draw_losses_over_steps, send_picture, show_in_notebook
 from hfcompress.publish.trained import ModelCardMixin
@@ -181,12 +181,13 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         with tapped(self._student, taps) as features:
             task_mean, outputs = self._forward(model, for_student)
         own = {tap: features[tap] for tap in taps}
-        rows = self.kind.compared(inputs).reshape(-1).nonzero().squeeze(-1)
+        compared = self.kind.compared(inputs)
+        rows = compared.reshape(-1).nonzero().squeeze(-1)
         told = [
             (teacher.answer(inputs, self.kind, rows, self.matcher.teacher_taps if self.matcher else ()), weight)
             for teacher, weight in self.teachers
         ]
-        loss, kd, task = self._logit_loss(outputs, inputs, rows, told)
+        loss, kd, task = self._logit_loss(outputs, inputs, compared, rows, told)
         loss, kd, task = (self.scale("places") * one for one in (loss, kd, task))
         if task_mean is not None and not self._written:
             task = self.task_sum(task_mean, inputs) * self.scale("items")
@@ -208,13 +209,14 @@ class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):
         return None, model(**unlabelled)
 
     def _logit_loss(
-        self, outputs: Any, inputs: dict[str, Any], rows: Tensor, told: list[tuple[Answer, float]]
+        self, outputs: Any, inputs: dict[str, Any], compared: Tensor, rows: Tensor, told: list[tuple[Answer, float]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return sums over the compared places: what the logits add to the loss, KD of it, and the task loss."""
         zero = torch.zeros((), device=self.args.device)
         if not self.logit_losses and not self.own_task_loss:
             return zero, zero, zero
         logits = self.kind.logits(outputs, inputs)
+        refuse_other_places(compared, logits.shape[:-1])
         terms = LogitTerms(logits, rows, self.shared_classes, self._progress)
         for index, (answer, share) in enumerate(told):
             if (own := self.counts.get(f"places of teacher {index}")) is not None:

@@ -9,7 +9,16 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto as auto
 
-from hfcompress.outputs.base import ABSENT, IGNORED, Batch, Outputs, label_names, require_columns, row_count
+from hfcompress.outputs.base import (
+    ABSENT,
+    IGNORED,
+    Batch,
+    Outputs,
+    label_names,
+    refuse_other_places,
+    require_columns,
+    row_count,
+)
 from hfcompress.outputs.binary import Binary
 from hfcompress.outputs.classes import Choices, Classes, NextTokens
 from hfcompress.outputs.frames import Frames
@@ -33,6 +42,7 @@ __all__ = [
     "Vectors",
     "label_names",
     "outputs_of",
+    "refuse_other_places",
     "require_columns",
     "row_count",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hfcompress.errors import ModelError
+from hfcompress.errors import DataError, ModelError
 
 IGNORED = -100
 # A class that does not exist for an item. Finite, so that 0 * (its log-probability) is 0 and not NaN.
@@ -77,6 +78,18 @@ def require_columns(kind: Outputs, batch: Batch, what: str) -> None:
     for column in kind.label_columns:
         if column not in batch:
             raise ModelError(f"The batches hold no '{column}', only {', '.join(batch)}; {what} needs them.")
+
+
+def refuse_other_places(marked: Tensor, places: Sequence[int]) -> None:
+    """Raise DataError where labels are for more or fewer places than a model answers at.
+
+    marked: as ``compared`` marks them.  places: the shape of the logits without their last dimension.
+    """
+    if marked.numel() != math.prod(places):
+        raise DataError(
+            f"The labels are for places {tuple(marked.shape)}, but the model answers at {tuple(places)}. Give a label "
+            "for each, -100 where nothing is to be predicted."
+        )
 
 
 def logits_in(output: Mapping[str, Any], name: str = "logits") -> Tensor:

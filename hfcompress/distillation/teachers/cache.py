@@ -21,7 +21,7 @@ from hfcompress.distillation.teachers.keys import keys_of, refuse_left_padding
 from hfcompress.distillation.teachers.live import LiveTeacher
 from hfcompress.distillation.teachers.shards import LARGEST_K, Shard, Stored, write_shard
 from hfcompress.errors import CheckpointError, ModelError, OutputError
-from hfcompress.outputs import Outputs, Vectors, outputs_of
+from hfcompress.outputs import Outputs, Vectors, outputs_of, refuse_other_places
 from hfcompress.progress import meter
 
 INDEX = "teacher_cache.json"
@@ -252,8 +252,10 @@ def _batch(live: LiveTeacher, index: CacheIndex, kind: Outputs, batch: dict[str,
     refuse_left_padding(kind, batch)
     counted = kind.compared(batch)
     rows = counted.reshape(-1).nonzero().squeeze(-1)
-    targets = live.answer(batch, kind, rows, ()).targets
+    answer = live.answer(batch, kind, rows, ())
+    targets = answer.targets
     assert isinstance(targets, Tensor)
+    refuse_other_places(counted, answer.shape or ())
     result: list[Stored] = []
     of_row = counted.reshape(len(counted), -1).sum(1).cumsum(0).tolist()
     for first, end in zip([0, *of_row], of_row):
