@@ -190,6 +190,22 @@ def test_padding_of_encoder_decoders_is_never_compared(kind: str, name: str, tmp
     assert 0 < found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-5)
 
 
+def test_choices_share_the_weight_of_their_row(tmp_path: Path) -> None:
+    made = KINDS["choice"]
+    student, teacher = made.make(), made.make(seed=1)
+    rows = [{name: one[..., :4] if one.dim() else one for name, one in row.items()} for row in made.rows()]
+    batch = pad(rows)
+    texts = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        own, other = (model.bert(**texts, output_hidden_states=True).hidden_states[1:] for model in (student, teacher))
+    expected = sum((mine - theirs).square().mean() for mine, theirs in zip(own, other)) / len(own)
+    trainer = distiller(
+        student, teacher, tmp_path, rows, temperature=None, losses=["hidden_states"], data_collator=pad
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["kd_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 OF_BART = {
     hf.BartForSequenceClassification: {"labels": torch.tensor(1)},
     hf.BartForQuestionAnswering: {"start_positions": torch.tensor(1), "end_positions": torch.tensor(2)},

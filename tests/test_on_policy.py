@@ -16,7 +16,7 @@ from hfcompress.distillation.on_policy import joined, lengths_of, padded_left, p
 from hfcompress.errors import DataError, HFCompressError, ModelError
 from tests.checkpointing import checkpoint_activations
 from tests.conftest import VOCABULARY_SIZE, tiny_bert
-from tests.distilling import StopAt, distiller, equal, llama, stack, weights_of
+from tests.distilling import ALPHA, StopAt, distiller, equal, llama, stack, weights_of
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 CPU = torch.device("cpu")
@@ -138,6 +138,14 @@ def test_gradient_is_the_divergence_over_the_completions_alone(tmp_path: Path) -
     logs = trainer.state.log_history[0]
     assert logs["kd_loss"] == pytest.approx(float(total.detach()) / count)
     assert logs["on_policy"] == 1.0
+    assert "task_loss" not in logs
+
+
+def test_smoothed_labels_are_no_task_of_what_the_student_wrote(tmp_path: Path) -> None:
+    trainer = distiller(llama(seed=1), llama(), tmp_path, prompt_rows(8), on_policy=ALWAYS, label_smoothing_factor=0.1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(ALPHA * logs["kd_loss"], rel=1e-5)
     assert "task_loss" not in logs
 
 
