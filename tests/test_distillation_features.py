@@ -19,6 +19,7 @@ from hfcompress.distillation.logged import LoggedTerms
 from hfcompress.distillation.losses import LOSSES, FeatureLoss
 from hfcompress.distillation.projections import FILE
 from hfcompress.errors import CheckpointError, ModelError
+from hfcompress.structure import find_attention, shrink, zero_heads_
 from tests.checkpointing import checkpointing
 from tests.conftest import VOCABULARY_SIZE
 from tests.distilling import (
@@ -188,6 +189,30 @@ def test_padding_of_encoder_decoders_is_never_compared(kind: str, name: str, tmp
         trainer.train()
         found.append(trainer.state.log_history[0]["kd_loss"])
     assert 0 < found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_layers_that_shrinking_left_no_heads_have_no_relations(who: str, tmp_path: Path) -> None:
+    uneven, whole = bert(layers=3), bert(seed=1, layers=3)
+    site = find_attention(uneven)[1]
+    zero_heads_(uneven, site, range(site.heads))
+    shrink(uneven)
+    models = (uneven, whole) if who == "student" else (whole, uneven)
+
+    def run_with(layers: Any) -> Any:
+        losses = [{"relations": {"layers": layers}}]
+        trainer = distiller(*map(copy.deepcopy, models), tmp_path, temperature=None, losses=losses)  # type: ignore[arg-type]
+        trainer.train()
+        assert 0 < trainer.state.log_history[0]["kd_loss"] < 10
+        pairs = trainer.matcher.matches  # type: ignore[union-attr]
+        return [[int(taps[0].module.split(".")[3]) for taps in (one.student, one.teacher)] for one in pairs]
+
+    assert run_with("last") == [[2, 2]]
+    assert run_with([[0, 0], [2, 2]]) == [[0, 0], [2, 2]]
+    with pytest.raises(ModelError, match=f"relations: layer 1 of the {who} has nothing to compare"):
+        run_with([[1, 1]])
+    if who == "student":
+        assert run_with("auto") == [[0, 1], [2, 2]]
 
 
 def test_choices_share_the_weight_of_their_row(tmp_path: Path) -> None:

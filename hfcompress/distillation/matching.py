@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from hfcompress.distillation.losses import FeatureLoss
 from hfcompress.distillation.losses.features import at_least_float32
-from hfcompress.distillation.losses.layer_map import layer_pairs
+from hfcompress.distillation.losses.layer_map import Layers, layer_pairs
 from hfcompress.distillation.losses.taps import Tap, tapped
 from hfcompress.errors import ModelError
 from hfcompress.structure import layer_stacks
 from hfcompress.structure.inputs import dummy_inputs
 from hfcompress.structure.running import watching
 
+Stack = Sequence[tuple[Tap, ...] | None]
 Counted = Callable[[Tensor, bool], Tensor]
 
 
@@ -96,11 +97,22 @@ def _matches(name: str, loss: FeatureLoss, student: PreTrainedModel, teacher: Pr
             f"{name}: the student has {len(own)} layer stacks and the teacher {len(other)}, so it is unclear which "
             "layers to compare."
         )
-    return [
-        Match(name, loss, mine[first], theirs[second])
-        for mine, theirs in zip(own, other)
-        for first, second in layer_pairs(loss.layers, len(mine), len(theirs))
-    ]
+    stacks = zip(own, other)
+    return [Match(name, loss, *pair) for stack in stacks for pair in _pairs(name, loss.layers, *stack)]
+
+
+def _pairs(name: str, layers: Layers, own: Stack, other: Stack) -> list[tuple[tuple[Tap, ...], tuple[Tap, ...]]]:
+    """Return the taps of each pair of layers; what is not named is found among the layers that have any."""
+    if not isinstance(layers, tuple):
+        own, other = ([taps for taps in stack if taps is not None] for stack in (own, other))
+    pairs = []
+    for first, second in layer_pairs(layers, len(own), len(other)):
+        mine, theirs = own[first], other[second]
+        if mine is None or theirs is None:
+            who, layer = ("student", first) if mine is None else ("teacher", second)
+            raise ModelError(f"{name}: layer {layer} of the {who} has nothing to compare. Name another one.")
+        pairs.append((mine, theirs))
+    return pairs
 
 
 def check_layers(losses: Mapping[str, FeatureLoss], student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.distillation.losses.base import FORBID
-from hfcompress.distillation.losses.features import VectorLoss
+from hfcompress.distillation.losses.features import Layered, VectorLoss
 from hfcompress.distillation.losses.layer_map import Layers
 from hfcompress.distillation.losses.taps import Tap, name_of
 from hfcompress.errors import ModelError
@@ -23,7 +23,7 @@ class Embeddings(VectorLoss):
 
     layers: Layers = "last"
 
-    def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
+    def find(self, model: PreTrainedModel) -> Layered:
         """Return the output of the input embeddings: of an encoder-decoder the encoder's, if it reads tokens.
 
         Raises ModelError for a model without any.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from hfcompress.distillation.losses.taps import Tap
 from hfcompress.structure import LayerStack, layer_stacks
 
 Distance = Literal["mse", "cosine"]
+Layered = Sequence[Sequence[tuple[Tap, ...] | None]]
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -32,8 +34,8 @@ class FeatureLoss(Loss):
     layers: Layers = "auto"
 
     @abstractmethod
-    def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
-        """Return the taps of each layer of each of the model's layer stacks."""
+    def find(self, model: PreTrainedModel) -> Layered:
+        """Return the taps of each layer of each of the model's layer stacks, None for a layer without any."""
 
     @abstractmethod
     def rows(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], counted: Tensor) -> Tensor:
@@ -79,9 +81,7 @@ def is_decoder(model: PreTrainedModel, stack: LayerStack | str) -> bool:
     return bool(model.config.is_encoder_decoder) and "decoder" in name.split(".")
 
 
-def stacks_by_layer(
-    model: PreTrainedModel, found: dict[tuple[str, int], tuple[Tap, ...]]
-) -> list[list[tuple[Tap, ...]]]:
+def stacks_by_layer(model: PreTrainedModel, found: dict[tuple[str, int], tuple[Tap, ...]]) -> Layered:
     """Sort taps that were found by (stack, layer) into the model's stacks; a stack without any is left out."""
     stacks = [[found.get((stack.name, layer)) for layer in range(len(stack))] for stack in layer_stacks(model)]
-    return [[taps for taps in stack if taps is not None] for stack in stacks if any(stack)]
+    return [stack for stack in stacks if any(stack)]

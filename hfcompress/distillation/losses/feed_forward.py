@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from hfcompress.distillation.losses.base import FORBID
-from hfcompress.distillation.losses.features import VectorLoss, is_decoder, stacks_by_layer
+from hfcompress.distillation.losses.features import Layered, VectorLoss, is_decoder, stacks_by_layer
 from hfcompress.distillation.losses.taps import Tap
 from hfcompress.structure import find_ffn
 
@@ -24,7 +24,7 @@ class FeedForward(VectorLoss):
 
     found_by_running: ClassVar[bool] = True
 
-    def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
+    def find(self, model: PreTrainedModel) -> Layered:
         """Return the output of every layer's feed-forward block."""
         return stacks_by_layer(
             model,

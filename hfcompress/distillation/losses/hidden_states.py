@@ -6,7 +6,7 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from hfcompress.distillation.losses.base import FORBID
-from hfcompress.distillation.losses.features import VectorLoss, is_decoder
+from hfcompress.distillation.losses.features import Layered, VectorLoss, is_decoder
 from hfcompress.distillation.losses.taps import Tap
 from hfcompress.structure import layer_stacks
 
@@ -20,7 +20,7 @@ class HiddenStates(VectorLoss):
     of a student's and a teacher's layer.  distance: mse (a mean over the features) or cosine.
     """
 
-    def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
+    def find(self, model: PreTrainedModel) -> Layered:
         """Return the output of every layer."""
         return [
             [(Tap(f"{stack.name}.{layer}", decoder=is_decoder(model, stack)),) for layer in range(len(stack))]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hfcompress.distillation.losses.base import FORBID
 from hfcompress.distillation.losses.features import (
     FeatureLoss,
+    Layered,
     at_least_float32,
     is_decoder,
     mean_of_counted,
@@ -45,11 +46,11 @@ class Relations(FeatureLoss):
     of: Annotated[tuple[Part, ...], Field(min_length=1)] = ("queries", "keys", "values")
     heads: Annotated[int, Field(ge=1)] | None = None
 
-    def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
-        """Return the projections of every layer's first, and so its own, attention."""
+    def find(self, model: PreTrainedModel) -> Layered:
+        """Return the projections of every layer's first, and so its own, attention, if it has heads."""
         found: dict[tuple[str, int], tuple[Tap, ...]] = {}
         for site in find_attention(model):
-            if site.layer is not None:
+            if site.layer is not None and site.heads:
                 found.setdefault(site.layer, self._taps(model, site))
         return stacks_by_layer(model, found)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfcompress.distillation.losses.base import FORBID
-from hfcompress.distillation.losses.features import Distance, VectorLoss, vector_distance
+from hfcompress.distillation.losses.features import Distance, Layered, VectorLoss, vector_distance
 from hfcompress.distillation.losses.layer_map import Layers
 from hfcompress.distillation.losses.taps import Tap, name_of
 from hfcompress.outputs import Pooling
@@ -27,7 +27,7 @@ class SentenceEmbedding(VectorLoss):
     distance: Distance = "cosine"
     pooling: Pooling = "mean"
 
-    def find(self, model: PreTrainedModel) -> list[list[tuple[Tap, ...]]]:
+    def find(self, model: PreTrainedModel) -> Layered:
         """Return the output of the model below its head: of an encoder-decoder its encoder's."""
         base = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
         return [[(Tap(name_of(model, base)),)]]
