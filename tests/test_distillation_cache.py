@@ -251,6 +251,18 @@ def test_k_beyond_the_vocabulary_is_refused(k: int, tmp_path: Path) -> None:
             distiller(llama(), llama(seed=1), tmp_path, temperature=None, losses=[{"top_k_kl": {"k": k}}])
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_temperatures_that_give_no_probabilities_are_refused(temperature: float, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"temperature={temperature} must be above 0 and finite"):
+        cache_teacher(llama(), text_rows(4), tmp_path / "cache", temperature=temperature)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_no_model_answers_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="must be a transformers PreTrainedModel, not a str"):
+        cache_teacher("a/name", text_rows(4), tmp_path / "cache")  # type: ignore[arg-type]
+
+
 def test_folders_that_are_no_cache_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no teacher's answers"):
         distiller(llama(), tmp_path, tmp_path)

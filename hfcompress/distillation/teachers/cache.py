@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,8 +92,12 @@ def cache_teacher(
     outputs: the kind of the teacher's outputs, where its class does not say it all: ``Vectors(pooling="cls")``.
     An answer takes 4 k + 2 bytes, up to 2 more where k is at most 10 of up to 262,144 classes, and an example 24 more.
     A cache that was cut short is continued.  Raises OutputError for a folder with another teacher's answers,
-    ModelError for a ``k`` that cannot be.
+    ModelError for a ``k`` or a temperature that cannot be.
     """
+    if not isinstance(teacher, PreTrainedModel):
+        raise ModelError(f"The teacher must be a transformers PreTrainedModel, not a {type(teacher).__name__}.")
+    if not 0 < temperature < math.inf:
+        raise ModelError(f"temperature={temperature} must be above 0 and finite.")
     folder = Path(folder)
     refuse_other_files(folder)
     live = LiveTeacher(teacher)
