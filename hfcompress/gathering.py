@@ -41,7 +41,7 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
         assert facts is not None
         measured = json.loads(space.measurement_file(position, name).read_text(encoding="utf-8"))
         rows.append({"name": name, **{k: facts.get(k) for k in _OF_STAGE}, "measurement": measured})
-        reports.append((stage.kind if stage else ORIGINAL, facts["report"] or {}))
+        reports.append((name, stage.kind if stage else ORIGINAL, facts["report"] or {}))
     return {
         "hfcompress": version("hfcompress"),
         "name": recipe.name,
@@ -99,7 +99,7 @@ def gather_command_facts(
             {**done, "measurement": after.to_dict()},
         ],
         **_reloaded(json.loads((folder / MARKER).read_text(encoding="utf-8"))["verified"]),
-        **reports_by_layer([(kind, report.to_dict())]),
+        **reports_by_layer([(kind, kind, report.to_dict())]),
         "layers": layers_of(folder),
     }
 
@@ -135,14 +135,15 @@ def _reloaded(verified: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def reports_by_layer(reports: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def reports_by_layer(reports: Iterable[tuple[str, str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Return what stages reported of single layers: kept heads and neurons, and the rows of pruning and quantizing.
 
-    Heads and neurons are (before the first stage that removed any, after the last) for each block.
+    reports: of each stage its name, its kind and its report.  Heads and neurons are (before the first stage that
+    removed any, after the last) for each block; rows of pruning name their stage, as several may prune.
     """
     structure: dict[str, dict[str, list[int]]] = {}
     rows: dict[str, Any] = {"pruning_report": None, "quantization_report": None}
-    for kind, report in reports:
+    for name, kind, report in reports:
         for units in _KINDS_OF_UNITS:
             for block, (before, after) in report.get(units, {}).items():
                 found = structure.setdefault(units, {}).setdefault(block, [before, after])
@@ -151,7 +152,10 @@ def reports_by_layer(reports: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[s
         if kind in ("quantize", "finetune", "distill") and "rows" in report:
             rows["quantization_report"] = report["rows"]
         elif kind == "prune":
-            rows["pruning_report"] = report["rows"]
+            rows["pruning_report"] = [
+                *(rows["pruning_report"] or ()),
+                *({"stage": name, **row} for row in report["rows"]),
+            ]
     return {"structure": structure or None, **rows}
 
 

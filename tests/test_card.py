@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from hfcompress.evaluate import pack_hits, paired_bootstrap
+from hfcompress.gathering import reports_by_layer
+from hfcompress.pruning.oneshot.report import PrunedLayer, PruningReport
 from hfcompress.publish import load_facts, write_model_card
 from hfcompress.publish.pictures import bits_rows, kept_rows, layer_panels
 from tests.test_publish import card_of, measurements
@@ -171,6 +173,26 @@ def test_an_error_is_said_to_be_the_outputs_only_where_inputs_weighed_it(tmp_pat
     for row in values["quantization_report"]:
         row["scaled"] = False  # AWQ, which has a Hessian and needs no factor of it
     assert "Relative error of a layer's output on the calibration data" in card_of(tmp_path, values)
+
+
+def test_each_stage_that_prunes_has_its_table_and_its_panel(tmp_path: Path) -> None:
+    def report(zeros: int) -> PruningReport:
+        rows = [PrunedLayer(f"model.layers.{at}.q_proj", zeros + at, 100, zeros / 1000, None, 0, 1.0) for at in (0, 1)]
+        return PruningReport("magnitude", tuple(rows), 2.0)
+
+    first, second = (("prune", "prune", report(25).to_dict()), ("prune-2", "prune", report(50).to_dict()))
+    values = measurements() | {"quantization_report": None}
+    text = card_of(tmp_path, values | reports_by_layer([first]))
+    assert "## Pruning error of each layer\n" in text
+    assert next(iter(layer_panels(load_facts(tmp_path)))) == "pruning error"
+    text = card_of(tmp_path, values | reports_by_layer([first, second]))
+    parts = text.split("## Pruning error of each layer in the stage `prune")
+    assert [part[:8].partition("`")[0] for part in parts[1:]] == ["", "-2"]
+    assert [row_of(part, "model.layers.1.q_proj").split(" | ")[1] for part in parts[1:]] == ["26.0%", "51.0%"]
+    assert layer_panels(load_facts(tmp_path)) == {
+        "pruning error, prune": [(0, 0.025), (1, 0.025)],
+        "pruning error, prune-2": [(0, 0.05), (1, 0.05)],
+    }
 
 
 def test_the_same_facts_give_the_same_bytes(tmp_path: Path) -> None:

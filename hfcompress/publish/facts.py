@@ -52,10 +52,11 @@ class Facts:
     """Everything a model card may say. The last stage was measured on the reloaded checkpoint in a fresh process.
 
     verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report, pruning_report: a
-    row per linear layer.  structure: kind of unit (heads, neurons) to block to (before, after).  layers: name,
-    parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a model that no recipe
-    made, what its Trainer and callbacks, or the command, were told.  local: which names of model and data are none of
-    the Hub's: paths where it was made, and the class of a model that came from nowhere.  None is what is not known.
+    row per linear layer; of pruning with its stage.  structure: kind of unit (heads, neurons) to block to (before,
+    after).  layers: name, parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a
+    model that no recipe made, what its Trainer and callbacks, or the command, were told.  local: which names of model
+    and data are none of the Hub's: paths where it was made, and the class of a model that came from nowhere.  None is
+    what is not known.
     """
 
     version: str | None
@@ -92,6 +93,14 @@ class Facts:
     def after(self) -> Measurement:
         """The measurement of the final checkpoint."""
         return self.stages[-1].measurement
+
+    @property
+    def pruning_reports(self) -> dict[str, tuple[dict[str, Any], ...]]:
+        """The rows of each stage that pruned, by its name; by an empty one where there is only one such stage."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.pruning_report:
+            found.setdefault(row.get("stage", ""), []).append(row)
+        return {name if len(found) > 1 else "": tuple(rows) for name, rows in found.items()}
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ def linear_reports(facts: Facts) -> list[dict[str, Any]]:
     """Return title, summary, count and table of each report on linear layers that there is."""
     found = []
     for title, columns, rows in (
-        ("Pruning error of each layer", _PRUNED, facts.pruning_report),
-        ("Quantization error of each layer", _QUANTIZED, facts.quantization_report),
+        *((_titled("Pruning", stage), _PRUNED, rows) for stage, rows in facts.pruning_reports.items()),
+        (_titled("Quantization"), _QUANTIZED, facts.quantization_report),
     ):
         if rows:
             names = [name for name in columns if any(name in row for row in rows)]
@@ -53,6 +53,10 @@ def linear_reports(facts: Facts) -> list[dict[str, Any]]:
             shown = table([columns[name] for name in names], lines)
             found.append({"title": title, "summary": _summary(rows), "count": len(rows), "table": shown})
     return found
+
+
+def _titled(what: str, stage: str = "") -> str:
+    return f"{what} error of each layer" + (f" in the stage {code(stage)}" if stage else "")
 
 
 def experts_together(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

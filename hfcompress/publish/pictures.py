@@ -132,7 +132,9 @@ def layer_panels(facts: Facts) -> dict[str, Points]:
         panels["bits per weight"] = [(at, 8 * one["bytes"] / one["parameters"]) for at, one in counted]
         if any(one["nonzero"] < 0.999 * one["parameters"] for _, one in counted):  # a few zeros are no picture
             panels["sparsity"] = [(at, 1 - one["nonzero"] / one["parameters"]) for at, one in counted]
-    for title, report in (("pruning error", facts.pruning_report), ("quantization error", facts.quantization_report)):
+    pruned = {f"pruning error, {stage}" if stage else "pruning error": rows
+              for stage, rows in facts.pruning_reports.items()}  # fmt: skip
+    for title, report in (*pruned.items(), ("quantization error", facts.quantization_report)):
         errors = [(layer_of(row["name"]), row.get("relative_error")) for row in report]
         points = [(at, error) for at, error in errors if at is not None and error is not None]
         if points:
@@ -164,7 +166,7 @@ def _draw_panel(axes: Any, title: str, points: Sequence[tuple[int, float]]) -> N
     else:
         axes.scatter(layers, values, s=14, color=LAST, alpha=0.75, linewidth=0)
     axes.set_ylim(0, (1.0 if title == "sparsity" else max(values) * 1.15) or 1.0)
-    axes.set_ylabel(title, color=INK, fontsize=9)
+    axes.set_ylabel(title.replace(", ", "\n"), color=INK, fontsize=9)
     axes.grid(True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8.5, length=0)
