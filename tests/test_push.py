@@ -554,7 +554,8 @@ class CardTrainer(hfcompress.ModelCardMixin, Trainer):
     pass
 
 rows = [{k: v[0] for k, v in b.items()} for b in token_batches(8, rows=1)]
-args = TrainingArguments(
+distils = KIND is hfcompress.DistillationTrainer
+args = (hfcompress.DistillationConfig if distils else TrainingArguments)(
     output_dir=OUT, use_cpu=True, max_steps=4, disable_tqdm=True, save_steps=2, push_to_hub=True,
     hub_model_id=REPO, hub_strategy=NAME, hub_always_push=True, report_to="none",
 )
@@ -562,6 +563,7 @@ trainer = KIND(
     model=AutoModelForCausalLM.from_pretrained(FOLDER), args=args, train_dataset=rows,
     processing_class=AutoTokenizer.from_pretrained(FOLDER),
     callbacks=[hfcompress.PruneCallback(sparsity=0.5, end=0.75)],
+    **({"teacher_model": AutoModelForCausalLM.from_pretrained(FOLDER)} if distils else {}),
 )
 trainer.train()
 trainer.push_to_hub(dataset="me/rows", license="mit")
@@ -572,9 +574,11 @@ CHECKPOINTS = {"end": (), "every_save": (), "checkpoint": ("last-checkpoint",),
                "all_checkpoints": ("checkpoint-2", "checkpoint-4")}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "strategy"), [*(("CardTrainer", name) for name in CHECKPOINTS), ("Trainer", "every_save")]
-)
+DISTILLS = "hfcompress.DistillationTrainer"
+WAYS = [*((kind, name) for kind in ("Trainer", DISTILLS) for name in CHECKPOINTS), ("CardTrainer", "every_save")]
+
+
+@pytest.mark.parametrize(("kind", "strategy"), WAYS)
 def test_every_hub_strategy_works_with_our_callbacks(kind: str, strategy: str, hub: Hub, folder: Path) -> None:
     """What from_pretrained then gets from the Hub is pruned; the card is ours, or the Trainer's own with our tags."""
     repo = f"tester/{kind}-{strategy}".lower()
@@ -587,7 +591,8 @@ def test_every_hub_strategy_works_with_our_callbacks(kind: str, strategy: str, h
     with urllib.request.urlopen(f"{hub.url}/{repo}/resolve/main/README.md") as answer:
         card = answer.read().decode()
     assert all(f"- {tag}\n" in card for tag in ("hfcompress", "pruned"))
+    assert ("- distilled\n" in card) is (kind == DISTILLS)
     assert "license: mit" in card
     assert "me/rows" in card
-    assert ("measurements.json" in names) is (kind == "CardTrainer")
-    assert ("Loads without hfcompress" in card) is (kind == "CardTrainer")
+    assert ("measurements.json" in names) is (kind != "Trainer")
+    assert ("Loads without hfcompress" in card) is (kind != "Trainer")
