@@ -106,6 +106,15 @@ def test_a_smaller_vocabulary_makes_perplexity_easier_and_the_card_says_so(tmp_p
     assert "a token is easier to guess among fewer" in card_of(tmp_path, values)
 
 
+@pytest.mark.parametrize(("method", "needed"), [("compressed-tensors", False), ("hfcompress", True)])
+def test_what_was_not_reloaded_is_loaded_as_its_config_asks(method: str, needed: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    text = card_of(tmp_path, measurements() | {"loads_without_hfcompress": None, "verification": None})
+    assert ("```python\nimport hfcompress" in text) is needed
+    assert ("Install hfcompress first" in text) is needed
+    assert "**Loads without hfcompress: not measured** (reload: not measured)" in text
+
+
 @pytest.mark.parametrize("method", ["compressed-tensors", "hfcompress"])
 def test_packed_weights_are_said_to_be_unpacked(method: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {

@@ -55,6 +55,8 @@ def test_the_card_says_what_was_trained_and_measured(tmp_path: Path, tokenizer: 
     assert "after reloading" not in text
     assert "was not recorded" not in text
     assert "**Loads without hfcompress: not measured**" in text
+    assert "import hfcompress" not in text
+    assert "Install hfcompress" not in text
     assert "Before is" not in text
     data = ModelCard.load(tmp_path / "pruned" / "README.md").data
     assert (data.license, data.tags, data.datasets) == ("mit", ["hfcompress", "pruned", "mine"], ["me/data"])

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hfcompress.checkpoint.atomic import list_own_files, write_text
+from hfcompress.checkpoint.verify import needs_hfcompress
 from hfcompress.progress import say
 from hfcompress.publish import sections
 from hfcompress.publish.comparison import comparison_markdown, comparison_note
@@ -93,14 +94,15 @@ def render_card(
     facts: Facts, config: dict[str, Any], pictures: dict[str, str] | None = None, repo_id: str | None = None
 ) -> str:
     """Return the card's text.  config: the checkpoint's ``config.json``.  pictures: files beside the card, by name."""
-    stock = bool(facts.loads_without_hfcompress)
+    verified = facts.loads_without_hfcompress
+    stock = not needs_hfcompress(config) if verified is None else verified
     page = _environment().from_string(_template()).render(
         name=plain(facts.name),
         headline=sections.headline(facts),
         description=sections.description(facts),
         packages=packages_to_install(config, stock),
         loading=loading_lines(facts.task, _place(facts, repo_id), stock, runs_own_code(facts.recipe, config)),
-        loads_without_hfcompress=sections.yes_or_no(facts.loads_without_hfcompress),
+        loads_without_hfcompress=sections.yes_or_no(verified),
         verification=sections.verification(facts),
         comparison=comparison_markdown(facts),
         comparison_note=comparison_note(facts),
