@@ -55,7 +55,7 @@ _HOME_OF = {
     "measure": "hfcompress.evaluate",
     "ModelCardMixin": "hfcompress.publish",
     "push": "hfcompress.publish",
-    "write_model_card": "hfcompress.publish",
+    "write_model_card": "hfcompress.describing",
     "write_report": "hfcompress.publish",
     "HFCompressError": "hfcompress.errors",
 }

@@ -243,9 +243,10 @@ def card(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's model card and its pictures from its measurements."""
-    from hfcompress.publish import write_model_card
+    from hfcompress.publish import load_facts, write_model_card
     from hfcompress.publish.card import keep_edited
 
+    load_facts(folder)  # a folder without them keeps the card that it has
     keep_edited(folder)
     written = write_model_card(folder, repo)
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -23,10 +23,16 @@ from hfcompress.publish.licence import license_of
 from hfcompress.publish.sharing import local_names
 from hfcompress.quantization import QuantizationReport
 from hfcompress.recipe import ModelSpec, Recipe
+from hfcompress.recipe.checks import stage_names
+from hfcompress.structure import ShrinkReport
+from hfcompress.vocabulary import PrunedVocabulary
 from hfcompress.workspace import ORIGINAL, Workspace
 
+_NOT_EVALUATED = "no rows to measure on were given"
 _NO_METRICS = "the command measures no quality, `hfcompress eval` does"
 _OF_STAGE = ("summary", "seconds", "machine")
+_KIND_OF: dict[type, str] = {PruningReport: "prune", QuantizationReport: "quantize", ShrinkReport: "shrink",
+                             PrunedVocabulary: "prune_vocabulary"}  # fmt: skip
 _KINDS_OF_UNITS = ("heads", "key_value_heads", "neurons")
 
 
@@ -77,9 +83,56 @@ def gather_command_facts(
     Before stands what the model's own files hold, where they lie here as safetensors.  kind: of the stage.
     summary: what it did.  data: a file or an id.  words: of the command line.
     """
-    before, after = _original(spec), _counted(folder)
+    before, after = counted_original(spec), counted(folder)
     done = {"name": kind, "summary": summary, "seconds": round(report.seconds, 1), "machine": describe_machine()}
-    was = {"name": ORIGINAL, "summary": "as it was opened", "seconds": None}
+    training = {"techniques": techniques, "evaluated": _NO_METRICS, "command": words, "output": str(folder)}
+    return {
+        **_of_one_shot(folder, task, spec, data),
+        "training": training,
+        "stages": _two_stages(before, {**done, "measurement": after.to_dict()}),
+        **reports_by_layer([(kind, kind, report.to_dict())]),
+    }
+
+
+def gather_call_facts(
+    folder: Path,
+    before: Measurement | None,
+    after: Measurement,
+    reports: Sequence[Any],
+    *,
+    base: str,
+    task: str,
+    data: str | None,
+) -> dict[str, Any]:
+    """Return the content of ``measurements.json`` for what calls in Python made of a model, in ``folder``.
+
+    before, after: the model that it was made from, and the folder's.  reports: what the calls returned, or text that
+    says what they did.  base: the model's name.  data: a file or an id, of the rows that were measured on.
+    """
+    took = [one.seconds for one in reports if hasattr(one, "seconds")]
+    seconds = round(sum(took), 1) if took and len(took) == len(reports) else None
+    summary = "; ".join(one if isinstance(one, str) else one.summary for one in reports)
+    done = {"name": "compressed", "summary": summary or None, "seconds": seconds, "machine": describe_machine()}
+    known = [(one, _KIND_OF[type(one)]) for one in reports if type(one) in _KIND_OF]
+    kinds = {kind for _, kind in known}
+    techniques = ["quantized"] * ("quantize" in kinds)
+    if kinds - {"quantize"} or (before is not None and after.parameters < before.parameters):
+        techniques.insert(0, "pruned")
+    training = {"techniques": techniques, "evaluated": _NOT_EVALUATED, "command": [], "output": str(folder)}
+    rows = [one.to_dict() if hasattr(one, "to_dict") else vars(one) for one, _ in known]
+    names = stage_names([kind for _, kind in known])
+    return {
+        **_of_one_shot(folder, task, ModelSpec(id=base), data),
+        "training": training,
+        "stages": _two_stages(before, {**done, "measurement": after.to_dict()}),
+        **reports_by_layer((name, kind, found) for name, (_, kind), found in zip(names, known, rows)),
+    }
+
+
+def _of_one_shot(folder: Path, task: str, spec: ModelSpec, data: str | None) -> dict[str, Any]:
+    """Return what is known of a checkpoint that no recipe made: what it is, from what, and how it reloaded."""
+    marker = folder / MARKER
+    verified = json.loads(marker.read_text(encoding="utf-8"))["verified"] if marker.is_file() else None
     return {
         "hfcompress": version("hfcompress"),
         "name": folder.absolute().name,
@@ -88,31 +141,26 @@ def gather_command_facts(
         **base_model(spec),
         "data": data and {"files" if os.path.isfile(os.path.expanduser(data)) else "id": data},
         "local": local_names([spec.id, data]),
-        "training": {
-            "techniques": techniques,
-            "evaluated": _NO_METRICS,
-            "command": words,
-            "output": str(folder),
-        },
-        "stages": [
-            *([] if before is None else [{**was, "measurement": before.to_dict()}]),
-            {**done, "measurement": after.to_dict()},
-        ],
-        **_reloaded(json.loads((folder / MARKER).read_text(encoding="utf-8"))["verified"]),
-        **reports_by_layer([(kind, kind, report.to_dict())]),
+        **_reloaded(verified),
         "layers": layers_of(folder),
     }
 
 
-def _original(spec: ModelSpec) -> Measurement | None:
+def _two_stages(before: Measurement | None, done: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the original, where something is known of it, and what was done to it."""
+    was = {"name": ORIGINAL, "summary": "as it was opened", "seconds": None}
+    return [*([] if before is None else [{**was, "measurement": before.to_dict()}]), done]
+
+
+def counted_original(spec: ModelSpec) -> Measurement | None:
     """Return what a model's own files hold, None where they are not here or of a format that is not counted."""
     with suppress(HFCompressError):  # the result is whole by now, and its card does without
         folder = files_of(spec)
-        return None if folder is None else _counted(folder)
+        return None if folder is None else counted(folder)
     return None
 
 
-def _counted(folder: Path) -> Measurement:
+def counted(folder: Path) -> Measurement:
     """Return what a checkpoint's files hold; nothing of it was run."""
     found = inspect_checkpoint(folder)
     total = found.total
@@ -128,9 +176,11 @@ def _counted(folder: Path) -> Measurement:
 
 def _reloaded(verified: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what a card says of the reload in a fresh process; None: there was none."""
-    with_hfcompress = bool(verified and verified["with_hfcompress"])
+    if verified is None:
+        return {"loads_without_hfcompress": None, "verification": None}
+    with_hfcompress = bool(verified["with_hfcompress"])
     return {
-        "loads_without_hfcompress": verified is not None and not with_hfcompress,
+        "loads_without_hfcompress": not with_hfcompress,
         "verification": {"hfcompress" if with_hfcompress else "stock": verified},
     }
 

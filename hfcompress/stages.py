@@ -61,9 +61,7 @@ def _drop_layers(job: Job, options: DropLayers, name: str) -> Outcome:
 def _prune_vocabulary(job: Job, options: PruneVocabulary, name: str) -> Outcome:
     model, tokenizer = job.open_model(), copy.deepcopy(job.processor)
     done = prune_vocabulary(model, tokenizer, job.source.texts(), keep_extra=options.keep)
-    removed = done.parameters_before - done.parameters_after
-    summary = f"{done.rows_after:,} of {done.rows_before:,} tokens kept, {removed:,} parameters removed"
-    return Outcome(model, summary, processor=tokenizer)
+    return Outcome(model, done.summary, processor=tokenizer)
 
 
 def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
@@ -105,11 +103,7 @@ def _prune(job: Job, options: Prune, name: str) -> Outcome:
 def _shrink(job: Job, options: Shrink, name: str) -> Outcome:
     model = job.open_model()
     report = shrink(model, inputs=job.example(model))
-    before, after = report.parameters
-    summary = (
-        f"{report.removed_heads} heads and {report.removed_neurons} neurons removed, {before - after:,} parameters"
-    )
-    return Outcome(model, summary, dataclasses.asdict(report))
+    return Outcome(model, report.summary, dataclasses.asdict(report))
 
 
 def _quantize(job: Job, options: Quantize, name: str) -> Outcome:

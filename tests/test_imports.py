@@ -27,7 +27,7 @@ LAYERS = [
     {"teaching"},
     {"stages", "workspace", "measuring", "checks", "clock"},
     {"gathering"},
-    {"pipeline", "oneshot"},
+    {"pipeline", "oneshot", "describing"},
     {"commands"},
     {"cli"},
     {"__main__"},

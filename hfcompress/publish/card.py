@@ -22,7 +22,7 @@ from hfcompress.checkpoint.verify import needs_hfcompress
 from hfcompress.progress import say
 from hfcompress.publish import sections
 from hfcompress.publish.comparison import comparison_markdown, comparison_note
-from hfcompress.publish.facts import Facts, load_facts
+from hfcompress.publish.facts import FILE_NAME, Facts, load_facts
 from hfcompress.publish.layers import layers_markdown, linear_reports
 from hfcompress.publish.limits import limits
 from hfcompress.publish.loading import TASK_PAGES, loading_lines, packages_to_install, runs_own_code
@@ -65,9 +65,12 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
 
 
 def keep_edited(folder: Path) -> None:
-    """Put a card that is not as it was written beside where the next one goes, as ``README.edited.md``, and say so."""
+    """Put a card that is not as it was written beside where the next one goes, as ``README.edited.md``, and say so.
+
+    Without measurements there is nothing that it could have been written from.
+    """
     card = folder / CARD
-    if card.is_file() and not is_as_written(folder):
+    if card.is_file() and not ((folder / FILE_NAME).is_file() and is_as_written(folder)):
         card.replace(folder / EDITED)
         list_own_files(folder, [EDITED])
         say(f"{card} was edited, or written by another version: its text is in {EDITED} now")
@@ -180,7 +183,7 @@ def technique_tags(facts: Facts) -> list[str]:
 
 
 def _eval_results(facts: Facts, task_type: str, dataset: str | None) -> list[EvalResult]:
-    data_name = sections.data_name(facts, held_out=True) or "held-out data"
+    data_name = sections.data_name(facts, held_out=True) or sections.rows_name(facts)
     split = (facts.data.get("splits") or {}).get("held_out")
     return [
         EvalResult(

@@ -54,9 +54,9 @@ class Facts:
     verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report, pruning_report: a
     row per linear layer; of pruning with its stage.  structure: kind of unit (heads, neurons) to block to (before,
     after).  layers: name, parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a
-    model that no recipe made, what its Trainer and callbacks, or the command, were told.  local: which names of model
-    and data are none of the Hub's: paths where it was made, and the class of a model that came from nowhere.  None is
-    what is not known.
+    model that no recipe made, what its Trainer and callbacks were told, or the words of the command, which are none
+    where calls in Python made it.  local: which names of model and data are none of the Hub's: paths where it was
+    made, and the class of a model that came from nowhere.  None is what is not known.
     """
 
     version: str | None
@@ -115,8 +115,11 @@ def load_facts(folder: str | Path) -> Facts:
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {FILE_NAME}, so nothing is known about its quality. "
-                              "`hfcompress run` writes it, with what was measured at each stage.")  # fmt: skip
+        raise CheckpointError(
+            f"{folder} has no {FILE_NAME}, so nothing is known about its quality. `hfcompress run` writes it, with "
+            "what was measured at each stage; for a checkpoint that calls in Python made, "
+            "`hfcompress.write_model_card(folder, base_model=...)` does."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

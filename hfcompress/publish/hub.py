@@ -98,8 +98,9 @@ def check_card(folder: Path) -> None:
     if not file.is_file():
         raise CheckpointError(
             f"{folder} has no {CARD}, and a model without a card tells nobody what it is. `hfcompress run`, prune and "
-            "quantize write one with what they measured; write your own for a checkpoint made otherwise, with "
-            "library_name and tags at its top."
+            "quantize write one with what they measured; for a checkpoint made otherwise "
+            "`hfcompress.write_model_card(folder, base_model=...)` does, or write your own with library_name and tags "
+            "at its top."
         )
     try:
         data = ModelCard.load(file, ignore_metadata_errors=False).data

@@ -33,6 +33,6 @@ def limits(facts: Facts, config: dict[str, Any]) -> list[str]:
     if "command" not in facts.training:
         seed = "" if facts.seed is None else f" ({facts.seed})"
         found.append(f"One run with one seed{seed}: how far other seeds lie apart was not measured.")
-    elif facts.data:
+    elif any(row.get("tokens") for row in (*facts.pruning_report, *facts.quantization_report)):
         found.append("Calibrated on one choice of rows: how far others lie apart was not measured.")
     return found

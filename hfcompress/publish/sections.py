@@ -61,6 +61,11 @@ def data_name(facts: Facts, held_out: bool = False) -> str:
     return ", ".join(str(path).rpartition("/")[2] for path in ([files] if isinstance(files, str) else files))
 
 
+def rows_name(facts: Facts) -> str:
+    """Say which rows were measured on: those that a caller in Python gave may be any."""
+    return "rows" if "command" in facts.training else "held-out rows"
+
+
 def description(facts: Facts) -> str:
     """Say what the model was made from, when, and on what it was measured."""
     stages = ", ".join(code(stage.name) for stage in facts.stages[1:])
@@ -79,9 +84,9 @@ def _measured_on(facts: Facts) -> str:
         return f"No metrics are given: {facts.training.get('evaluated', 'none were measured')}."
     tokens = f" ({after.tokens:,} tokens)" if after.tokens else ""
     data = data_name(facts, held_out=True)
-    source = f"held-out rows of {code(data)}" if data else "held-out rows"
+    source = f"{rows_name(facts)} of {code(data)}" if data else rows_name(facts)
     reloaded = "those of the last stage were taken after reloading the checkpoint."
-    if facts.training:
+    if facts.training and "command" not in facts.training:
         reloaded = f"they are the Trainer's own, {facts.training.get('evaluated', 'of its last evaluation')}."
     rows = "" if after.rows is None else f"{after.rows:,} "
     return f"The metrics are of {rows}{source}{tokens}; {reloaded}"

@@ -133,7 +133,7 @@ def facts_of_trainer(
     return {
         "hfcompress": version("hfcompress"),
         "name": name or Path(str(trainer.args.output_dir)).absolute().name,
-        "task": task_of(model),
+        "task": task_of(type(model)),
         "created": datetime.now(timezone.utc).date().isoformat(),
         "base_model": base,
         "base_model_license": license_of(origin) if origin else None,
@@ -188,12 +188,12 @@ def _rows(data: Any) -> int | None:
     return len(data) if hasattr(data, "__len__") and not isinstance(data, Mapping) else None
 
 
-def task_of(model: PreTrainedModel) -> str:
-    """Return the task by the Auto class that knows the model's class."""
+def task_of(kind: type[PreTrainedModel]) -> str:
+    """Return the task by the Auto class that knows a model's class."""
     for task, page in TASK_PAGES.items():
         auto = getattr(transformers, page.auto_class, None)
         known = getattr(auto, "_model_mapping", {})
-        if type(model.config) in known and type(model) is known[type(model.config)]:
+        if kind.config_class in known and kind is known[kind.config_class]:
             return task
     return "feature-extraction"
 

@@ -42,6 +42,11 @@ class QuantizationReport:
     rows: tuple[QuantizedLinear, ...]
     seconds: float
 
+    @property
+    def summary(self) -> str:
+        """Say in a line what was done."""
+        return f"{self.method}, {', '.join(str(bits) for bits in sorted({row.bits for row in self.rows}))} bits"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON takes them."""
         return {"method": self.method, "seconds": self.seconds, "rows": [asdict(row) for row in self.rows]}

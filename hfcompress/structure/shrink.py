@@ -56,6 +56,12 @@ class ShrinkReport:
         """Feed-forward neurons removed from the whole model."""
         return sum(before - after for before, after in self.neurons.values())
 
+    @property
+    def summary(self) -> str:
+        """Say in a line what was done."""
+        before, after = self.parameters
+        return f"{self.removed_heads} heads and {self.removed_neurons} neurons removed, {before - after:,} parameters"
+
 
 def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> ShrinkReport:
     """Remove the heads and neurons that gates closed, or whose weights are zero, and return what was removed.

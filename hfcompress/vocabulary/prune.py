@@ -39,6 +39,12 @@ class PrunedVocabulary:
         """Return the number of rows of the token embedding now."""
         return len(self.old_ids)
 
+    @property
+    def summary(self) -> str:
+        """Say in a line what was done."""
+        removed = self.parameters_before - self.parameters_after
+        return f"{self.rows_after:,} of {self.rows_before:,} tokens kept, {removed:,} parameters removed"
+
 
 def prune_vocabulary(
     model: PreTrainedModel,

@@ -48,6 +48,11 @@ class PruningReport:
         """Return the share of all targeted weights that is zero."""
         return sum(row.zeros for row in self.rows) / sum(row.weights for row in self.rows)
 
+    @property
+    def summary(self) -> str:
+        """Say in a line what was done."""
+        return f"{self.method}, {self.sparsity:.1%} of the targeted weights pruned"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON takes them."""
         rows = [{**asdict(row), "sparsity": row.sparsity} for row in self.rows]
