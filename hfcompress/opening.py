@@ -152,7 +152,7 @@ def _location(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
             read_header(file)
         return str(folder), options
     if spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1:
-        raise ModelError(f"No such model folder: {spec.id}.")
+        raise _not_there(spec, f"No such model folder: {spec.id}.")
     return spec.id, {**options, "revision": spec.revision or "main"}
 
 
@@ -173,10 +173,16 @@ def open_config(spec: ModelSpec) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(
+        raise _not_there(
+            spec,
             f"No model '{spec.id}': it is not a folder here, and the Hub, as this machine reaches it, does not give "
-            f"it. ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"it. ({type(error).__name__}: {str(error).splitlines()[0]})",
         ) from error
+
+
+def _not_there(spec: ModelSpec, text: str) -> ModelError:
+    """Return the error for a model that is missing; it names the command that writes the model, if one is known."""
+    return ModelError(text + (f" The model is written by: {spec.written_by}" if spec.written_by else ""))
 
 
 def has_trained_head(config: PreTrainedConfig, task: Task) -> bool:

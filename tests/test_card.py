@@ -47,11 +47,15 @@ def row_of(text: str, start: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
 
 
-def test_a_card_names_what_writes_the_data(tmp_path: Path) -> None:
+def test_a_card_names_what_writes_the_model_and_the_data(tmp_path: Path) -> None:
     values = measurements()
     assert "write its data" not in card_of(tmp_path, values)
     values["recipe"]["data"] = {"files": "rows.jsonl", "written_by": "python write_rows.py"}
     assert ", write its data by `python write_rows.py`, and run `hfcompress run" in card_of(tmp_path, values)
+    values["recipe"]["model"] = {"id": "runs/model", "written_by": "python write_rows.py"}
+    assert ", write its model and data by `python write_rows.py`, and run" in card_of(tmp_path, values)
+    values["recipe"]["model"]["written_by"] = "python write_model.py"
+    assert "its model by `python write_model.py` and its data by `python write_rows.py`" in card_of(tmp_path, values)
 
 
 def test_accuracy_has_a_difference_with_its_interval(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ def classification(folder: Path, model: Path, **changes: Any) -> Any:
 def test_no_such_model_folder(tmp_path: Path, text: Path) -> None:
     recipe = language_recipe(tmp_path / "nowhere", text, tmp_path / "out")
     refused(tmp_path, recipe, ModelError, "No such model folder: .*nowhere")
+
+
+@pytest.mark.parametrize("name", ["nowhere/model", "nobody/no-such-model"])
+def test_a_missing_model_names_what_writes_it(name: str, tmp_path: Path, text: Path) -> None:
+    given = str(tmp_path / name) if name.startswith("nowhere") else name
+    recipe = language_recipe(Path(given), text, tmp_path / "out")
+    told = dataclasses.replace(recipe.model, written_by="python write_model.py")
+    recipe = dataclasses.replace(recipe, model=told)
+    message = rf"No (such )?model .*{name}.* The model is written by: python write_model\.py$"
+    refused(tmp_path, recipe, ModelError, message)
 
 
 def test_no_such_model_on_the_hub(tmp_path: Path, text: Path) -> None:

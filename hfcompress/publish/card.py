@@ -130,7 +130,7 @@ def render_card(
         training=sections.training(facts),
         command=sections.command(facts),
         seed=facts.seed,
-        data_written_by=sections.data_written_by(facts),
+        writing=sections.writing(facts),
         recipe=_yaml(shared_recipe(facts.recipe)) if facts.recipe else "",
         provenance=sections.provenance(facts),
         environment=sections.environment(facts),

@@ -156,10 +156,14 @@ def command(facts: Facts) -> str:
     return shlex.join(shared_name(word) for word in facts.training.get("command") or ())
 
 
-def data_written_by(facts: Facts) -> str:
-    """Return the command that writes the recipe's files, as a card shows it; empty where none is known."""
-    told = (facts.recipe.get("data") or {}).get("written_by")
-    return code(shared_text(str(told))) if told else ""
+def writing(facts: Facts) -> str:
+    """Say by which commands the recipe's model and data are written; empty where none is known."""
+    parts: dict[str, list[str]] = {}
+    for part in ("model", "data"):
+        told = (facts.recipe.get(part) or {}).get("written_by")
+        if told:
+            parts.setdefault(shared_text(str(told)), []).append(part)
+    return " and ".join(f"its {' and '.join(written)} by {code(by)}" for by, written in parts.items())
 
 
 def provenance(facts: Facts) -> str:

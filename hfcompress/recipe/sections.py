@@ -25,12 +25,14 @@ class ModelSpec:
     id: a name on the Hub, a local folder, or ``package:<name>`` for an installed package that ships a model.
     revision: a branch, tag or commit on the Hub.  dtype: of the weights; auto is what the checkpoint says.
     trust_remote_code: run code that comes with the model.
+    written_by: the command that writes a local model, which the card names, and the error that misses the model.
     """
 
     id: Text
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    written_by: Text | None = None
 
 
 @dataclass(frozen=True, config=FROZEN)
