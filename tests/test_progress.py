@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,40 @@ def test_a_terminal_shows_something_that_moves(step: str, expected: bytes) -> No
     process.communicate(b"")
     os.close(controller)
     assert process.returncode == 0
+
+
+UPLOADING = """
+import sys, time
+from huggingface_hub.utils import tqdm_stream_file
+from hfcompress.publish.hub import _uploading
+with _uploading("me/small"), tqdm_stream_file(sys.argv[1]) as file:
+    for _ in range(4):
+        file.read(200)
+        time.sleep(0.11)
+    print("END", file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo terminal")
+def test_a_terminal_shows_how_much_of_an_upload_is_there(tmp_path: Path) -> None:
+    """The Hub's client has a bar for it, with the time left: it moves in one line, as a display of ours lets none."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    command = [sys.executable, "-c", UPLOADING, str(tmp_path / "model.safetensors")]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=terminal, env=environment)
+    os.close(terminal)
+    seen = b""
+    while b"END" not in seen:
+        seen += os.read(controller, 1024)
+    process.communicate()
+    os.close(controller)
+    lines = seen.partition(b"END")[0].split(b"\n")
+    assert sum(b"model.safetensors" in line for line in lines) == 1, lines
+    assert re.search(rb"model\.safetensors: +80%.* 800/1\.00k \[00:\d\d<00:\d\d", seen), seen
 
 
 ROWS = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import are_progress_bars_disabled, get_session, hf_raise_for_status, validate_repo_id
 
 from hfcompress.checkpoint.files import INDEX
 from hfcompress.errors import CheckpointError, HFCompressError
@@ -126,7 +126,7 @@ def _commit(api: HfApi, upload: Upload, repo_id: str, private: bool | None, revi
     stale = sorted(name for name in there - set(upload.files) if _is_weight(name) or name in FACTS)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
     operations += [CommitOperationDelete(name) for name in stale]
-    with busy(f"uploading to {repo_id}"):
+    with _uploading(repo_id):
         # Somebody else's commit in between would leave a mixture of two models: parent_commit refuses it.
         made = api.create_commit(
             repo_id, operations, commit_message="Upload the model and its card with hfcompress", revision=revision,
@@ -134,6 +134,21 @@ def _commit(api: HfApi, upload: Upload, repo_id: str, private: bool | None, revi
         )  # fmt: skip
     shown = made.pr_url or f"{api.endpoint}/{repo_id}" + ("" if revision == "main" else f"/tree/{revision}")
     return Pushed(shown, made.oid, made.oid != before.sha, tuple(upload.files), upload.left_out)
+
+
+@contextmanager
+def _uploading(repo_id: str) -> Iterator[None]:
+    """Show the client's own bars, of the bytes that are there, or that it goes on where they are switched off.
+
+    The client tells nobody else how far it is, and a moving display of ours makes a new line of every change of a bar.
+    """
+    what = f"uploading to {repo_id}"
+    if are_progress_bars_disabled():
+        with busy(what):
+            yield
+    else:
+        say(what)
+        yield
 
 
 def _let_hub_check(api: HfApi, card: Path | bytes) -> None:
