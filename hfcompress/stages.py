@@ -69,7 +69,7 @@ def _finetune(job: Job, options: Finetune, name: str) -> Outcome:
     arguments = TrainingArguments(**training_options(options, job.work, job.recipe.seed))
     pruning, aware = _pruning(options), _quantize_aware(options, job)
     trainer = PerItemTrainer(model=model, args=arguments, **_data_of(job), callbacks=[*pruning, *aware])
-    train(trainer, name, options.dropout)
+    train(trainer, name, options.dropout, _events(job, name))
     return _finished(model, job, _trained(trainer, pruning), aware)
 
 
@@ -87,7 +87,7 @@ def _distill(job: Job, options: Distill, name: str) -> Outcome:
     )  # fmt: skip
     # It was for comparing the models: a Trainer that has one writes its special tokens into the student's config.
     trainer.processing_class = None
-    train(trainer, name, options.dropout)
+    train(trainer, name, options.dropout, _events(job, name))
     summary = f"teacher {' and '.join(options.teachers)}, {_trained(trainer, pruning)}"
     return _finished(student, job, summary, aware)
 
@@ -157,6 +157,12 @@ def _vocabulary_size(model: PreTrainedModel | Path) -> int | None:
     if isinstance(model, Path):
         return CachedTeacher(model).classes
     return int(model.config.get_text_config().vocab_size)
+
+
+def _events(job: Job, name: str) -> Path:
+    """Return where a stage's events of TensorBoard stay: the folder that it trains in goes when it is done."""
+    output = Path(job.recipe.output).expanduser()
+    return output.with_name(f"{output.name}.tensorboard") / name
 
 
 def _pruning(options: Finetune | Distill) -> list[GradualPruneCallback]:

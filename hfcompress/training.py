@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import is_liger_kernel_available
 
@@ -60,11 +62,13 @@ def try_arguments(arguments: TrainingArguments) -> None:
         trainer.create_optimizer_and_scheduler(num_training_steps=10)
 
 
-def train(trainer: Trainer, description: str, dropout: float | None = None) -> None:
+def train(trainer: Trainer, description: str, dropout: float | None = None, events: Path | None = None) -> None:
     """Train to the end, from the last whole checkpoint if there is one; raise nothing of our own.
 
     dropout: of every dropout, for this training alone; None leaves each as the model's config says.
+    events: the folder of TensorBoard's, if ``report_to`` names it; by default the Trainer's output has them.
     """
+    _keep_events(trainer, events)
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which belongs to results
     work = Path(str(trainer.args.output_dir))
     checkpoint = last_whole_checkpoint(work)
@@ -77,6 +81,13 @@ def train(trainer: Trainer, description: str, dropout: float | None = None) -> N
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # In mixed precision the model's forward stays wrapped in autocast, with which it answers unlike its reloaded twin.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def _keep_events(trainer: Trainer, folder: Path | None) -> None:
+    """Have TensorBoard's events go to a folder, one in it for each attempt, unless the environment says where."""
+    for callback in trainer.callback_handler.callbacks:
+        if folder is not None and isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 @contextmanager

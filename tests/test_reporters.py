@@ -21,8 +21,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 
 import hfcompress
+from hfcompress.pipeline import compress
 from hfcompress.publish.reporters import draw_losses_over_steps
 from tests.conftest import tiny_llama, token_batches
+from tests.runs import language_recipe, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_trainers")
 ROWS = [{name: value[0] for name, value in batch.items()} for batch in token_batches(8, rows=1)]
@@ -148,6 +150,21 @@ def test_tensorboard_has_sparsity_losses_and_pictures(evaluating: str, tmp_path:
     assert len(pictures) == len(steps) * len(names)
     for *_, picture in pictures:
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # a picture, and not one colour
+
+
+@pytest.mark.usefixtures("forked")
+def test_what_a_recipe_sends_to_tensorboard_stays(tmp_path: Path, llama_dir: Path) -> None:
+    """The folder in which a stage trains is gone when the stage is done."""
+    training = {"report_to": "tensorboard", "logging_steps": 1, "per_device_train_batch_size": 4}
+    recipe = language_recipe(
+        llama_dir, write_text(tmp_path / "text.jsonl"), tmp_path / "out", evaluate={"max_rows": 2},
+        stages=[{"distill": {"steps": 2, "prune": {"sparsity": 0.5}, "training": training}}, {"shrink": {}}],
+    )  # fmt: skip
+    compress(recipe)
+    found = events(tmp_path / "out.tensorboard" / "distill")
+    assert {step for step, value in found if value.tag == "train/kd_loss"} == {1, 2}
+    assert {name for _, name, _ in pictures_of(found)} == {"distillation_losses", "sparsity_of_each_layer"}
+    assert not (tmp_path / "out.partial").exists()
 
 
 def pictures_of(found: list[tuple[int, Any]]) -> list[tuple[int, str, Any]]:
