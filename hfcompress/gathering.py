@@ -15,6 +15,7 @@ from typing import Any
 from hfcompress.bundled import is_packaged, packaged_model
 from hfcompress.checkpoint import inspect_checkpoint
 from hfcompress.checkpoint.atomic import MARKER
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
 from hfcompress.opening import files_of
@@ -63,6 +64,7 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
         **_reloaded(verified),
         **reports_by_layer(reports),
         "layers": layers_of(folder),
+        "weights": weights_digest(folder),
     }
 
 
@@ -143,6 +145,7 @@ def _of_one_shot(folder: Path, task: str, spec: ModelSpec, data: str | None) -> 
         "local": local_names([spec.id, data]),
         **_reloaded(verified),
         "layers": layers_of(folder),
+        "weights": weights_digest(folder),
     }
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hfcompress
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import CheckpointError, OutputError
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import EDITED, is_as_written
@@ -51,6 +52,7 @@ def test_its_numbers_are_those_of_the_folder_reloaded(base: str, tmp_path: Path)
     assert (facts.after.bytes_on_disk, facts.after.parameters) == (counted.bytes_on_disk, counted.parameters)
     assert facts.before.bytes_on_disk == hfcompress.inspect_checkpoint(base).bytes_on_disk
     assert facts.after.latency
+    assert facts.weights == weights_digest(tmp_path / "small")
     assert [stage.name for stage in facts.stages] == ["original", "compressed"]
     assert facts.stages[1].summary == "rtn, 4 bits"
     assert facts.verification["stock"].max_logit_difference < 1e-3

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hfcompress.checkpoint import inspect_checkpoint
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import OutputError
 from hfcompress.pipeline import compress
 from hfcompress.publish import load_facts
@@ -53,6 +54,7 @@ def test_measurements_are_of_the_files_on_disk(finished: Path) -> None:
     assert last["parameters"] == summary.total.parameters
     assert last["nonzero"] == summary.total.nonzero
     assert last["bytes_on_disk"] == (finished / "model.safetensors").stat().st_size
+    assert facts["weights"] == weights_digest(finished)
     assert facts["loads_without_hfcompress"] is True
     assert facts["verification"]["stock"]["max_logit_difference"] == 0.0
     assert all(stage["measurement"]["metrics"]["perplexity"] > 1 for stage in facts["stages"])

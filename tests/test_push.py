@@ -20,6 +20,7 @@ from safetensors.torch import load
 
 import hfcompress
 from hfcompress.checkpoint import save_compressed
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.publish import write_model_card
 from hfcompress.publish.card import metadata
@@ -458,6 +459,17 @@ def test_a_card_that_the_hub_would_not_take_is_refused(hub: Hub, folder: Path, t
         (folder / "README.md").write_text(text)
     assert message in hub.push(folder, "tester/cardless")["error"]
     assert hub.files("tester/cardless") is None
+
+
+def test_a_card_of_other_weights_is_not_published(hub: Hub, folder: Path) -> None:
+    """Such as of a model that was trained on and saved where it had been measured."""
+    values = json.loads((folder / "measurements.json").read_text()) | {"weights": weights_digest(folder)}
+    (folder / "measurements.json").write_text(json.dumps(values))
+    assert hub.push(folder, "tester/measured")["result"]["changed"]
+    before = hub.bytes_of("tester/measured")
+    tiny_llama(seed=5).save_pretrained(folder)
+    assert "not those that its card and measurements.json tell of" in hub.push(folder, "tester/measured")["error"]
+    assert hub.bytes_of("tester/measured") == before
 
 
 def test_a_damaged_checkpoint_is_refused(hub: Hub, folder: Path) -> None:

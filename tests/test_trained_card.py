@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hfcompress
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import HFCompressError
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import render_folder
@@ -213,6 +214,7 @@ def test_a_plain_trainer_is_saved_verified_and_described(tmp_path: Path, tokeniz
         assert facts.loads_without_hfcompress is True
         assert facts.verification["stock"].max_logit_difference < 1e-5
         assert facts.after.sparsity == hfcompress.inspect_checkpoint(folder).sparsity
+        assert facts.weights == weights_digest(folder)
         assert json.loads((folder / "hfcompress.json").read_text())["verified"]
     assert not folder.exists()
 

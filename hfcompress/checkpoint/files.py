@@ -114,3 +114,8 @@ def digest_of(folder: Path, files: Iterable[Path]) -> str:
                 content.update(piece)
         digest.update(f"{file.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a digest of a checkpoint's weight files."""
+    return digest_of(folder, weight_files(folder))

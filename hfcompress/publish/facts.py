@@ -20,7 +20,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "stages": (list,), "loads_without_hfcompress": (bool, _ABSENT), "verification": (dict, _ABSENT),
     "quantization_report": (list, dict, _ABSENT), "pruning_report": (list, _ABSENT), "structure": (dict, _ABSENT),
     "layers": (list, _ABSENT), "inputs": (dict, _ABSENT), "training": (dict, _ABSENT),
-    "local": (list, _ABSENT),
+    "local": (list, _ABSENT), "weights": (str, _ABSENT),
 }  # fmt: skip
 
 
@@ -56,7 +56,8 @@ class Facts:
     after).  layers: name, parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a
     model that no recipe made, what its Trainer and callbacks were told, or the words of the command, which are none
     where calls in Python made it.  local: which names of model and data are none of the Hub's: paths where it was
-    made, and the class of a model that came from nowhere.  None is what is not known.
+    made, and the class of a model that came from nowhere.  weights: a digest of the files that were measured.  None is
+    what is not known.
     """
 
     version: str | None
@@ -78,6 +79,7 @@ class Facts:
     inputs: dict[str, str]
     training: dict[str, Any]
     local: tuple[str, ...] | None
+    weights: str | None
 
     @property
     def before_stage(self) -> StageFacts:
@@ -170,6 +172,7 @@ def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
         inputs=values.get("inputs") or {},
         training=values.get("training") or {},
         local=None if values.get("local") is None else tuple(values["local"]),
+        weights=values.get("weights"),
     )
 
 

@@ -13,10 +13,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, get_session, hf_raise_for_status, validate_repo_id
 
-from hfcompress.checkpoint.files import INDEX
+from hfcompress.checkpoint.files import INDEX, weights_digest
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.progress import busy, say
 from hfcompress.publish.card import CARD
+from hfcompress.publish.facts import FILE_NAME, load_facts
 from hfcompress.publish.uploads import FACTS, Upload, choose_files
 
 _MAYBE_EMPTY = ", though an empty repository may have been made"
@@ -81,6 +82,7 @@ def push(
     folder = Path(source).expanduser()
     upload = choose_files(folder, repo_id)
     check_card(folder)
+    refuse_other_weights(folder)
     with _explained(repo_id, token or get_token()):
         return _commit(HfApi(token=token), upload, repo_id, private, revision or "main", create_pr)
 
@@ -111,6 +113,19 @@ def check_card(folder: Path) -> None:
         raise CheckpointError(
             f"The metadata at the top of {file} lacks {' and '.join(missing)}, by which the Hub finds and loads it. "
             f"Add them, or let `hfcompress card {folder}` write the card anew."
+        )
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Raise CheckpointError where a folder's measurements were taken on other weights than lie there now."""
+    if not (folder / FILE_NAME).is_file():
+        return
+    measured = load_facts(folder).weights
+    if measured is not None and measured != weights_digest(folder):
+        raise CheckpointError(
+            f"The weights in {folder} are not those that its card and {FILE_NAME} tell of: they were written later. "
+            "Nothing was uploaded. Make the card anew as it was made, or, for what calls in Python changed, remove "
+            f"{FILE_NAME} and call hfcompress.write_model_card(folder, base_model=...)."
         )
 
 

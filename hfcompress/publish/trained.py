@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hfcompress.checkpoint import inspect_checkpoint, save_compressed
 from hfcompress.checkpoint.atomic import write_text
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.checkpoint.verify import Verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
@@ -153,6 +154,7 @@ def facts_of_trainer(
             "hfcompress" if verified.with_hfcompress else "stock": dataclasses.asdict(verified)},
         "layers": [{"name": one.name, "parameters": one.parameters, "nonzero": one.nonzero, "bytes": one.bytes}
                    for one in summary.layers],
+        "weights": weights_digest(folder),
     }  # fmt: skip
 
 
