@@ -56,6 +56,17 @@ def test_it_is_as_exact_as_eager_attention(name: str, is_causal: bool) -> None:
 
 
 @torch.no_grad()
+def test_rows_whose_scores_do_not_fit_together_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = states(3, 4, 2, 130, 16)
+    whole = attention.attention_in_blocks(*made, is_causal=True, enable_gqa=True)
+    assert whole is not None
+    monkeypatch.setattr(attention, "SCORES", 4 * 2 * attention.QUERIES * 130)
+    parts = attention.attention_in_blocks(*made, is_causal=True, enable_gqa=True)
+    assert parts is not None
+    torch.testing.assert_close(parts, whole)
+
+
+@torch.no_grad()
 def test_values_may_have_another_size_than_keys() -> None:
     made = states(2, 4, 2, 80, 16, values=24)
     exact = F.scaled_dot_product_attention(*(one.double() for one in made), is_causal=True, enable_gqa=True)

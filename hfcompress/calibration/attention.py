@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from hfcompress.devices import vector_bfloat16
 
 QUERIES = 64  # of a head, in a block
+SCORES = 5 << 17  # of a block, which stay in the caches
 
 
 def fast_attention() -> AbstractContextManager[Any]:
@@ -86,6 +87,20 @@ def attention_in_blocks(
     key, value = key.reshape(rows * shared, keys, size).mT, value.reshape(rows * shared, keys, -1)
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     scale = size**-0.5 if scale is None else scale
+    together = max(1, SCORES // (heads // shared * QUERIES * keys))
+    for part in zip(*(one.split(together) for one in (output, query, key, value))):
+        _write_attention_(*part, is_causal, scale)
+    return output.view(rows, heads, tokens, -1)
+
+
+def _write_attention_(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+) -> None:
+    """Write the attention of queries that share keys, block by block.
+
+    output, query: (n, heads that share keys, tokens, size).  key: (n, size, keys).  value: (n, keys, size).
+    """
+    tokens, keys = query.shape[2], key.shape[-1]
     later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu_(1)
     for start in range(0, tokens, QUERIES):
         block = query[:, :, start : start + QUERIES]
@@ -96,4 +111,3 @@ def attention_in_blocks(
             scores[..., start:].masked_fill_(later[: block.shape[2], : block.shape[2]], -torch.inf)
         probabilities = scores.softmax(-1).flatten(1, 2)
         output[:, :, start : start + QUERIES] = torch.bmm(probabilities, value[:, :seen]).view(*block.shape[:3], -1)
-    return output.view(rows, heads, tokens, -1)

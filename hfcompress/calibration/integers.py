@@ -81,16 +81,17 @@ class _Rounded:
         step = torch.maximum(rows.amax(0), -rows.amin(0)).float() / LARGEST_CODE  # abs().amax() takes ten times this
         if not bool(step.isfinite().all()):
             return None
-        step = torch.where(step == 0, 1.0, step)  # a column of zeros
+        step.clamp_min_(torch.finfo(step.dtype).tiny)  # of columns of zeros, which may be divided by
         codes = torch.empty(rows.shape, dtype=torch.int8)
+        times = step.reciprocal()
         buffer = torch.empty(min(BUFFERED_ROWS, len(rows)), rows.shape[1])
         squares = torch.zeros_like(step)
         for part, whole in zip(rows.split(BUFFERED_ROWS), codes.split(BUFFERED_ROWS)):
-            rounded = buffer[: len(part)].copy_(part).div_(step).round_()
+            rounded = buffer[: len(part)].copy_(part).mul_(times).round_()
             whole.copy_(rounded)
             squares += rounded.square_().sum(0)
         rest = ((squares > 0) & (squares * LARGEST_NOISE < len(rows) / 12)).nonzero().squeeze(-1)
-        left = rows[:, rest].float().div_(step[rest]).sub_(codes[:, rest])
+        left = rows[:, rest].float().mul_(times[rest]).sub_(codes[:, rest])
         fine = _Whole(left.mul_(FINER).round_().to(torch.int8), step[rest] / FINER)
         return cls(_Whole(codes, step), rest, fine)
 
