@@ -88,8 +88,9 @@ def attention_in_blocks(
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     scale = size**-0.5 if scale is None else scale
     together = max(1, SCORES // (heads // shared * QUERIES * keys))
-    for part in zip(*(one.split(together) for one in (output, query, key, value))):
-        _write_attention_(*part, is_causal, scale)
+    for start in range(0, len(query), together):
+        part = slice(start, start + together)
+        _write_attention_(output[part], query[part], key[part], value[part], is_causal, scale)
     return output.view(rows, heads, tokens, -1)
 
 

@@ -51,7 +51,8 @@ def factor_hessian(hessian: Tensor, damping: float) -> HessianFactor:
         damped = hessian.clone()
         damped.diagonal().copy_(base + share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed) and bool(torch.isfinite(lower).all()):
+        # What is not finite in a row makes the end of the row, on the diagonal, not finite, too.
+        if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
             upper = lower.flip(0, 1)
             root = upper.diagonal().clone()
             return HessianFactor(upper.div_(root), root.square(), share, dead)

@@ -78,7 +78,7 @@ class _Rounded:
     @classmethod
     def of(cls, rows: Tensor) -> _Rounded | None:
         """Return rows rounded; None where a value is not finite."""
-        step = torch.maximum(rows.amax(0), -rows.amin(0)).float() / LARGEST_CODE  # abs().amax() takes ten times this
+        step = _largest(rows) / LARGEST_CODE
         if not bool(step.isfinite().all()):
             return None
         step.clamp_min_(torch.finfo(step.dtype).tiny)  # of columns of zeros, which may be divided by
@@ -94,6 +94,15 @@ class _Rounded:
         left = rows[:, rest].float().mul_(times[rest]).sub_(codes[:, rest])
         fine = _Whole(left.mul_(FINER).round_().to(torch.int8), step[rest] / FINER)
         return cls(_Whole(codes, step), rest, fine)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return the largest absolute value of each column, (size,) float32; it is not finite where one value is not."""
+    if rows.dtype != torch.bfloat16:
+        return torch.maximum(rows.amax(0), -rows.amin(0)).float()
+    # Without the sign, the bits of larger numbers are larger integers, which have faster instructions.
+    parts = [(part & torch.iinfo(torch.int16).max).amax(0) for part in rows.view(torch.int16).split(BUFFERED_ROWS)]
+    return torch.stack(parts).amax(0).view(torch.bfloat16).float()
 
 
 def add_integer_triangle_(hessian: Tensor, rows: Tensor) -> bool:
