@@ -143,7 +143,7 @@ REPLACED = [
     ("{id: a/b}", "{id: a/b, trust_remote_code: maybe}",
      ["line 3, model.trust_remote_code: must be true or false, not 'maybe'"]),
     ("{id: a/b}", "{id: a/b, quux: 1}",
-     ["line 3, model: unknown option 'quux'; known: dtype, id, revision, trust_remote_code"]),
+     ["line 3, model: unknown option 'quux'; known: dtype, id, revision, trust_remote_code, written_by"]),
     ("{id: a/b}", "{id: a/b, no: 1}", ["line 3, model: the option name false must be text: put it in quotes"]),
     ("{id: c/d}", "{}", ["line 4, data: give either id (a dataset) or files (local paths)"]),
     ("{id: c/d}", "{id: c/d, files: x}", ["line 4, data: give either id (a dataset) or files (local paths)"]),

@@ -47,6 +47,12 @@ def halving(visit: LayerVisit, seen: dict[tuple[str, ...], Tensor]) -> Callable[
     return compress
 
 
+def go_by_parts(patch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Have modules and networks called for about so many tokens at once."""
+    patch.setattr(parts, "PART", tokens)
+    patch.setattr(parts, "SMALL_PART", tokens)
+
+
 @pytest.mark.parametrize("part", [parts.PART, 3 * 12])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
@@ -57,7 +63,7 @@ def test_one_pass_equals_turn_after_turn(
 
     Ten rows do not divide into parts of three.
     """
-    monkeypatch.setattr(parts, "PART", part)
+    go_by_parts(monkeypatch, part)
     model = FAMILIES[family].model()
     other = copy.deepcopy(model)
     joined: dict[tuple[str, ...], Tensor] = {}
@@ -88,7 +94,7 @@ def test_one_pass_of_turns_equals_turn_after_turn(
     family: str, padding: int, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With what is missing against a dense model that has drifted, too, and the very states of the changed layer."""
-    monkeypatch.setattr(parts, "PART", part)
+    go_by_parts(monkeypatch, part)
     model = FAMILIES[family].model()
     found: list[dict[tuple[str, ...], Turn]] = []
     visits = []
@@ -194,7 +200,7 @@ def test_squares_of_the_dense_layer_are_estimated_from_a_part(
     family: str, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All squares times what those of the first rows are in the dense layer over what they are in the coarse one."""
-    monkeypatch.setattr(parts, "PART", 4 * 12)
+    go_by_parts(monkeypatch, 4 * 12)
     model = FAMILIES[family].model()
     own = {names: one.diagonal() for names, one in joined_totals(model, GRAM, padding)[0].items()}
     found, visit = joined_totals(model, SQUARES, padding)
@@ -232,7 +238,7 @@ def test_the_estimate_is_nearer_to_the_dense_layer_than_the_coarse_layers_own() 
     visit = next(iter(walk_layers(copy.deepcopy(model), batches(model))))
     dense = {one.names: one.hessian.diagonal() for one in visit.input_hessians()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "PART", 4 * 12)
+        go_by_parts(patch, 4 * 12)
         own, found = (joined_totals(model, statistic, 0)[0] for statistic in (GRAM, SQUARES))
     for names in list(dense)[1:]:
         errors = [float((one / dense[names]).log().square().mean()) for one in (found[names], own[names].diagonal())]
@@ -242,7 +248,7 @@ def test_the_estimate_is_nearer_to_the_dense_layer_than_the_coarse_layers_own() 
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])
 def test_pruning_too_takes_one_pass(method: Wanda | SparseGPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """And Wanda a part of one more, which ends before the last linear layer."""
-    monkeypatch.setattr(parts, "PART", 4 * 12)
+    go_by_parts(monkeypatch, 4 * 12)
     model = FAMILIES["llama"].model()
     data = batches(model)
     calls: list[int] = []
@@ -278,7 +284,7 @@ def test_what_is_wide_is_never_there_for_all_rows(
     """A feed-forward network gets all rows, and what lies between its linear layers three at a time."""
     model = FAMILIES[family].model()
     data = batches(model)
-    monkeypatch.setattr(parts, "PART", 3 * 12)
+    go_by_parts(monkeypatch, 3 * 12)
     visit = next(iter(walk_layers(model, data)))
     wide: list[int] = []
     activation = visit.layer.get_submodule(f"{network}.{inside}")
@@ -295,7 +301,7 @@ def test_what_is_wide_is_never_there_for_all_rows(
 def test_attention_runs_by_parts_with_its_own_rows_of_the_mask(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"].model()
     data = batches(model, padding)
-    monkeypatch.setattr(parts, "PART", 3 * 12)
+    go_by_parts(monkeypatch, 3 * 12)
     visit = next(iter(walk_layers(model, data)))
     with watching(visit.layer):
         expected = [visit.output(index) for index in range(3)]
@@ -354,7 +360,7 @@ def test_a_network_that_adds_to_its_last_product_runs_whole(monkeypatch: pytest.
         "transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, states: plain(self, states) + states
     )
     model = FAMILIES["llama"].model()
-    monkeypatch.setattr(parts, "PART", 3 * 12)
+    go_by_parts(monkeypatch, 3 * 12)
     visit = next(iter(walk_layers(model, batches(model))))
     with watching(visit.layer):
         expected = [visit.output(index) for index in range(3)]

@@ -93,9 +93,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
-def row_parts(states: Tensor, tokens: int = PART) -> list[slice]:
-    """Return rows of about ``tokens`` tokens each, one part after the other.  states: (rows, tokens, size)."""
-    size = max(1, tokens // max(1, states.shape[1]))
+def row_parts(states: Tensor, tokens: int | None = None) -> list[slice]:
+    """Return rows of about so many tokens each, ``PART`` by default, one part after the other.
+
+    states: (rows, tokens, size).
+    """
+    size = max(1, (tokens or PART) // max(1, states.shape[1]))
     return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
