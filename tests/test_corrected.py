@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hfcompress.calibration import checks, walk_layers
 from hfcompress.calibration.factor import factor_hessian
 from hfcompress.calibration.sites import summing_sites
+from hfcompress.calibration.turn_pass import TurnPass
 from hfcompress.calibration.turns import Turns
 from hfcompress.packed import packed_layers
 from hfcompress.quantization import GPTQ, quantize
@@ -224,3 +225,17 @@ def test_every_family_can_be_quantized_at_best(family: str) -> None:
         report = quantize(model, GPTQ(bits=8, group_size=8, quality="best"), [inputs_of(case)] * 2)
     assert len(packed_layers(model)) == len(report.rows) > 0
     assert all(row.relative_error < 0.1 for row in report.rows)
+
+
+def test_what_is_unpacked_for_a_pass_is_gone_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, passes = TurnPass.run, []
+
+    def run(self: TurnPass, call: Any, hidden: Tensor) -> Tensor:
+        passes.append(self)  # alive, so that it is not the collector that clears up
+        return plain(self, call, hidden)
+
+    monkeypatch.setattr(TurnPass, "run", run)
+    model = tiny_llama(layers=2)
+    quantize(model, BEST, [{"input_ids": torch.randint(0, 50, (8, 20))}])
+    assert len(passes) == 2
+    assert all(layer._unpacked is None for layer in packed_layers(model).values())

@@ -81,7 +81,7 @@ class _Rounded:
         step = _largest(rows) / LARGEST_CODE
         if not bool(step.isfinite().all()):
             return None
-        step.clamp_min_(torch.finfo(step.dtype).tiny)  # of columns of zeros, which may be divided by
+        step.clamp_min_(torch.finfo(step.dtype).tiny)  # columns of zeros, too, have a step to divide by
         codes = torch.empty(rows.shape, dtype=torch.int8)
         times = step.reciprocal()
         buffer = torch.empty(min(BUFFERED_ROWS, len(rows)), rows.shape[1])

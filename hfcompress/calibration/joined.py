@@ -83,8 +83,14 @@ class InputPass(ABC):
             if name and len(groups := self._groups_inside(name)) == 2 and len(groups[1]) == 1
         )
         small = by_parts(small_modules(self.layer), self.rows)
-        with self.until_done, small, replaced_forwards(networks), replaced_forwards(linears):
-            return call.run(self.layer, hidden)
+        with self.until_done:
+            with small, replaced_forwards(networks), replaced_forwards(linears):
+                output = call.run(self.layer, hidden)
+            return self.finished_(output)
+
+    def finished_(self, output: Tensor) -> Tensor:
+        """Do what waited for the layer's output, and return it."""
+        return output
 
     @contextmanager
     def compressing(self, group: tuple[str, ...]) -> Iterator[None]:

@@ -105,7 +105,10 @@ class TurnPass(InputPass):
     def run(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Return the output of the compressed layer.  hidden: (rows, tokens, size), of all batches."""
         with noting_inputs(self.layer, self._sum_, {*self.sites.values()} - {OUTPUT}):
-            output = super().run(call, hidden)
+            return super().run(call, hidden)
+
+    def finished_(self, output: Tensor) -> Tensor:
+        """Compress what was held back for the layer's own output, and add what it gives then."""
         self._sum_(OUTPUT, output)
         assert not self.held, "sites were learnt on the layer's first batch"
         return output
