@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfcompress.distillation import DistillationConfig, DistillationTrainer, cache_teacher
-from hfcompress.distillation.losses import LOSSES, chunks
+from hfcompress.distillation.losses import LOSSES
 from hfcompress.distillation.losses.targets import Elsewhere
 from hfcompress.distillation.losses.universal_logit import UniversalLogit, sorted_distance
 from hfcompress.distillation.teachers.across import AcrossTokenizers
 from hfcompress.distillation.teachers.spans import NOWHERE, Spans, aligned
 from hfcompress.errors import DataError, HFCompressError, ModelError
+from hfcompress.logits import chunks
 from tests.distilling import Rows, bert, class_rows, llama, weights_of
 from tests.test_distillation_head import LargestFloat32
 from tests.vocabularies import CASES

@@ -15,10 +15,10 @@ from transformers import Trainer, TrainingArguments
 
 from hfcompress.distillation import DistillationConfig
 from hfcompress.distillation.head import head_gives_logits
-from hfcompress.distillation.losses import chunks
-from hfcompress.distillation.losses.chunks import sum_over_rows
-from hfcompress.distillation.losses.forward_kl import forward_kl
 from hfcompress.distillation.terms import takes_logits
+from hfcompress.logits import chunks
+from hfcompress.logits.chunks import sum_over_rows
+from hfcompress.logits.forward_kl import forward_kl
 from tests.distilling import (
     distiller,
     llama,

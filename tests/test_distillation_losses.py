@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfcompress.distillation.losses import LOSSES, LogitLoss, chunks, named, read_losses, to_plain
-from hfcompress.distillation.losses.chunks import sum_over_rows
+from hfcompress.distillation.losses import LOSSES, LogitLoss, named, read_losses, to_plain
 from hfcompress.distillation.losses.cross_entropy import cross_entropy
 from hfcompress.distillation.losses.forward_kl import ForwardKL
 from hfcompress.distillation.losses.jensen_shannon import JensenShannon
@@ -22,6 +21,8 @@ from hfcompress.distillation.losses.reverse_kl import ReverseKL
 from hfcompress.distillation.losses.targets import TopK, top_k_of
 from hfcompress.distillation.losses.top_k_kl import TopKKL
 from hfcompress.errors import HFCompressError, ModelError
+from hfcompress.logits import chunks
+from hfcompress.logits.chunks import sum_over_rows
 
 Reference = Callable[[Tensor, Tensor], Tensor]
 

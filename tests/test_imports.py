@@ -13,7 +13,7 @@ import hfcompress
 
 PACKAGE = Path(hfcompress.__file__).parent
 LAYERS = [
-    {"errors", "progress", "devices", "formats", "fresh"},
+    {"errors", "progress", "devices", "formats", "fresh", "logits"},
     {"packed"},
     {"callbacks", "structure", "vocabulary", "outputs", "bundled"},
     {"loading", "reading"},

@@ -13,10 +13,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hfcompress.distillation.head import head_gives_logits
 from hfcompress.distillation.losses import LogitLoss
-from hfcompress.distillation.losses.chunks import Term, sum_over_rows
 from hfcompress.distillation.losses.cross_entropy import cross_entropy
 from hfcompress.distillation.teachers import Answer
 from hfcompress.errors import ModelError
+from hfcompress.logits.chunks import Term, sum_over_rows
 from hfcompress.outputs import NextTokens, Outputs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfcompress.distillation.losses.softmax import softmax_and_log_sum
+from hfcompress.logits.softmax import softmax_and_log_sum
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
-from hfcompress.distillation.losses.forward_kl import forward_kl
 from hfcompress.distillation.losses.reverse_kl import reverse_kl
-from hfcompress.distillation.losses.softmax import softmax_and_log_sum
 from hfcompress.distillation.losses.targets import Targets
+from hfcompress.logits.forward_kl import forward_kl
+from hfcompress.logits.softmax import softmax_and_log_sum
 
 
 @dataclass(frozen=True, config=FORBID)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfcompress.distillation.losses.base import FORBID, LogitLoss, Temperature
-from hfcompress.distillation.losses.softmax import softmax_and_log_sum
 from hfcompress.distillation.losses.targets import Targets, TopK, top_k_of
+from hfcompress.logits.softmax import softmax_and_log_sum
 from hfcompress.outputs import ABSENT
 
 
