@@ -195,7 +195,7 @@ def reports_by_layer(reports: Iterable[tuple[str, str, Mapping[str, Any]]]) -> d
     removed any, after the last) for each block; rows of pruning name their stage, as several may prune.
     """
     structure: dict[str, dict[str, list[int]]] = {}
-    rows: dict[str, Any] = {"pruning_report": None, "quantization_report": None}
+    rows: dict[str, Any] = {"pruning_report": None, "quantization_report": None, "tuning": None}
     for name, kind, report in reports:
         for units in _KINDS_OF_UNITS:
             for block, (before, after) in report.get(units, {}).items():
@@ -203,7 +203,7 @@ def reports_by_layer(reports: Iterable[tuple[str, str, Mapping[str, Any]]]) -> d
                 found[1] = after
         # A training reports rows of layers only where it quantized them.
         if kind in ("quantize", "finetune", "distill") and "rows" in report:
-            rows["quantization_report"] = report["rows"]
+            rows |= {"quantization_report": report["rows"], "tuning": report.get("tuning")}
         elif kind == "prune":
             rows["pruning_report"] = [
                 *(rows["pruning_report"] or ()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hfcompress.gathering import reports_by_layer
 from hfcompress.pruning.oneshot.report import PrunedLayer, PruningReport
 from hfcompress.publish import load_facts, write_model_card
 from hfcompress.publish.pictures import bits_rows, kept_rows, layer_panels
+from hfcompress.quantization.report import ScaleTuning
 from tests.test_publish import card_of, measurements
 
 RIGHT = np.arange(1000) % 10 > 0  # 90%
@@ -186,6 +188,22 @@ def test_an_error_is_said_to_be_the_outputs_only_where_inputs_weighed_it(tmp_pat
     for row in values["quantization_report"]:
         row["scaled"] = False  # AWQ, which has a Hessian and needs no factor of it
     assert "Relative error of a layer's output on the calibration data" in card_of(tmp_path, values)
+
+
+@pytest.mark.parametrize(
+    ("measure", "kept", "said"),
+    [
+        ("KL divergence", True, "were kept: on calibration rows that neither they nor the layers saw, the KL "
+         "divergence from the dense model went from 0.0574 to 0.0556 nats a token."),
+        ("squared error", False, "were dropped again: on calibration rows that neither they nor the layers saw, the "
+         "squared error from the dense model went from 0.0574 to 0.0556 a token."),
+    ],
+)  # fmt: skip
+def test_a_card_says_what_tuning_the_scales_did(measure: str, kept: bool, said: str, tmp_path: Path) -> None:
+    values = measurements()
+    assert "gradient steps" not in card_of(tmp_path, values)
+    values["tuning"] = asdict(ScaleTuning(measure, 0.0574, 0.0556, kept, 32, 80.0))
+    assert f"Then 32 gradient steps tuned all scales and {said}" in " ".join(card_of(tmp_path, values).split())
 
 
 def test_each_stage_that_prunes_has_its_table_and_its_panel(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_the_dtype_of_a_measurement_is_said_below_the_table(tmp_path: Path) -> N
 
 OPTIONAL = (
     ["hfcompress", "created", "base_model_license", "data", "recipe", "seed", "loads_without_hfcompress",
-     "verification", "quantization_report", "pruning_report", "structure", "layers", "inputs", "weights"],
+     "verification", "quantization_report", "pruning_report", "tuning", "structure", "layers", "inputs", "weights"],
     ["summary", "seconds", "machine"],
     ["bytes_on_disk", "tokens_per_second", "speed_kind", "peak_memory_bytes", "continuation", "dtype",
      "stored_dtypes", "device", "machine", "rows", "tokens", "latency", "correct"],

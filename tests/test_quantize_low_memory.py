@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("forked")
 
 GPTQ = hfcompress.GPTQ(group_size=32)
 AUTO = hfcompress.GPTQ(bits="auto", average_bits=4.5, group_size=32)
-BEST = hfcompress.GPTQ(group_size=32, quality="best")
+BEST = hfcompress.GPTQ(group_size=32, quality="best", tuning_steps=0)
 METHODS = {
     "gptq": GPTQ,
     "auto": AUTO,
@@ -76,6 +77,17 @@ def test_layers_on_disk_give_the_same_bits(case: str, name: str, tmp_path: Path)
     with torch.no_grad():
         logits = [model(**batches()[0]).logits for model in models]
     assert torch.equal(*logits)
+
+
+def test_scales_of_layers_on_disk_are_not_tuned(tmp_path: Path) -> None:
+    folder, whole = saved("llama", tmp_path), replace(BEST, tuning_steps=None)
+    models = [opened("llama", folder, on_disk) for on_disk in (False, True, True)]
+    hfcompress.quantize(models[0], BEST, batches())
+    assert hfcompress.quantize(models[1], whole, batches()).tuning is None
+    expected = models[0].state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in models[1].state_dict().items())
+    with pytest.raises(ModelError, match=r"tuning_steps=4 runs the dense model at every step, but some .* on disk"):
+        hfcompress.quantize(models[2], replace(BEST, tuning_steps=4), batches())
 
 
 def new_in_memory() -> tuple[int, int]:

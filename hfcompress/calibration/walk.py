@@ -190,7 +190,7 @@ def walk_layers(model: nn.Module, batches: Sequence[Batch]) -> Iterator[LayerVis
     stacks = layer_stacks(model)
     ordered = stacks_in_order(model, stacks, batches[0]) if len(stacks) > 1 else stacks
     for stack in ordered:
-        masks = [_token_masks(model, batch, is_last=stack is ordered[-1]) for batch in batches]
+        masks = [token_masks(model, batch, is_last=stack is ordered[-1]) for batch in batches]
         yield from _walk_stack(stack, record_stack(model, stack, batches), masks)
     for stack in stacks:
         if stack not in ordered:
@@ -208,7 +208,7 @@ def _walk_stack(
             visit.advance_()
 
 
-def _token_masks(model: nn.Module, batch: Batch, is_last: bool) -> TokenMasks:
+def token_masks(model: nn.Module, batch: Batch, is_last: bool) -> TokenMasks:
     """A decoder, the last stack of an encoder-decoder, counts its own tokens by the decoder's mask."""
     mask = batch.get("attention_mask")
     if is_last and getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -19,7 +19,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "base_model_license": (str, _ABSENT), "data": (dict, _ABSENT), "recipe": (dict, _ABSENT), "seed": (int, _ABSENT),
     "stages": (list,), "loads_without_hfcompress": (bool, _ABSENT), "verification": (dict, _ABSENT),
     "quantization_report": (list, dict, _ABSENT), "pruning_report": (list, _ABSENT), "structure": (dict, _ABSENT),
-    "layers": (list, _ABSENT), "inputs": (dict, _ABSENT), "training": (dict, _ABSENT),
+    "layers": (list, _ABSENT), "inputs": (dict, _ABSENT), "training": (dict, _ABSENT), "tuning": (dict, _ABSENT),
     "local": (list, _ABSENT), "weights": (str, _ABSENT),
 }  # fmt: skip
 
@@ -52,11 +52,12 @@ class Facts:
     """Everything a model card may say. The last stage was measured on the reloaded checkpoint in a fresh process.
 
     verification: by what the checkpoint was loaded with, ``stock`` among them.  quantization_report, pruning_report: a
-    row per linear layer; of pruning with its stage.  structure: kind of unit (heads, neurons) to block to (before,
-    after).  layers: name, parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a
-    model that no recipe made, what its Trainer and callbacks were told, or the words of the command, which are none
-    where calls in Python made it.  local: which names of model and data are none of the Hub's: paths where it was
-    made, and the class of a model that came from nowhere.  weights: a digest of the files that were measured.  None is
+    row per linear layer; of pruning with its stage.  tuning: what gradient steps on quantized scales did, as
+    ``ScaleTuning`` has it.  structure: kind of unit (heads, neurons) to block to (before, after).  layers: name,
+    parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a model that no recipe
+    made, what its Trainer and callbacks were told, or the words of the command, which are none where calls in Python
+    made it.  local: which names of model and data are none of the Hub's: paths where it was made, and the class of a
+    model that came from nowhere.  weights: a digest of the files that were measured.  None is
     what is not known.
     """
 
@@ -73,6 +74,7 @@ class Facts:
     loads_without_hfcompress: bool | None
     verification: dict[str, Verification]
     quantization_report: tuple[dict[str, Any], ...]
+    tuning: dict[str, Any]
     pruning_report: tuple[dict[str, Any], ...]
     structure: dict[str, dict[str, list[int]]]
     layers: tuple[dict[str, Any], ...]
@@ -166,6 +168,7 @@ def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
             for name, found in _verified(values).items()
         },
         quantization_report=tuple(report["rows"] if isinstance(report, dict) else report),
+        tuning=values.get("tuning") or {},
         pruning_report=tuple(values.get("pruning_report") or ()),
         structure=values.get("structure") or {},
         layers=tuple(values.get("layers") or ()),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from hfcompress.calibration import ColumnPruning
+from hfcompress.calibration.running import Batch
 from hfcompress.calibration.texts import Calibration, batches_for
 from hfcompress.devices import freed_memory_kept
+from hfcompress.errors import ModelError
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import compressed_tensors_config
 from hfcompress.packed.bytes import byte_config, byte_layers
@@ -37,6 +41,7 @@ from hfcompress.quantization.rtn import Scale
 from hfcompress.quantization.scaled import scaled
 from hfcompress.quantization.shards import LayerShards, kept_layers
 from hfcompress.quantization.smoothquant import SmoothQuant, smoothed
+from hfcompress.quantization.tuning import held_back, tune_scales_
 from hfcompress.quantization.w8a8 import byte_layer, byte_twin, check_bytes
 from hfcompress.structure.offload import is_offloaded, settle_
 from hfcompress.structure.stack import layer_stacks, stack_linears
@@ -70,7 +75,9 @@ def quantize(
     which the dense weights are kept until the end, unless layers were on disk: then load it again.
     """
     started = time.perf_counter()
-    batches = batches_for(model, type(method).__name__, calibration, processor) if method.needs_calibration else []
+    batches: Sequence[Batch] = []
+    if method.needs_calibration:
+        batches = batches_for(model, type(method).__name__, calibration, processor)
     changes: Changes = {}
     quantizer = None
     if isinstance(method, BitsAndBytes):
@@ -83,11 +90,16 @@ def quantize(
     store = None
     if shards is not None and method.needs_calibration:
         store = LayerShards.open(shards, model, (method, prune), batches)
-    with freed_memory_kept():
+    tuning, streamed = None, is_offloaded(model)
+    batches, unseen = _held_back(method, batches, streamed)
+    with freed_memory_kept(), _all_or_nothing(model, planned, changes, streamed):
         if isinstance(method, GPTQ):
             planned = with_chosen_bits(model, planned, method, batches, store)
         steps = _steps(model, planned, method, batches, prune, quantizer, changes, store)
         rows = _run(model, planned, steps, type(method).__name__, on_layer, changes)
+        if isinstance(method, GPTQ) and unseen:
+            tokens = max(row.tokens for row in rows)
+            tuning = tune_scales_(model, planned, batches, unseen, tokens, method.gradient_steps)
     if quantizer is not None:
         finish_(model, quantizer)
     else:
@@ -95,7 +107,7 @@ def quantize(
             byte_config(model) if byte_layers(model) else compressed_tensors_config(model)
         )
     record_uneven(model)
-    return QuantizationReport(type(method).__name__.lower(), rows, time.perf_counter() - started)
+    return QuantizationReport(type(method).__name__.lower(), rows, time.perf_counter() - started, tuning)
 
 
 def _steps(
@@ -148,6 +160,36 @@ def _put_bytes_(put: Callable[[str, nn.Module], None], layer: nn.Module, row: Qu
     return row
 
 
+def _held_back(method: Method, batches: Sequence[Batch], streamed: bool) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Return the batches for the layers, and rows that judge how scales are tuned then: none where they are not."""
+    if not (isinstance(method, GPTQ) and method.gradient_steps):
+        return batches, []
+    if streamed and method.tuning_steps:
+        raise ModelError(
+            f"tuning_steps={method.tuning_steps} runs the dense model at every step, but some of its layers lie on "
+            "disk. Leave tuning_steps out, or load the model whole."
+        )
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "Scales are tuned by gradients: call quantize outside torch.inference_mode(), or give tuning_steps=0."
+        )
+    return (batches, []) if streamed else held_back(batches)
+
+
+@contextmanager
+def _all_or_nothing(
+    model: nn.Module, planned: Sequence[PlannedLinear], changes: Changes, streamed: bool
+) -> Iterator[None]:
+    """Put everything back when something fails; layers that were on disk cannot be."""
+    try:
+        yield
+    except BaseException:
+        if not streamed:
+            restore_(model, planned)
+            undo_(changes)
+        raise
+
+
 def _run(
     model: PreTrainedModel,
     planned: Sequence[PlannedLinear],
@@ -156,24 +198,18 @@ def _run(
     on_layer: OnLayer | None,
     changes: Changes,
 ) -> tuple[QuantizedLinear, ...]:
-    """Do all steps or none, and return their rows in the order of the plan.  Layers on disk cannot be put back."""
+    """Do all steps and return their rows in the order of the plan."""
     streamed = is_offloaded(model)
     rows: Rows = []
-    try:
-        with meter(f"Quantizing with {method}", sum(len(stack) for stack in layer_stacks(model))) as bar:
-            for name, done in steps:
-                rows.extend(done)
-                bar.advance(note=name)
-                if streamed:
-                    release_layer_(planned, done)
-                    changes.clear()  # nothing is put back, so nothing is kept for that
-                if on_layer is not None and done:
-                    on_layer(name, done)
-    except BaseException:
-        if not streamed:
-            restore_(model, planned)
-            undo_(changes)
-        raise
+    with meter(f"Quantizing with {method}", sum(len(stack) for stack in layer_stacks(model))) as bar:
+        for name, done in steps:
+            rows.extend(done)
+            bar.advance(note=name)
+            if streamed:
+                release_layer_(planned, done)
+                changes.clear()  # nothing is put back, so nothing is kept for that
+            if on_layer is not None and done:
+                on_layer(name, done)
     for one in planned:  # some came while their layer was only watched
         model.get_submodule(one.name).train(one.module.training)
     if streamed:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Bits = Literal[2, 3, 4, 8]
 AUTO: Final = "auto"
+TUNING_STEPS = 32
 CHOICES: tuple[Bits, ...] = (2, 3, 4, 8)
 Order = Literal["stored", "groups", "columns"]
 ScaleSearch = Literal["absmax", "mse", "hessian"]
@@ -129,8 +130,11 @@ class GPTQ(WhileLoading):
     choices: for ``auto``, the numbers of bits to choose from, unless they are all; a head gets the most of them.
     group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
-    quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
-    the dense layers, too, and sums up more; ``benchmarks/quantize.py`` measures what that costs and gains.
+    quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one, and all
+    scales tuned in the end. It runs the dense layers, too, and sums up more; ``benchmarks/quantize.py`` measures what
+    that costs and gains.
+    tuning_steps: gradient steps on all scales, once all layers are done, towards the dense model's output on rows of
+    the calibration data; 32 with ``best``, else none. Not for models whose layers lie on disk.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.
@@ -160,6 +164,7 @@ class GPTQ(WhileLoading):
     scale: ScaleSearch = "hessian"
     order: Order = "stored"
     sweeps: Annotated[int, Field(ge=0, le=20)] = 0
+    tuning_steps: Annotated[int, Field(ge=0, le=10_000)] | None = None
 
     def __post_init__(self) -> None:
         targets = {"average_bits": self.average_bits, "megabytes": self.megabytes}
@@ -182,6 +187,13 @@ class GPTQ(WhileLoading):
     def candidates(self) -> tuple[int, ...]:
         """Return the numbers of bits that ``auto`` chooses from, fewest first."""
         return tuple(sorted(self.choices or CHOICES))
+
+    @property
+    def gradient_steps(self) -> int:
+        """Return how many gradient steps on all scales come after the layers."""
+        if self.tuning_steps is not None:
+            return self.tuning_steps
+        return TUNING_STEPS if self.quality == "best" else 0
 
     @property
     def steps(self) -> Steps:

@@ -34,12 +34,19 @@ def runs_beside() -> bool:
 @contextmanager
 def watching(module: nn.Module) -> Iterator[None]:
     """Run a module in eval mode, without gradients and without a key/value cache; restore everything afterwards."""
+    with running_still(module), torch.no_grad():
+        yield
+
+
+@contextmanager
+def running_still(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode and without a key/value cache; restore both afterwards."""
     configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
     try:
         for config in cached:
             config.use_cache = False
-        with eval_mode(module), torch.no_grad():
+        with eval_mode(module):
             yield
     finally:
         for config in cached:
