@@ -83,8 +83,8 @@ def gather_command_facts(
 ) -> dict[str, Any]:
     """Return the content of ``measurements.json`` for what one command made of a model, in ``folder``.
 
-    output: the name that the folder will have.  Before stands what the model's own files hold, where they lie here as safetensors.  kind: of the stage.
-    summary: what it did.  data: a file or an id.  words: of the command line.
+    Before stands what the model's own files hold, where they lie here as safetensors.  output: where the folder will
+    be.  kind: of the stage.  summary: what it did.  data: a file or an id.  words: of the command line.
     """
     before, after = counted_original(spec), counted(folder)
     done = {"name": kind, "summary": summary, "seconds": round(report.seconds, 1), "machine": describe_machine()}

@@ -93,6 +93,8 @@ def test_the_result_has_a_card_with_the_command_that_makes_it_again(llama_dir: P
     assert "seed" not in card.lower()
     assert "Counted in the weight files, of which none was run; stored in float32 (original), float32, int4" in card
     assert "unrecorded" not in card
+    assert "- Any quality: tasks," in card
+    assert "base_model" not in card  # a folder is nobody's id
     assert "| stage | latency" not in card
     assert {"quantized", "pruned"} <= set(technique_tags(facts))
     check_card(output)

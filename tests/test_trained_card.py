@@ -117,7 +117,8 @@ def test_the_class_of_a_model_that_came_from_nowhere_is_no_id(
     trainer = pruning(tmp_path / "new", tokenizer)
     trainer.create_model_card()
     assert "`LlamaForCausalLM`" in (tmp_path / "new" / "README.md").read_text()
-    assert ModelCard.load(tmp_path / "new" / "README.md").data.base_model is None
+    data = ModelCard.load(tmp_path / "new" / "README.md").data
+    assert {"base_model", "base_model_relation"}.isdisjoint(data.to_dict())
 
 
 def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
@@ -131,7 +132,11 @@ def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert render_folder(tmp_path / "out") == (tmp_path / "out" / "README.md").read_text()
     data = ModelCard.load(tmp_path / "out" / "README.md").data
-    assert (data.base_model, data.datasets) == (None, ["me/rows"])
+    assert {"base_model", "base_model_relation"}.isdisjoint(data.to_dict())
+    assert data.datasets == ["me/rows"]
+    trainer.create_model_card(finetuned_from="me/base")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.base_model, data.base_model_relation) == ("me/base", "finetune")
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -326,7 +331,6 @@ def test_a_model_trained_for_its_grid_is_pushed_once_exported(
         data = ModelCard.load(folder / "README.md").data
     assert facts.after.metrics == {"loss": pytest.approx(trainer.state.log_history[-2]["eval_loss"])}
     assert "quantized" in data.tags
-    assert data.base_model_relation == "quantized"
     assert "bits=4" in facts.training["options"]["QuantizeAwareCallback"]
 
 

@@ -197,12 +197,14 @@ def not_measured(facts: Facts) -> list[str]:
         for stage in facts.stages
         if (missing := _gaps(facts, stage.measurement))
     ]
-    metrics = ", ".join(facts.metric_names) or "the numbers above"
-    data = data_name(facts, held_out=True) if facts.metric_names else ""  # others are what was calibrated on
+    quality = "Any quality: tasks, domains and languages, bias and safety."
+    if facts.metric_names:
+        data = data_name(facts, held_out=True)
+        known = f"{', '.join(facts.metric_names)}{f' on {code(data)}' if data else ''}"
+        quality = f"Any quality other than {known}: other tasks, domains and languages, bias and safety."
     return [
         *gaps,
-        f"Any quality other than {metrics}{f' on {code(data)}' if data else ''}: other tasks, domains and languages, "
-        "bias and safety.",
+        quality,
         "Speed and memory on other machines, devices, batch sizes and lengths than those named here.",
     ]
 
