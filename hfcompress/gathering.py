@@ -29,7 +29,7 @@ from hfcompress.structure import ShrinkReport
 from hfcompress.vocabulary import PrunedVocabulary
 from hfcompress.workspace import ORIGINAL, Workspace
 
-_NOT_EVALUATED = "no rows to measure on were given"
+_NOT_EVALUATED = "none were asked for"
 _NO_METRICS = "the command measures no quality, `hfcompress eval` does"
 _OF_STAGE = ("summary", "seconds", "machine")
 _KIND_OF: dict[type, str] = {PruningReport: "prune", QuantizationReport: "quantize", ShrinkReport: "shrink",
@@ -134,8 +134,10 @@ def gather_call_facts(
 
 def _of_one_shot(folder: Path, name: str, task: str, spec: ModelSpec, data: str | None) -> dict[str, Any]:
     """Return what is known of a checkpoint that no recipe made: what it is, from what, and how it reloaded."""
-    marker = folder / MARKER
-    verified = json.loads(marker.read_text(encoding="utf-8"))["verified"] if marker.is_file() else None
+    marker, weights = folder / MARKER, weights_digest(folder)
+    saved = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    # Plain save_pretrained leaves the marker of what was there before.
+    verified = saved["verified"] if saved.get("weights") == weights else None
     return {
         "hfcompress": version("hfcompress"),
         "name": name,
@@ -146,7 +148,7 @@ def _of_one_shot(folder: Path, name: str, task: str, spec: ModelSpec, data: str 
         "local": local_names([spec.id, data]),
         **_reloaded(verified),
         "layers": layers_of(folder),
-        "weights": weights_digest(folder),
+        "weights": weights,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hfcompress
@@ -283,6 +284,30 @@ def test_a_name_with_quotes_is_shown_and_loaded_as_it_is(tmp_path: Path, tokeniz
     lines = text[text.index("```python") + 9 : text.index("```", text.index("```python") + 9)]
     strings = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
     assert strings == ['my "best" <run>*'] * 2
+
+
+def test_a_model_of_no_transformers_class_has_the_trainers_own_card(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):  # as packages for adapters have one
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_llama()
+            self.config = self.inner.config
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    trainer = CardTrainer(
+        Plain(),
+        TrainingArguments(**options(tmp_path / "plain", remove_unused_columns=False)),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+    )
+    trainer.train()
+    trainer.create_model_card(license="mit", tags="mine")
+    data = ModelCard.load(tmp_path / "plain" / "README.md").data
+    assert data.license == "mit"
+    assert "mine" in data.tags
+    assert not (tmp_path / "plain" / "measurements.json").exists()
 
 
 def test_a_student_is_called_distilled(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

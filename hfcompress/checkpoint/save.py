@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.atomic import MARKER, new_folder, recover, refuse_foreign, refuse_full_disk
 from hfcompress.checkpoint.dense import to_dense
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code, remote_class_of
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
@@ -98,6 +99,7 @@ def save_compressed(
         facts = {
             "hfcompress": version("hfcompress"),
             "format": form,
+            "weights": weights_digest(scratch),
             "verified": asdict(verification) if verification else None,
         }
         (scratch / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -81,7 +81,8 @@ def description(facts: Facts) -> str:
 def _measured_on(facts: Facts) -> str:
     after = facts.after
     if facts.training and not after.metrics:
-        return f"No metrics are given: {facts.training.get('evaluated', 'none were measured')}."
+        whose = " of the result" if facts.metric_names else ""
+        return f"No metrics{whose} are given: {facts.training.get('evaluated', 'none were measured')}."
     tokens = f" ({after.tokens:,} tokens)" if after.tokens else ""
     data = data_name(facts, held_out=True)
     source = f"{rows_name(facts)} of {code(data)}" if data else rows_name(facts)

@@ -78,9 +78,14 @@ class ModelCardMixin(_Base):
         """Write README.md and measurements.json into the output folder, from this process if it is the first.
 
         The model is saved there first: sizes on a card are those of files, and what lies there may be of an earlier
-        training.
+        training.  A model that is no PreTrainedModel, as one with adapters is not, has the Trainer's own card.
         """
         if not self.is_world_process_zero():
+            return
+        if not isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
             return
         folder = Path(str(self.args.output_dir))
         # Saving a sharded model takes all processes, and only this one is here: push_to_hub has saved it just before.
