@@ -296,12 +296,8 @@ def test_a_model_of_no_transformers_class_has_the_trainers_own_card(tmp_path: Pa
         def forward(self, **inputs: Any) -> Any:
             return self.inner(**inputs)
 
-    trainer = CardTrainer(
-        Plain(),
-        TrainingArguments(**options(tmp_path / "plain", remove_unused_columns=False)),
-        train_dataset=ROWS,
-        eval_dataset=ROWS,
-    )
+    args = TrainingArguments(**options(tmp_path / "plain", remove_unused_columns=False))
+    trainer = CardTrainer(Wrapper(), args, train_dataset=ROWS, eval_dataset=ROWS)
     trainer.train()
     trainer.create_model_card(license="mit", tags="mine")
     data = ModelCard.load(tmp_path / "plain" / "README.md").data
