@@ -243,11 +243,8 @@ def card(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's model card and its pictures from its measurements."""
-    from hfcompress.publish import load_facts, write_model_card
-    from hfcompress.publish.card import keep_edited
+    from hfcompress.describing import write_model_card
 
-    load_facts(folder)  # a folder without them keeps the card that it has
-    keep_edited(folder)
     written = write_model_card(folder, repo)
     if as_json:
         _print_json({"card": str(written)})

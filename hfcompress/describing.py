@@ -37,7 +37,7 @@ def write_model_card(
 
     Recipes, commands and Trainers leave a ``measurements.json``, from which the card is rendered anew.  For a
     checkpoint that calls in Python made, name its base model: the folder is then counted, reloaded and measured, and
-    ``measurements.json`` written first.
+    ``measurements.json`` written first.  A card that somebody edited is kept beside it, as ``README.edited.md``.
     repo_id: what the loading example names; None is the folder.
     base_model: the id or folder of the model that it was made from.
     reports: what ``prune``, ``quantize``, ``shrink`` and ``prune_vocabulary`` returned, or text that says what was
@@ -55,6 +55,8 @@ def write_model_card(
         given = [name for name, value in asked.items() if value]
         if given:
             raise TypeError(f"{', '.join(given)}: these arguments need base_model=, the model that it was made from.")
+        load_facts(folder)  # a folder without them keeps the card that it has
+        keep_edited(folder)
         return publish.write_model_card(folder, repo_id)
     if isinstance(reports, str) or not all(isinstance(one, str) or hasattr(one, "summary") for one in reports):
         raise TypeError("The argument reports is a list of what prune, quantize and such returned, or of texts.")

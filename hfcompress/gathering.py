@@ -29,7 +29,7 @@ from hfcompress.structure import ShrinkReport
 from hfcompress.vocabulary import PrunedVocabulary
 from hfcompress.workspace import ORIGINAL, Workspace
 
-_NOT_EVALUATED = "no rows to measure on were given"
+_NOT_EVALUATED = "none were asked for"
 _NO_METRICS = "the command measures no quality, `hfcompress eval` does"
 _OF_STAGE = ("summary", "seconds", "machine")
 _KIND_OF: dict[type, str] = {PruningReport: "prune", QuantizationReport: "quantize", ShrinkReport: "shrink",
@@ -70,6 +70,7 @@ def gather_facts(space: Workspace, folder: Path) -> dict[str, Any]:
 
 def gather_command_facts(
     folder: Path,
+    output: Path,
     kind: str,
     summary: str,
     report: PruningReport | QuantizationReport,
@@ -82,14 +83,14 @@ def gather_command_facts(
 ) -> dict[str, Any]:
     """Return the content of ``measurements.json`` for what one command made of a model, in ``folder``.
 
-    Before stands what the model's own files hold, where they lie here as safetensors.  kind: of the stage.
-    summary: what it did.  data: a file or an id.  words: of the command line.
+    Before stands what the model's own files hold, where they lie here as safetensors.  output: where the folder will
+    be.  kind: of the stage.  summary: what it did.  data: a file or an id.  words: of the command line.
     """
     before, after = counted_original(spec), counted(folder)
     done = {"name": kind, "summary": summary, "seconds": round(report.seconds, 1), "machine": describe_machine()}
-    training = {"techniques": techniques, "evaluated": _NO_METRICS, "command": words, "output": str(folder)}
+    training = {"techniques": techniques, "evaluated": _NO_METRICS, "command": words, "output": str(output)}
     return {
-        **_of_one_shot(folder, task, spec, data),
+        **_of_one_shot(folder, output.absolute().name, task, spec, data),
         "training": training,
         "stages": _two_stages(before, {**done, "measurement": after.to_dict()}),
         **reports_by_layer([(kind, kind, report.to_dict())]),
@@ -124,20 +125,22 @@ def gather_call_facts(
     rows = [one.to_dict() if hasattr(one, "to_dict") else vars(one) for one, _ in known]
     names = stage_names([kind for _, kind in known])
     return {
-        **_of_one_shot(folder, task, ModelSpec(id=base), data),
+        **_of_one_shot(folder, folder.absolute().name, task, ModelSpec(id=base), data),
         "training": training,
         "stages": _two_stages(before, {**done, "measurement": after.to_dict()}),
         **reports_by_layer((name, kind, found) for name, (_, kind), found in zip(names, known, rows)),
     }
 
 
-def _of_one_shot(folder: Path, task: str, spec: ModelSpec, data: str | None) -> dict[str, Any]:
+def _of_one_shot(folder: Path, name: str, task: str, spec: ModelSpec, data: str | None) -> dict[str, Any]:
     """Return what is known of a checkpoint that no recipe made: what it is, from what, and how it reloaded."""
-    marker = folder / MARKER
-    verified = json.loads(marker.read_text(encoding="utf-8"))["verified"] if marker.is_file() else None
+    marker, weights = folder / MARKER, weights_digest(folder)
+    saved = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    # Plain save_pretrained leaves the marker of what was there before.
+    verified = saved["verified"] if saved.get("weights") == weights else None
     return {
         "hfcompress": version("hfcompress"),
-        "name": folder.absolute().name,
+        "name": name,
         "task": task,
         "created": datetime.now(timezone.utc).date().isoformat(),
         **base_model(spec),
@@ -145,7 +148,7 @@ def _of_one_shot(folder: Path, task: str, spec: ModelSpec, data: str | None) -> 
         "local": local_names([spec.id, data]),
         **_reloaded(verified),
         "layers": layers_of(folder),
-        "weights": weights_digest(folder),
+        "weights": weights,
     }
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfcompress import opening
 from hfcompress.checkpoint import save_compressed
-from hfcompress.checkpoint.atomic import MARKER, list_own_files, refuse_foreign, write_text
+from hfcompress.checkpoint.atomic import MARKER, refuse_foreign, write_text
 from hfcompress.checkpoint.locks import locked
 from hfcompress.checkpoint.verify import require_loader
 from hfcompress.data import load_train_rows, require_columns
@@ -83,14 +83,15 @@ class OneShot:
             model = opening.open_model(self._spec, self._task, places=on_disk, merged=shards.with_name(MERGED))
             report, summary = _apply_(model, stage, calibration, shards)
             files = {report.file_name: json.dumps(report.to_dict(), indent=2) + "\n"}
-            save_compressed(model, self.output, processor, verify=True, extra_files=files)
-            self._write_card(summary, report)
+            describe = partial(self._write_card, summary, report)
+            save_compressed(model, self.output, processor, verify=True, extra_files=files, finish=describe)
             shutil.rmtree(shards, ignore_errors=True)
         return report
 
-    def _write_card(self, summary: str, report: PruningReport | QuantizationReport) -> None:
-        """Put facts and card beside the checkpoint, which is whole without them."""
+    def _write_card(self, summary: str, report: PruningReport | QuantizationReport, folder: Path) -> None:
+        """Put facts and card beside the checkpoint.  folder: where it is before it gets its name, the output."""
         facts = gather_command_facts(
+            folder,
             self.output,
             self.kind,
             summary,
@@ -101,9 +102,8 @@ class OneShot:
             data=self.data,
             words=self.words,
         )
-        write_text(self.output / MEASUREMENTS, json.dumps(facts, indent=2) + "\n")
-        list_own_files(self.output, [MEASUREMENTS])
-        write_model_card(self.output)
+        write_text(folder / MEASUREMENTS, json.dumps(facts, indent=2) + "\n")
+        write_model_card(folder)
 
     @property
     def _techniques(self) -> list[str]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hfcompress.evaluate import pack_hits, paired_bootstrap
 from hfcompress.gathering import reports_by_layer
 from hfcompress.pruning.oneshot.report import PrunedLayer, PruningReport
 from hfcompress.publish import load_facts, write_model_card
-from hfcompress.publish.pictures import bits_rows, kept_rows, layer_panels
+from hfcompress.publish.pictures import bits_rows, draw_kept, kept_rows, layer_panels, plot_bits
 from hfcompress.quantization.report import ScaleTuning
 from tests.test_publish import card_of, measurements
 
@@ -176,6 +177,31 @@ def test_bits_that_differ_are_in_a_picture_and_in_the_table(tmp_path: Path) -> N
     assert "![Bits of each linear layer](bits.png)" in text
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
     assert bits_rows(load_facts(tmp_path)) == {"self_attn.q_proj": {0: 4, 1: 3, 2: 4}}
+
+
+@pytest.mark.parametrize("layers", [2, 12, 16, 32, 48, 80, 126])
+@pytest.mark.parametrize("picture", ["bits", "kept"])
+def test_no_number_in_a_picture_covers_another(
+    picture: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("hfcompress.publish.pictures.save_figure", lambda figure, path: drawn.append(figure))
+    if picture == "kept":
+        draw_kept({"heads": {at: (128, 100 + at % 9) for at in range(layers)},
+                   "neurons": {at: (28672, 28672 - at) for at in range(layers)}}, "large", tmp_path)  # fmt: skip
+    else:
+        rows = [{"name": f"model.layers.{at}.mlp.{name}", "bits": 3 + at % 2} for at in range(layers) for name in "ab"]
+        card_of(tmp_path, measurements() | {"quantization_report": None})
+        plot_bits(replace(load_facts(tmp_path), quantization_report=tuple(rows)), tmp_path)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    for shown in ([*axes.texts], axes.get_xticklabels(), axes.get_yticklabels()):
+        boxes = [one.get_window_extent().get_points() for one in shown]
+        for index, ((left, bottom), (right, top)) in enumerate(boxes):
+            for (other_left, other_bottom), (other_right, other_top) in boxes[:index]:
+                over = min(right, other_right) - max(left, other_left), min(top, other_top) - max(bottom, other_bottom)
+                assert min(over) <= 0.5  # of a pixel
 
 
 def test_an_error_is_said_to_be_the_outputs_only_where_inputs_weighed_it(tmp_path: Path) -> None:

@@ -121,6 +121,36 @@ def test_a_plain_folder_is_counted_and_its_reload_is_not_made_up(base: str, tmp_
     assert (tmp_path / "plain" / EDITED).read_text() == "My own words."
 
 
+def test_a_reload_of_other_weights_is_not_on_the_card(base: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    hfcompress.save_compressed(model, tmp_path / "small", verify=True)
+    hfcompress.prune(model, hfcompress.Magnitude(sparsity=0.5))
+    model.save_pretrained(tmp_path / "small")
+    hfcompress.write_model_card(tmp_path / "small", base_model=base)
+    facts = load_facts(tmp_path / "small")
+    assert (facts.loads_without_hfcompress, facts.verification) == (None, {})
+
+
+def test_a_card_says_whose_metrics_are_missing(base: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = hfcompress.measure(model, **MEASURING)
+    model.save_pretrained(tmp_path / "small")
+    card = hfcompress.write_model_card(tmp_path / "small", base_model=base, before=before)
+    assert "No metrics of the result are given: none were asked for." in card.read_text()
+    card = hfcompress.write_model_card(tmp_path / "small", base_model=base)
+    assert "No metrics are given: none were asked for." in card.read_text()
+
+
+def test_an_edited_card_is_kept_beside_the_next_one(base: str, tmp_path: Path) -> None:
+    quantized(base, tmp_path / "small")
+    card = tmp_path / "small" / "README.md"
+    edited = card.read_text() + "My own words."
+    card.write_text(edited)
+    hfcompress.write_model_card(tmp_path / "small")
+    assert "My own words." not in card.read_text()
+    assert (tmp_path / "small" / EDITED).read_text() == edited
+
+
 def test_without_facts_and_without_a_base_model_the_error_says_both_ways(base: str) -> None:
     with pytest.raises(CheckpointError, match=r"no measurements\.json.*`hfcompress run` writes it.*base_model="):
         hfcompress.write_model_card(base)

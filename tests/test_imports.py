@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "progress", "devices", "formats", "fresh", "logits"},
     {"packed"},
     {"callbacks", "structure", "vocabulary", "outputs", "bundled"},
-    {"loading", "reading"},
+    {"evaluated", "loading", "reading"},
     {"calibration", "checkpoint", "evaluate"},
     {"publish"},
     {"pruning", "distillation", "quantization"},

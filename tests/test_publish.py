@@ -317,7 +317,7 @@ def test_classifier_that_needs_hfcompress(tmp_path: Path) -> None:
     assert data.license is None
     assert data.datasets is None
     assert data.tags == ["hfcompress", "pruned"]
-    assert data.base_model_relation == "finetune"
+    assert "base_model_relation" not in data.to_dict()
     assert {result.dataset_name for result in data.eval_results} == {"test.tsv"}  # what the metrics are of
 
 

@@ -19,6 +19,7 @@ from hfcompress.packed import packed_layers
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import is_as_written, technique_tags
 from hfcompress.publish.hub import check_card
+from hfcompress.publish.pictures import bits_rows
 from hfcompress.recipe import METHODS, ModelSpec, options_beside_method
 from tests.forks import Forks
 from tests.runs import model_files, run_command, write_text
@@ -92,6 +93,8 @@ def test_the_result_has_a_card_with_the_command_that_makes_it_again(llama_dir: P
     assert "seed" not in card.lower()
     assert "Counted in the weight files, of which none was run; stored in float32 (original), float32, int4" in card
     assert "unrecorded" not in card
+    assert "- Any quality: tasks," in card
+    assert "base_model" not in card  # a folder is nobody's id
     assert "| stage | latency" not in card
     assert {"quantized", "pruned"} <= set(technique_tags(facts))
     check_card(output)
@@ -104,6 +107,42 @@ def test_the_result_has_a_card_with_the_command_that_makes_it_again(llama_dir: P
     assert model_files(tmp_path / "again") == model_files(output)
     quantize(llama_dir, *words, "--data", text, *SHAPE, "-o", output, "--overwrite")
     assert technique_tags(load_facts(output)) == ["quantized"]
+
+
+def test_a_checkpoint_and_its_card_are_there_together_or_not_at_all(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "small"
+    words = ["--method", "rtn", "--group-size", 32, "-o", output]
+    with monkeypatch.context() as broken:
+        broken.setattr("hfcompress.oneshot.write_model_card", interrupted)
+        with pytest.raises(HFCompressError, match="Interrupted"):
+            quantize(llama_dir, *words)
+        assert not output.exists()
+    quantize(llama_dir, *words, "--bits", 8)
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert {"README.md", "measurements.json"} <= before.keys()
+    monkeypatch.setattr("hfcompress.oneshot.write_model_card", interrupted)
+    with pytest.raises(HFCompressError, match="Interrupted"):
+        quantize(llama_dir, *words, "--overwrite")
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_card_of_bits_for_each_layer_shows_them_in_a_picture(llama_dir: Path, tmp_path: Path) -> None:
+    text, output = write_text(tmp_path / "text.jsonl"), tmp_path / "mixed"
+    words = ["--bits", "auto", "--average-bits", 5.5, "--group-size", 32, "--data", text, *SHAPE]
+    report = json.loads(quantize(llama_dir, *words, "-o", output, "--json"))
+    shown = {f"model.layers.{layer}.{place}": bits for place, cells in bits_rows(load_facts(output)).items()
+             for layer, bits in cells.items()}  # fmt: skip
+    assert shown == {row["name"]: row["bits"] for row in report["rows"]}
+    assert "![Bits of each linear layer](bits.png)" in (output / "README.md").read_text(encoding="utf-8")
+    assert (output / "bits.png").read_bytes().startswith(b"\x89PNG")
+    quantize(llama_dir, "--method", "rtn", "--group-size", 32, "-o", output, "--overwrite")
+    assert not (output / "bits.png").exists()  # all have the same
 
 
 def test_the_card_of_zeros_says_what_was_pruned(llama_dir: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hfcompress
@@ -116,7 +118,8 @@ def test_the_class_of_a_model_that_came_from_nowhere_is_no_id(
     trainer = pruning(tmp_path / "new", tokenizer)
     trainer.create_model_card()
     assert "`LlamaForCausalLM`" in (tmp_path / "new" / "README.md").read_text()
-    assert ModelCard.load(tmp_path / "new" / "README.md").data.base_model is None
+    data = ModelCard.load(tmp_path / "new" / "README.md").data
+    assert {"base_model", "base_model_relation"}.isdisjoint(data.to_dict())
 
 
 def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
@@ -130,19 +133,109 @@ def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert render_folder(tmp_path / "out") == (tmp_path / "out" / "README.md").read_text()
     data = ModelCard.load(tmp_path / "out" / "README.md").data
-    assert (data.base_model, data.datasets) == (None, ["me/rows"])
+    assert {"base_model", "base_model_relation"}.isdisjoint(data.to_dict())
+    assert data.datasets == ["me/rows"]
+    trainer.create_model_card(finetuned_from="me/base")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.base_model, data.base_model_relation) == ("me/base", "finetune")
 
 
-def test_metrics_of_other_weights_are_not_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    trainer = pruning(tmp_path / "late", tokenizer, eval_strategy="no")
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "quantized": lambda model: hfcompress.quantize(model, hfcompress.RTN(bits=8, group_size=32)),
+    "pruned": lambda model: hfcompress.prune(model, hfcompress.Magnitude(sparsity=0.9)),
+    "a single norm": lambda model: model.model.norm.weight.data.mul_(2),
+    "two rows exchanged": lambda model: model.lm_head.weight.data.copy_(model.lm_head.weight.data.roll(1, 0)),
+    "layers dropped": lambda model: hfcompress.drop_layers(model, hfcompress.DropLayers(keep=1)),
+}
+
+
+@pytest.mark.parametrize("kind", [CardTrainer, Trainer], ids=["mixin", "plain"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_metrics_of_other_weights_are_not_on_the_card(
+    change: Callable[[Any], Any], kind: type[Trainer], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = pruning(tmp_path / "late", tokenizer, kind)
     trainer.train()
-    trainer.state.log_history.append({"eval_loss": 1.0, "step": 2})
+    with saved_for_push(trainer) as folder:
+        assert load_facts(folder).after.metrics
+    change(trainer.model)
+    with saved_for_push(trainer) as folder:
+        facts, text = load_facts(folder), (folder / "README.md").read_text()
+    assert (facts.after.metrics, facts.after.rows) == ({}, None)
+    assert "No metrics are given: the weights have changed since the Trainer evaluated them, last at step 4." in text
+    found = trainer.evaluate()
+    with saved_for_push(trainer) as folder:
+        facts = load_facts(folder)
+    assert (facts.after.metrics, facts.after.rows) == ({"loss": pytest.approx(found["eval_loss"])}, 4)
+
+
+def test_metrics_of_another_model_are_not_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "other", tokenizer)
+    trainer.train()
+    trained, trainer.model = trainer.model, tiny_llama(seed=5)
     trainer.create_model_card()
-    assert load_facts(tmp_path / "late").after.metrics == {}
+    assert load_facts(tmp_path / "other").after.metrics == {}
+    found = trainer.evaluate()
+    trainer.create_model_card()
+    assert load_facts(tmp_path / "other").after.metrics == {"loss": pytest.approx(found["eval_loss"])}
+    trainer.model = trained
+    trainer.create_model_card()
+    first = next(logs for logs in trainer.state.log_history if "eval_loss" in logs)
+    assert load_facts(tmp_path / "other").after.metrics == {"loss": pytest.approx(first["eval_loss"])}
+
+
+def test_the_best_weights_have_their_own_metrics_after_a_resume_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    changes: dict[str, Any] = {"eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    best: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "learning_rate": 1.0,
+    }
+    pruning(tmp_path / "best", tokenizer, **changes, **best).train()
+    resumed = pruning(tmp_path / "best", tokenizer, **changes, **best)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "best" / "checkpoint-5"))
+    step = resumed.state.best_global_step
+    assert step in (4, 5)  # evaluated before the resume
+    resumed.create_model_card()
+    logged = {logs["step"]: logs["eval_loss"] for logs in resumed.state.log_history if "eval_loss" in logs}
+    assert load_facts(tmp_path / "best").after.metrics == {"loss": pytest.approx(logged[step])}
+    assert f"at step {step} of 6" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_of_which_weights_is_not_known_without_callback_and_mixin(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = Trainer(
+        model=tiny_llama(), args=TrainingArguments(**options(tmp_path / "stock")), train_dataset=ROWS,
+        eval_dataset=ROWS[:4], processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    with saved_for_push(trainer) as folder:
+        assert load_facts(folder).after.metrics == {}
+        assert (
+            "was not recorded, as our callbacks and `hfcompress.ModelCardMixin` do"
+            in (folder / "README.md").read_text()
+        )
+
+
+def test_rows_and_name_are_of_the_data_that_were_evaluated(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = pruning(tmp_path / "rows", tokenizer)
+    trainer.train()
+    found = trainer.evaluate(ROWS[:3])
+    trainer.create_model_card(dataset="me/data")
+    facts, text = load_facts(tmp_path / "rows"), (tmp_path / "rows" / "README.md").read_text()
+    assert (facts.after.metrics, facts.after.rows) == ({"loss": pytest.approx(found["eval_loss"])}, 3)
     assert (
-        "No metrics are given: the Trainer's log has no evaluation (`eval_...`) of these weights."
-        in (tmp_path / "late" / "README.md").read_text()
+        "are of 3 held-out rows; they are the Trainer's own, at step 4 of 4, on data that it was given then." in text
     )
+    data = ModelCard.load(tmp_path / "rows" / "README.md").data
+    assert (data.datasets, data.eval_results[0].dataset_name) == (["me/data"], "held-out rows")
+    trainer.evaluate(trainer.eval_dataset)
+    trainer.create_model_card(dataset="me/data")
+    assert "are of 4 held-out rows of `me/data`" in (tmp_path / "rows" / "README.md").read_text()
 
 
 def test_every_evaluated_data_set_is_on_the_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -156,6 +249,7 @@ def test_every_evaluated_data_set_is_on_the_card(tmp_path: Path, tokenizer: PreT
         "one_loss": pytest.approx(logged["eval_one_loss"]), "one_pruned_accuracy": 0.5,
         "two_loss": pytest.approx(logged["eval_two_loss"]), "two_pruned_accuracy": 0.5,
     }  # fmt: skip
+    assert load_facts(tmp_path / "sets").after.rows is None  # each has its own
 
 
 UNREADABLE = {
@@ -190,6 +284,26 @@ def test_a_name_with_quotes_is_shown_and_loaded_as_it_is(tmp_path: Path, tokeniz
     lines = text[text.index("```python") + 9 : text.index("```", text.index("```python") + 9)]
     strings = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
     assert strings == ['my "best" <run>*'] * 2
+
+
+def test_a_model_of_no_transformers_class_has_the_trainers_own_card(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):  # as packages for adapters have one
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_llama()
+            self.config = self.inner.config
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    args = TrainingArguments(**options(tmp_path / "plain", remove_unused_columns=False))
+    trainer = CardTrainer(Wrapper(), args, train_dataset=ROWS, eval_dataset=ROWS)
+    trainer.train()
+    trainer.create_model_card(license="mit", tags="mine")
+    data = ModelCard.load(tmp_path / "plain" / "README.md").data
+    assert data.license == "mit"
+    assert "mine" in data.tags
+    assert not (tmp_path / "plain" / "measurements.json").exists()
 
 
 def test_a_student_is_called_distilled(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -238,7 +352,6 @@ def test_a_model_trained_for_its_grid_is_pushed_once_exported(
         data = ModelCard.load(folder / "README.md").data
     assert facts.after.metrics == {"loss": pytest.approx(trainer.state.log_history[-2]["eval_loss"])}
     assert "quantized" in data.tags
-    assert data.base_model_relation == "quantized"
     assert "bits=4" in facts.training["options"]["QuantizeAwareCallback"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.checkpoint.atomic import MARKER, new_folder, recover, refuse_foreign, refuse_full_disk
 from hfcompress.checkpoint.dense import to_dense
+from hfcompress.checkpoint.files import weights_digest
 from hfcompress.checkpoint.remote_code import add_remote_code, refuse_remote_code, remote_class_of
 from hfcompress.checkpoint.verify import Probe, Verification, verify_checkpoint
 from hfcompress.errors import CheckpointError, ModelError
@@ -47,6 +48,7 @@ def save_compressed(
     uneven: Literal["loader", "dense", "remote-code"] = "loader",
     inputs: dict[str, Tensor] | None = None,
     extra_files: Mapping[str, str] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> SavedCheckpoint:
     """Save a model (and its processor) as a checkpoint that ``from_pretrained`` loads.
 
@@ -58,6 +60,8 @@ def save_compressed(
     them up with zeros; ``remote-code`` adds a Python file that loads for those who pass ``trust_remote_code=True``.
     inputs: what verification feeds the model; random tokens unless given.
     extra_files: text files by name, written into the same folder.
+    finish: writes what tells of the checkpoint, as a card, into a folder that holds it whole and verified, before that
+    gets its name.
     Raises OutputError for a folder that hfcompress did not write, to which someone added files, or which another
     process is writing; ModelError for NaN weights; CheckpointError when the model's config cannot describe its shapes,
     the disk is full, or the reload differs.  Then nothing has changed.
@@ -95,9 +99,12 @@ def save_compressed(
         facts = {
             "hfcompress": version("hfcompress"),
             "format": form,
+            "weights": weights_digest(scratch),
             "verified": asdict(verification) if verification else None,
         }
         (scratch / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(scratch)
     return SavedCheckpoint(folder, form, verification)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hfcompress.callbacks import handler_of, peers_of, read_options, refuse_sharding, unwrapped
+from hfcompress.callbacks import handler_of, peers_of, read_options, refuse_sharding, trainer_of, unwrapped
 from hfcompress.errors import HFCompressError
+from hfcompress.evaluated import note_evaluation
 from hfcompress.pruning import checks
 from hfcompress.pruning import masks as masking
 from hfcompress.pruning.criteria import Criterion
@@ -239,11 +240,13 @@ class GradualPruneCallback(TrainerCallback, ABC):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the sparsity beside the metrics, overall and per layer, counted from the weights.
+        """Log the sparsity beside the metrics, overall and per layer, and which weights they are of."""
+        note_evaluation(trainer_of(self), kwargs["metrics"])
+        self._log_shares(args, state, control, kwargs["model"])
 
-        Outside training, nothing is logged of a model that has nothing to prune any more, as a quantized one.
-        """
-        model = unwrapped(kwargs["model"])
+    def _log_shares(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
+        """Log what was counted from the weights; nothing of a model that has nothing to prune, as a packed one."""
+        model = unwrapped(model)
         try:
             weights = self._weights(model) if self._fits(model) else self._find(model)
         except HFCompressError:
@@ -254,7 +257,7 @@ class GradualPruneCallback(TrainerCallback, ABC):
         """Log the sparsity with the training's summary, unless an evaluation of the last step did."""
         # Not in on_train_end: reporting callbacks, which come before this one, have closed their files by then.
         if "train_runtime" in kwargs["logs"] and not has_logged(self, self.log_name, state):
-            self.on_evaluate(args, state, control, **kwargs)
+            self._log_shares(args, state, control, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

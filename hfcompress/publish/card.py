@@ -150,9 +150,10 @@ def metadata(facts: Facts) -> ModelCardData:
     dataset = _hub_id(facts, facts.data.get("id"))
     datasets = [name for name in facts.training.get("datasets") or [dataset] if _hub_id(facts, name)]
     kind = next(iter(facts.training.get("tasks") or ()), page.pipeline_tag if page else None)
+    base = _hub_id(facts, facts.base_model)
     return ModelCardData(
-        base_model=_hub_id(facts, facts.base_model),
-        base_model_relation="quantized" if "quantized" in tags else "finetune",
+        base_model=base,
+        base_model_relation=base and ("quantized" if "quantized" in tags else "finetune"),
         library_name="transformers",
         license=facts.base_model_license,
         pipeline_tag=kind,

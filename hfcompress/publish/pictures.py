@@ -16,6 +16,7 @@ from hfcompress.publish.plots import GRID, INK, LAST, POINT, save_figure
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 _WIDTH = 7.2
+_CHARACTERS, _NUMBERS = 130, 40  # of small letters, and of layers' numbers, what has room in a row
 DARK = 5  # bits whose colour is too dark for dark letters
 Cells = dict[int, tuple[int, int]]
 Points = list[tuple[int, float]]
@@ -58,19 +59,20 @@ def draw_kept(rows: dict[str, Cells], name: str, path: Path) -> Path:
     figure = Figure(figsize=(_WIDTH, 1.25 + 0.42 * len(rows)), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    size = 8.5 if len(layers) <= 12 else min(5.5, 400 / len(layers))
     shares = [[_share(cells.get(layer)) for layer in layers] for cells in rows.values()]
     image = axes.imshow(shares, aspect="auto", vmin=0, vmax=1, cmap="YlGnBu")
     for row, cells in enumerate(rows.values()):
+        longest = max(len(f"{kept:,}") for _, kept in cells.values())
+        upright = len(layers) <= 12 or longest * len(layers) <= _CHARACTERS
         for column, layer in enumerate(layers):
             if layer in cells:
                 dark = _share(cells[layer]) > 0.6
-                axes.text(column, row, f"{cells[layer][1]:,}", ha="center", va="center",
-                          fontsize=8.5 if len(layers) <= 12 else 5.5, color="white" if dark else INK)  # fmt: skip
+                axes.text(column, row, f"{cells[layer][1]:,}", ha="center", va="center", fontsize=size,
+                          rotation=0 if upright else 90, color="white" if dark else INK)  # fmt: skip
     before = {label: max(one for one, _ in cells.values()) for label, cells in rows.items()}
     axes.set_yticks(range(len(rows)), [f"{label} (of {before[label]:,})" for label in rows])
-    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_xlabel("layer", color=INK, fontsize=9)
-    axes.tick_params(colors=INK, labelsize=8.5 if len(layers) <= 12 else 6.5, length=0)
+    _number_columns(axes, layers)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{name}: what each layer kept", loc="left", fontsize=11, color=INK, pad=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015)
@@ -78,6 +80,14 @@ def draw_kept(rows: dict[str, Cells], name: str, path: Path) -> Path:
     bar.ax.tick_params(colors=INK, labelsize=8, length=0)
     bar.outline.set_visible(False)
     return save_figure(figure, path)
+
+
+def _number_columns(axes: Any, layers: Sequence[int]) -> None:
+    """Write the layers' numbers below their columns, as many of them as have room."""
+    every = -(-len(layers) // _NUMBERS)
+    axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+    axes.set_xlabel("layer", color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8.5 if len(layers) <= 12 else 6.5, length=0)
 
 
 def _share(counts: tuple[int, int] | None) -> float:
@@ -106,7 +116,7 @@ def plot_bits(facts: Facts, path: Path) -> Path | None:
     figure = Figure(figsize=(_WIDTH, 1.0 + 0.27 * len(rows)), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    size = 8.5 if len(layers) <= 40 else 5.5
+    size = min(8.5, 440 / len(layers))  # a digit has to fit into a column
     shown = [[cells.get(layer, float("nan")) for layer in layers] for cells in rows.values()]
     axes.imshow(shown, aspect="auto", vmin=0, vmax=8, cmap="YlGnBu")
     for row, cells in enumerate(rows.values()):
@@ -115,9 +125,7 @@ def plot_bits(facts: Facts, path: Path) -> Path | None:
                 color = "white" if cells[layer] > DARK else INK
                 axes.text(column, row, str(cells[layer]), ha="center", va="center", fontsize=size, color=color)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_xlabel("layer", color=INK, fontsize=9)
-    axes.tick_params(colors=INK, labelsize=8.5 if len(layers) <= 12 else 6.5, length=0)
+    _number_columns(axes, layers)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{facts.name}: bits of a weight's code", loc="left", fontsize=11, color=INK, pad=8)
     return save_figure(figure, path)

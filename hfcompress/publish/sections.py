@@ -81,7 +81,8 @@ def description(facts: Facts) -> str:
 def _measured_on(facts: Facts) -> str:
     after = facts.after
     if facts.training and not after.metrics:
-        return f"No metrics are given: {facts.training.get('evaluated', 'none were measured')}."
+        whose = " of the result" if facts.metric_names else ""
+        return f"No metrics{whose} are given: {facts.training.get('evaluated', 'none were measured')}."
     tokens = f" ({after.tokens:,} tokens)" if after.tokens else ""
     data = data_name(facts, held_out=True)
     source = f"{rows_name(facts)} of {code(data)}" if data else rows_name(facts)
@@ -197,12 +198,14 @@ def not_measured(facts: Facts) -> list[str]:
         for stage in facts.stages
         if (missing := _gaps(facts, stage.measurement))
     ]
-    metrics = ", ".join(facts.metric_names) or "the numbers above"
-    data = data_name(facts, held_out=True) if facts.metric_names else ""  # others are what was calibrated on
+    quality = "Any quality: tasks, domains and languages, bias and safety."
+    if facts.metric_names:
+        data = data_name(facts, held_out=True)
+        known = f"{', '.join(facts.metric_names)}{f' on {code(data)}' if data else ''}"
+        quality = f"Any quality other than {known}: other tasks, domains and languages, bias and safety."
     return [
         *gaps,
-        f"Any quality other than {metrics}{f' on {code(data)}' if data else ''}: other tasks, domains and languages, "
-        "bias and safety.",
+        quality,
         "Speed and memory on other machines, devices, batch sizes and lengths than those named here.",
     ]
 

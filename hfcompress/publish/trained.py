@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +22,15 @@ from hfcompress.checkpoint.files import weights_digest
 from hfcompress.checkpoint.verify import Verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
+from hfcompress.evaluated import OTHER_DATA, note_evaluation
 from hfcompress.packed import packed_layers
 from hfcompress.publish.card import CARD, write_model_card
+from hfcompress.publish.evaluations import Evaluation, last_evaluation
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.licence import license_of, metadata_of
 from hfcompress.publish.loading import TASK_PAGES
 from hfcompress.publish.sharing import local_names
 
-_NOT_QUALITY = ("_runtime", "_per_second", "_compilation_time")
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
          "gradient_accumulation_steps", "bf16", "fp16", "temperature", "alpha")  # fmt: skip
 
@@ -46,6 +47,22 @@ class ModelCardMixin(_Base):
     folder: what was trained how, and what the Trainer measured on the weights as they are now.
     """
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the Trainer does, and write into its log which weights and which rows the metrics are of."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, Mapping)
+        if not several:  # each of several came here alone
+            logs = note_evaluation(self, metrics)
+            if logs and not self._is_own(eval_dataset):
+                logs[OTHER_DATA] = True
+        return metrics
+
+    def _is_own(self, data: Any) -> bool:
+        """Whether data given to ``evaluate`` are the Trainer's own ``eval_dataset``, or one of several."""
+        own = self.eval_dataset
+        known = own.values() if isinstance(own, Mapping) else [own]
+        return data is None or isinstance(data, str) or any(data is one for one in known)
+
     def create_model_card(
         self,
         language: str | None = None,
@@ -61,20 +78,25 @@ class ModelCardMixin(_Base):
         """Write README.md and measurements.json into the output folder, from this process if it is the first.
 
         The model is saved there first: sizes on a card are those of files, and what lies there may be of an earlier
-        training.
+        training.  A model that is no PreTrainedModel, as one with adapters is not, has the Trainer's own card.
         """
         if not self.is_world_process_zero():
+            return
+        if not isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
             return
         folder = Path(str(self.args.output_dir))
         # Saving a sharded model takes all processes, and only this one is here: push_to_hub has saved it just before.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not (sharded and (folder / "config.json").is_file()):
             self.save_model(_internal_call=True)
-        facts = facts_of_trainer(self, folder, name=model_name)
+        data = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
+        facts = facts_of_trainer(self, folder, name=model_name, data=data)
         if finetuned_from:
             facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from)}
         facts["base_model_license"] = license or facts["base_model_license"]
-        facts["data"] = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
         facts["training"] |= {
             "tags": [*_listed(tags), *(_tags_there(folder) if tags else ())],
             "language": language,
@@ -91,7 +113,7 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 
 def _data_told(names: list[str], ids: list[str], configurations: list[str]) -> dict[str, Any] | None:
-    """Return what the card says of the data: of the first, which is the one that was evaluated on."""
+    """Return what the card says of the data: of the first, which the Trainer's ``eval_dataset`` is of."""
     found = {"id": next(iter(ids or names), None), "name": next(iter(configurations), None),
              "called": next(iter(names), None) if ids else None}  # fmt: skip
     return {key: value for key, value in found.items() if value} or None
@@ -104,11 +126,17 @@ def _tags_there(folder: Path) -> list[str]:
 
 
 def facts_of_trainer(
-    trainer: Trainer, folder: Path, *, name: str | None = None, verified: Verification | None = None
+    trainer: Trainer,
+    folder: Path,
+    *,
+    name: str | None = None,
+    verified: Verification | None = None,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``measurements.json`` for a Trainer's model, saved in ``folder``.
 
-    verified: how the saved model compared when it was reloaded; None says that it was not.
+    verified: how the saved model compared when it was reloaded; None says that it was not.  data: what the Trainer's
+    ``eval_dataset`` is of.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     callbacks = [one for one in trainer.callback_handler.callbacks if hasattr(one, "reached")]
@@ -117,19 +145,18 @@ def facts_of_trainer(
     ]
     teacher = getattr(trainer, "teacher_model", None)
     techniques = {"pruned": bool(callbacks), "distilled": teacher is not None, "quantized": bool(packed_layers(model))}
-    metrics, evaluated = _last_evaluation(trainer)
+    found = last_evaluation(trainer)
     if _rounds_weights(model):
-        metrics, evaluated = {}, "the Trainer evaluated rounded weights, and these files hold them unrounded"
-    steps = f"{trainer.state.global_step} steps"
-    shares = [f"{one.reached(model):.1%} of the targeted {one.what} pruned" for one in callbacks]
+        found = Evaluation({}, "the Trainer evaluated rounded weights, and these files hold them unrounded")
+    done = ", ".join([f"{trainer.state.global_step} steps", *_shares(callbacks, model)])
     summary = inspect_checkpoint(folder)
     origin = getattr(model.config, "_name_or_path", "")
     base = origin or type(model).__name__
     measured = Measurement(
-        parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=metrics,
+        parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=found.metrics,
         bytes_on_disk=summary.bytes_on_disk, dtype=str(model.dtype).removeprefix("torch."),
         stored_dtypes=summary.total.dtypes, device=str(trainer.args.device), machine=describe_machine(),
-        rows=_rows(trainer.eval_dataset) if metrics else None,
+        rows=found.rows,
     )  # fmt: skip
     return {
         "hfcompress": version("hfcompress"),
@@ -138,16 +165,16 @@ def facts_of_trainer(
         "created": datetime.now(timezone.utc).date().isoformat(),
         "base_model": base,
         "base_model_license": license_of(origin) if origin else None,
-        "data": None,
+        "data": None if found.is_of_other_data else data,
         "local": local_names([origin]) if origin else [base],
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {
             "techniques": [name for name, was in techniques.items() if was],
-            "evaluated": evaluated,
+            "evaluated": found.told,
             "options": _told(trainer, telling, teacher),
         },
-        "stages": [{"name": "trained", "summary": ", ".join([steps, *shares]), "seconds": _runtime(trainer),
+        "stages": [{"name": "trained", "summary": done, "seconds": _runtime(trainer),
                     "machine": measured.machine, "measurement": measured.to_dict()}],
         "loads_without_hfcompress": None if verified is None else not verified.with_hfcompress,
         "verification": {} if verified is None else {
@@ -163,31 +190,18 @@ def _rounds_weights(model: nn.Module) -> bool:
     return any(hasattr(module, "rounded_weight") for module in model.modules())
 
 
-def _last_evaluation(trainer: Trainer) -> tuple[dict[str, float], str]:
-    """Return the metrics of the weights as they are now, and when they were taken; none if they were not."""
-    state = trainer.state
-    now = state.global_step
-    if trainer.args.load_best_model_at_end and state.best_global_step:
-        now = state.best_global_step
-    found: dict[str, float] = {}
-    for logs in reversed(state.log_history):
-        if logs.get("step") == now:  # several data sets are evaluated one after another
-            new = {name.removeprefix("eval_"): float(value) for name, value in logs.items()
-                   if name.startswith("eval_") and isinstance(value, (int, float))
-                   and not name.endswith(_NOT_QUALITY)}  # fmt: skip
-            found = {**new, **found}
-    if found:
-        return found, f"at step {now} of {state.max_steps}"
-    return {}, "the Trainer's log has no evaluation (`eval_...`) of these weights"
+def _shares(callbacks: Iterable[Any], model: nn.Module) -> list[str]:
+    """Say which share each callback has pruned, as far as the model still has what it counts."""
+    found = []
+    for one in callbacks:
+        with suppress(HFCompressError):  # as of a model that was packed or shrunk since
+            found.append(f"{one.reached(model):.1%} of the targeted {one.what} pruned")
+    return found
 
 
 def _runtime(trainer: Trainer) -> float | None:
     found = [logs["train_runtime"] for logs in trainer.state.log_history if "train_runtime" in logs]
     return float(found[-1]) if found else None
-
-
-def _rows(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") and not isinstance(data, Mapping) else None
 
 
 def task_of(kind: type[PreTrainedModel]) -> str:

@@ -10,8 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hfcompress.callbacks import peers_of, read_options, refuse_sharding, refuse_split_weights, unwrapped
+from hfcompress.callbacks import (
+    peers_of,
+    read_options,
+    refuse_sharding,
+    refuse_split_weights,
+    trainer_of,
+    unwrapped,
+)
 from hfcompress.errors import HFCompressError, ModelError
+from hfcompress.evaluated import note_evaluation
 from hfcompress.quantization.apply import quantize
 from hfcompress.quantization.aware.layers import FakeQuantized, fake_quantize_, restore_dense_
 from hfcompress.quantization.aware.options import QuantizeAwareOptions
@@ -88,6 +96,12 @@ class QuantizeAwareCallback(TrainerCallback):
             state.best_metric = None
             state.best_global_step = None
             state.best_model_checkpoint = None
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write into the log which weights the metrics are of: rounded ones, as ``export`` packs them."""
+        note_evaluation(trainer_of(self), kwargs["metrics"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

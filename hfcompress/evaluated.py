@@ -1,0 +1,67 @@
+"""Which weights and how many rows an evaluation in a Trainer's log was of: cards show no metrics of other weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hfcompress.callbacks import unwrapped
+from hfcompress.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Beside the metrics in ``state.log_history``, which checkpoints keep; the last for data that are not eval_dataset.
+WEIGHTS, ROWS, OTHER_DATA = "evaluated_weights", "evaluated_rows", "evaluated_other_data"
+
+
+def note_evaluation(trainer: Trainer | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Write beside metrics that were logged last which weights they are of, and of how many rows; return that entry.
+
+    Several callbacks may ask for it: the first does it.  Where no Trainer has logged the metrics, the result is empty.
+    """
+    timed = next((name for name in metrics if name.endswith("_runtime")), None)
+    history = [] if trainer is None else trainer.state.log_history
+    logs: dict[str, Any] = next((one for one in reversed(history) if timed in one), {})
+    if trainer is not None and logs and WEIGHTS not in logs:
+        logs[WEIGHTS] = digest_of_model(trainer.model)
+        logs[ROWS] = _rows(trainer.callback_handler.eval_dataloader)
+    return logs
+
+
+def _rows(loader: Any) -> int | None:
+    """Return how many rows a loader has given; None where its data have no length or the last ones are left out."""
+    data = getattr(loader, "dataset", None)
+    return len(data) if isinstance(data, Sized) and not getattr(loader, "drop_last", False) else None
+
+
+@torch.no_grad()
+def digest_of_model(model: Any) -> str:
+    """Return a digest of the weights that a model computes with; of sharded ones, of those that are here.
+
+    So a model that rounds its weights in training has the same one when it is packed to exactly these.
+    """
+    digest = hashlib.sha256()
+    for name, module in unwrapped(model).named_modules():
+        for key, tensor in sorted(_computed_with(module).items()):
+            whole = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed leaves an empty one in a sharded one's place
+            held: Tensor = whole.to_local() if hasattr(whole, "to_local") else whole
+            digest.update(f"{name}.{key} {tuple(held.shape)}\n".encode())
+            digest.update(held.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _computed_with(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own parameters, and the buffers that are saved; of a packed weight, what it stands for."""
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    if isinstance(module, PackedWeight):
+        return {**own, "weight": module.dequantize()}
+    rounded: Callable[[], Tensor] | None = getattr(module, "rounded_weight", None)
+    if rounded is not None:
+        return {**own, "weight": rounded()}
+    hidden = module._non_persistent_buffers_set
+    return own | {name: one for name, one in module.named_buffers(recurse=False) if name not in hidden}
