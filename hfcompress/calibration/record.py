@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from hfcompress.calibration.attention import fast_attention
 from hfcompress.calibration.running import Batch, run_batch, tensors_in, watching
+from hfcompress.devices import unmap_unchanged
 from hfcompress.errors import ModelError
 from hfcompress.structure.stack import LayerStack
 
@@ -158,6 +159,7 @@ def record_stack(model: nn.Module, stack: LayerStack, batches: Sequence[Batch]) 
             with suppress(_StackDoneError):
                 run_batch(model, batch)
             recorded.append(recorder.current)
+    unmap_unchanged(model.parameters())  # embeddings are done with, and a layer's turn may be far away
     return recorded
 
 
