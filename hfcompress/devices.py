@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-# Names and values of glibc's malloc.h.
+# Eight bytes for each page of this process; the bit after that for swap is that for memory (the kernel's pagemap.rst).
+PAGEMAP, ENTRY, IN_FILE, IN_SWAP = Path("/proc/self/pagemap"), 8, 61, 62
+# Names and values of glibc's malloc.h and Linux' mman.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MADV_DONTNEED = 4
 # What their values come to by themselves in a process that has freed large blocks, and what no tensor reaches.
 LARGEST_OWN = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)
 AS_USUAL, NEVER = (LARGEST_OWN, 2 * LARGEST_OWN), (1 << 30, (1 << 31) - 1)
@@ -98,6 +105,30 @@ def release_freed_memory() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def unmap_unchanged(tensors: Iterable[Tensor]) -> None:
+    """Have tensors that lie in a file as they are there unmapped, page by page; what reads them maps them again.
+
+    ``from_pretrained`` maps a checkpoint, and whatever was read of it counts as memory of the process. A tensor with a
+    page that was written to, or that lies in no file, is left alone. Only on Linux.
+    """
+    madvise = _glibc("madvise")
+    if madvise is None or not os.access(PAGEMAP, os.R_OK):
+        return
+    with PAGEMAP.open("rb", buffering=0) as pagemap:
+        for tensor in tensors:
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                continue
+            first = -(-tensor.data_ptr() // PAGESIZE)
+            count = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE - first
+            pagemap.seek(first * ENTRY)
+            entries = bytearray(pagemap.read(max(0, count) * ENTRY))
+            if not entries or len(entries) != count * ENTRY:
+                continue
+            pages = torch.frombuffer(entries, dtype=torch.int64)
+            if bool((pages >> IN_FILE & 1 | (pages >> IN_SWAP & 0b11 == 0)).all()):
+                madvise(ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t(count * PAGESIZE), MADV_DONTNEED)
 
 
 def _glibc(name: str) -> Any:

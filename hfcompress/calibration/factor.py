@@ -48,9 +48,10 @@ def factor_hessian(hessian: Tensor, damping: float) -> HessianFactor:
     base = torch.where(diagonal > 0, diagonal, mean)
     share = damping
     while share <= LARGEST_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().copy_(base + share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        flipped = hessian.flip(0, 1)
+        flipped.diagonal().copy_((base + share * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        del flipped  # each of these is as large as the Hessian
         # What is not finite in a row makes the end of the row, on the diagonal, not finite, too.
         if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
             upper = lower.flip(0, 1)

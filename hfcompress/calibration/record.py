@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from hfcompress.calibration.attention import fast_attention
 from hfcompress.calibration.running import Batch, run_batch, tensors_in, watching
+from hfcompress.devices import unmap_unchanged
 from hfcompress.errors import ModelError
 from hfcompress.structure.stack import LayerStack
 
@@ -46,11 +47,15 @@ class LayerCall:
 
 @dataclass
 class RecordedBatch:
-    """One batch on its way through a stack: the hidden states before the next layer, and every layer's call."""
+    """One batch on its way through a stack: the hidden states before the next layer, and every layer's call.
+
+    whole: of all batches, where ``hidden`` is a part of such a tensor that nobody else has.
+    """
 
     batch: Batch
     hidden: Tensor | None = None
     calls: dict[int, LayerCall] = field(default_factory=dict)
+    whole: Tensor | None = None
 
 
 class _StackDoneError(Exception):
@@ -158,6 +163,7 @@ def record_stack(model: nn.Module, stack: LayerStack, batches: Sequence[Batch]) 
             with suppress(_StackDoneError):
                 run_batch(model, batch)
             recorded.append(recorder.current)
+    unmap_unchanged(model.parameters())  # embeddings are done with, and a layer's turn may be far away
     return recorded
 
 

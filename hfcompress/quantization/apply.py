@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from hfcompress.calibration import ColumnPruning
 from hfcompress.calibration.running import Batch
 from hfcompress.calibration.texts import Calibration, batches_for
-from hfcompress.devices import freed_memory_kept
+from hfcompress.devices import freed_memory_kept, unmap_unchanged
 from hfcompress.errors import ModelError
 from hfcompress.loading.record import record_uneven
 from hfcompress.packed import compressed_tensors_config
@@ -208,6 +208,8 @@ def _run(
             if streamed:
                 release_layer_(planned, done)
                 changes.clear()  # nothing is put back, so nothing is kept for that
+            else:
+                unmap_unchanged(one.matrix for one in planned if one.name in {row.name for row in done})
             if on_layer is not None and done:
                 on_layer(name, done)
     for one in planned:  # some came while their layer was only watched
