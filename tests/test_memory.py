@@ -1,4 +1,4 @@
-"""What a file holds is not kept in memory for longer than it is needed."""
+"""Memory that a calibrated layer does not need any more serves others, and what a file holds is not kept twice."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from hfcompress.calibration import joined, parts, walk_layers
+from hfcompress.calibration.joined import Ground
+from hfcompress.calibration.observe import GRAM, TokenMasks
+from hfcompress.calibration.record import LayerCall
+from hfcompress.calibration.turn_pass import Turn, TurnPass
 from hfcompress.devices import ENTRY, PAGEMAP, unmap_unchanged
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.stack import linear_weights_of
 from tests.conftest import tiny_llama, token_batches
+from tests.families import FAMILIES
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells which pages are in memory.")
 
@@ -26,6 +32,87 @@ def pages_in_memory(tensor: Tensor) -> int:
     with PAGEMAP.open("rb") as pagemap:
         pagemap.seek(first * ENTRY)
         return int((torch.frombuffer(bytearray(pagemap.read(count * ENTRY)), dtype=torch.int64) < 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("family", "network", "spent"),
+    [("llama", "mlp", True), ("gpt2", "mlp", True), ("gemma3", "mlp", True), ("gpt_neox", "mlp", False)],
+)
+def test_what_nothing_reads_again_makes_room(
+    family: str, network: str, spent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer's input goes when its last network begins, whose output takes its input's place; nothing else changes.
+
+    Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the end.
+    """
+    monkeypatch.setattr(parts, "PART", 3 * 12)
+    model = FAMILIES[family].model()
+    data = token_batches(2, rows=5, length=12)
+    found: list[list[Tensor]] = []
+    for learn in (joined.inputs_are_spent, lambda *args: False):
+        monkeypatch.setattr(joined, "inputs_are_spent", learn)
+        visit = next(iter(walk_layers(model, data)))
+        whole = visit.joined_()
+        assert whole is not None
+        places: list[bool] = []
+        handle = visit.layer.get_submodule(network).register_forward_hook(
+            lambda module, args, output, places=places: places.append(args[0].data_ptr() == output.data_ptr())
+        )
+        visit.compress_(list(linear_weights_of(visit.layer)), GRAM, lambda found: None)
+        handle.remove()
+        found.append([one.hidden for one in visit.batches if one.hidden is not None])
+        assert places[-1] is (spent and not found[1:])  # the second time it has not been learnt
+        assert (whole[2].untyped_storage().nbytes() == 0) is places[-1]
+    for states, expected in zip(*found, strict=True):
+        assert torch.equal(states, expected)
+
+
+class _SharingLayer(nn.Module):
+    """A linear layer and a network beside it that get the same states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.beside = nn.LayerNorm(16), nn.Linear(16, 16)
+        self.network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = self.norm(states)
+        output: Tensor = self.beside(states) + self.network(states)
+        return output
+
+
+def test_an_input_that_a_turn_waits_with_is_not_written_over() -> None:
+    layer, hidden = _SharingLayer().requires_grad_(False), torch.randn(6, 4, 16)
+    inputs = layer.norm(hidden).flatten(0, 1)
+    groups = [["beside"], ["network.0"], ["network.2"]]
+    dense = {"": [torch.zeros(24, 16)], "network.0": [inputs.clone()], "network.2": [torch.zeros(24, 32)]}
+    linears = {name: layer.get_submodule(name) for (name,) in groups}
+    turns: dict[str, Turn] = {}
+    ground = Ground(layer, linears, groups, TokenMasks(None, None))
+    turn_pass = TurnPass(ground, {"beside": ""}, dense, lambda turn: turns.update({turn.found.names[0]: turn}))
+    with torch.no_grad():
+        expected = layer(hidden)
+        torch.testing.assert_close(turn_pass.run(LayerCall((), {}, False), hidden), expected)
+    assert turn_pass.spent
+    torch.testing.assert_close(turns["beside"].found.hessian, inputs.T @ inputs)
+
+
+def test_states_of_all_batches_are_joined_once() -> None:
+    model = FAMILIES["llama"].model()
+    walk = walk_layers(model, token_batches(2, rows=5, length=12))
+    first = next(walk)
+    first.compress_(list(linear_weights_of(first.layer)), GRAM, lambda found: None)
+    second = next(walk)
+    one, other = second.joined_(), second.joined_()
+    assert one is not None
+    assert other is not None
+    assert one[2] is other[2]
+    assert one[2].data_ptr() == second.hidden_states[0].data_ptr()
+    second.batches[0].hidden, second.batches[0].whole = second.hidden_states[0] + 1, None
+    changed = second.joined_()
+    assert changed is not None
+    assert torch.equal(changed[2], torch.cat(second.hidden_states))
+    assert not torch.equal(changed[2], one[2])
 
 
 @ON_LINUX

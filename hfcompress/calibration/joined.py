@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,12 +18,16 @@ from hfcompress.calibration.observe import Observed, Statistic, TokenMasks, real
 from hfcompress.calibration.parts import (
     RowCall,
     by_parts,
+    joined_rows,
     replaced_forwards,
     row_parts,
     small_modules,
     states_and_rest,
+    unfilled,
 )
 from hfcompress.calibration.record import LayerCall
+from hfcompress.calibration.spent import inputs_are_spent
+from hfcompress.calibration.together import first_rows
 from hfcompress.packed import unpacked
 
 
@@ -58,6 +61,8 @@ class InputPass(ABC):
         self.waiting = set(self.groups)
         self.context: set[int] = set()
         self.rows = 0
+        self.spent = False
+        self.kept: set[int] = set()  # addresses of what is read later on by this pass itself
         self.instead: Callable[[str, Tensor], Tensor | None] | None = None
         self.until_done = ExitStack()
 
@@ -76,15 +81,15 @@ class InputPass(ABC):
     def run(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Return the output of the compressed layer.  hidden: (rows, tokens, size), of all batches."""
         self.context, self.rows = call.context_pointers(), len(hidden)
+        networks = self._networks()
+        if networks:
+            row = first_rows(call, self.rows)
+            self.spent = inputs_are_spent(self.layer, networks, lambda one: row.run(self.layer, one), hidden[:1])
         linears = ((module, self._meeting(name, module)) for name, module in self.linears.items())
-        networks = (
-            (module, self._step_by_step(name, groups, module.forward))
-            for name, module in self.layer.named_modules()
-            if name and len(groups := self._groups_inside(name)) == 2 and len(groups[1]) == 1
-        )
+        forwards = (self._step_by_step(name, hidden if name == networks[-1] else None) for name in networks)
         small = by_parts(small_modules(self.layer), self.rows)
         with self.until_done:
-            with small, replaced_forwards(networks), replaced_forwards(linears):
+            with small, replaced_forwards(forwards), replaced_forwards(linears):
                 output = call.run(self.layer, hidden)
             return self.finished_(output)
 
@@ -122,16 +127,27 @@ class InputPass(ABC):
 
         return forward
 
-    def _step_by_step(
-        self, name: str, groups: Sequence[tuple[str, ...]], plain: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """Run attention or a network, a linear layer after a function of its input, by parts as far as can be seen.
+    def _networks(self) -> list[str]:
+        """Return modules that are attention or a network: a linear layer after a function of others' outputs.
 
-        name: the module's.  groups: of the linear layers that see its own input, and of the last one.
+        In the order in which they run.
         """
-        first, (last,) = groups
+        inside = {name: self._groups_inside(name) for name, _ in self.layer.named_modules() if name}
+        found = [name for name, groups in inside.items() if len(groups) == 2 and len(groups[1]) == 1]
+        return sorted(found, key=lambda name: self.groups.index(inside[name][1]))
+
+    def _step_by_step(self, name: str, hidden: Tensor | None) -> tuple[nn.Module, Callable[..., Any]]:
+        """Return attention or a network, and what runs it by parts as far as can be seen.
+
+        hidden: what is given up as it begins, where that is spent.
+        """
+        module = self.layer.get_submodule(name)
+        first, (last,) = self._groups_inside(name)
+        plain = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if hidden is not None and self._is_spent(hidden):
+                hidden.untyped_storage().resize_(0)
             call = RowCall.of(args, kwargs, self.rows)
             if call is None or self.awaits(name) or not self._begins_with(first, plain, call):
                 return plain(*args, **kwargs)
@@ -142,10 +158,15 @@ class InputPass(ABC):
             inputs, rest = found
             self._meet_once_((last,), inputs)
             linear = self.layer.get_submodule(last)
-            output = torch.cat([linear(inputs.pop(0)) for _ in range(len(inputs))])
+            rows = sum(len(part) for part in inputs)
+            outputs = (linear(inputs.pop(0)) for _ in range(len(inputs)))
+            output = joined_rows(outputs, rows, call.states if self._is_spent(call.states) else None)
             return output if rest is None else (output, *rest)
 
-        return forward
+        return module, forward
+
+    def _is_spent(self, states: Tensor) -> bool:
+        return self.spent and states.untyped_storage().data_ptr() not in self.kept
 
     @contextmanager
     def _answering(self, instead: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
@@ -186,15 +207,20 @@ class InputPass(ABC):
             seen.append((inputs, inputs.new_empty(*inputs.shape[:-1], size)))
             return seen[-1][1]
 
+        parts = row_parts(call.states)
         inputs: list[Tensor] = []
         rest: tuple[Any, ...] | None = None
         with self._answering(catch):
-            for part in row_parts(call.states):
-                found = states_and_rest(call.run(plain, part))
+            for index, rows in enumerate(parts):
+                found = states_and_rest(call.run(plain, rows))
                 if found is None or len(seen) != 1 or tensor_key(found[0]) != tensor_key(seen[0][1]):
                     return None
-                rest = found[1]
-                inputs.append(seen.pop()[0])
+                rest, part = found[1], seen.pop()[0]
+                # All come to lie side by side: between them would be gaps where the network held what it needs.
+                length = len(part) // (rows.stop - rows.start)
+                inputs = inputs or [unfilled(part, (one.stop - one.start) * length) for one in parts]
+                inputs[index].copy_(part)
+                del found, part
         return inputs, rest
 
     def _meet_once_(self, group: tuple[str, ...], parts: Sequence[Tensor]) -> None:

@@ -6,7 +6,8 @@ float32, attention before its last linear layer, or a feed-forward network betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,10 @@ from hfcompress.structure.stack import LINEAR_TYPES
 PART = 4096  # tokens
 SMALL_PART = 512  # of modules without children: what they hold in float32 stays in the caches
 HIDDEN = "hidden_states"
+# Makes a bytearray that is not filled with zeros first.
+BYTES = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
+    ("PyByteArray_FromStringAndSize", ctypes.pythonapi)
+)
 
 
 def small_modules(layer: nn.Module) -> list[nn.Module]:
@@ -50,6 +55,11 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
                 module.forward = before
 
 
+def states_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what stands in a call where hidden states would."""
+    return args[0] if args else kwargs.get(HIDDEN)
+
+
 class RowCall:
     """A call of a module that gets hidden states, and beside them only what can be told apart into rows.
 
@@ -62,7 +72,7 @@ class RowCall:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> RowCall | None:
         """Return the call, or None where it holds something that may have no rows, or rows of another kind."""
-        states = args[0] if args else kwargs.get(HIDDEN)
+        states = states_in(args, kwargs)
         if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != rows or not _is_plain((args, kwargs)):
             return None
         others = [one for one in tensors_in((args, kwargs)) if one is not states]
@@ -102,6 +112,30 @@ def row_parts(states: Tensor, tokens: int | None = None) -> list[slice]:
     return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
+def unfilled(like: Tensor, rows: int) -> Tensor:
+    """Return a tensor with so many rows of another's form, whose memory is the next one's when it is gone.
+
+    PyTorch asks for aligned blocks, for which glibc before 2.38 looks for larger holes than those leave behind.
+    """
+    shape, size = (rows, *like.shape[1:]), rows * like[:1].nbytes
+    if like.device.type != "cpu" or not size:
+        return like.new_empty(shape)
+    return torch.frombuffer(BYTES(None, size), dtype=like.dtype).view(shape)
+
+
+def joined_rows(parts: Iterable[Tensor], rows: int, spent: Tensor | None = None) -> Tensor:
+    """Return parts of so many rows as one tensor: in the place of ``spent`` where they fit there, or in a new one."""
+    output, start = spent, 0
+    for part in parts:
+        form = (part.dtype, (rows, *part.shape[1:]))
+        if output is None or not output.is_contiguous() or (output.dtype, output.shape) != form:
+            output = unfilled(part, rows)
+        output[start : start + len(part)] = part
+        start += len(part)
+    assert output is not None
+    return output
+
+
 def states_and_rest(output: Any) -> tuple[Tensor, tuple[Any, ...] | None] | None:
     """Return the tensor that a module returned, and what beside it (None: nothing); None where that holds tensors."""
     if isinstance(output, Tensor):
@@ -129,7 +163,7 @@ def _in_parts(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
                 return plain(*args, **kwargs)
             done, rest = found
             if output is None:
-                output = torch.empty(rows, *done.shape[1:], dtype=done.dtype, device=done.device)
+                output = unfilled(done, rows)
             output[part] = done
         return output if rest is None else (output, *rest)
 

@@ -47,11 +47,15 @@ class LayerCall:
 
 @dataclass
 class RecordedBatch:
-    """One batch on its way through a stack: the hidden states before the next layer, and every layer's call."""
+    """One batch on its way through a stack: the hidden states before the next layer, and every layer's call.
+
+    whole: of all batches, where ``hidden`` is a part of such a tensor that nobody else has.
+    """
 
     batch: Batch
     hidden: Tensor | None = None
     calls: dict[int, LayerCall] = field(default_factory=dict)
+    whole: Tensor | None = None
 
 
 class _StackDoneError(Exception):

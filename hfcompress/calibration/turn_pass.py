@@ -127,6 +127,7 @@ class TurnPass(InputPass):
             whole = len(parts) == 1 and parts[0].dim() > 2
             held = [parts[0][rows] for rows in row_parts(parts[0])] if whole else list(parts)
             self.held.setdefault(site, []).append((group[0], held))
+            self.kept |= {part.untyped_storage().data_ptr() for part in held}
 
     def answer(self, name: str, inputs: Tensor) -> Tensor | None:
         """Return zeros in the place of what is held back."""

@@ -137,8 +137,11 @@ class LayerVisit:
         tokens = sum(states.shape[:-1].numel() for states in hidden)
         if call is None or masks is None or not fits_joined(self.layer, tokens):
             return None
-        together = torch.cat(hidden)
-        self._give_(together)  # not kept twice
+        whole = [one.whole for one in self.batches if self.index in one.calls and one.hidden is not None]
+        together = whole[0]
+        if together is None or len(together) != sum(sizes) or any(one is not together for one in whole):
+            together = torch.cat(hidden)
+            self._give_(together)  # not kept twice
         return call, masks, together
 
     def take_(self, output: Tensor) -> None:
@@ -150,7 +153,7 @@ class LayerVisit:
         """Give each batch that reaches the layer its part of the hidden states of all."""
         batches = [one for one in self.batches if self.index in one.calls and one.hidden is not None]
         for one, part in zip(batches, states.split([len(states) for states in self.hidden_states])):
-            one.hidden = part
+            one.hidden, one.whole = part, states
         return batches
 
     def _observe(self, names: Sequence[str] | None, statistic: Statistic[Observed]) -> list[Observed]:
@@ -176,7 +179,7 @@ class LayerVisit:
             for recorded in self.batches:
                 call = recorded.calls.pop(self.index, None)
                 if call is not None and recorded.hidden is not None:
-                    recorded.hidden = call.run(self.layer, recorded.hidden)
+                    recorded.hidden, recorded.whole = call.run(self.layer, recorded.hidden), None
 
 
 def walk_layers(model: nn.Module, batches: Sequence[Batch]) -> Iterator[LayerVisit]:
