@@ -6,11 +6,11 @@ float32, attention before its last linear layer, or a feed-forward network betwe
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +20,10 @@ from hfcompress.structure.stack import LINEAR_TYPES
 PART = 4096  # tokens
 SMALL_PART = 512  # of modules without children: what they hold in float32 stays in the caches
 HIDDEN = "hidden_states"
+# Makes a bytearray that is not filled with zeros first.
+BYTES = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
+    ("PyByteArray_FromStringAndSize", ctypes.pythonapi)
+)
 
 
 def small_modules(layer: nn.Module) -> list[nn.Module]:
@@ -111,13 +115,12 @@ def row_parts(states: Tensor, tokens: int | None = None) -> list[slice]:
 def unfilled(like: Tensor, rows: int) -> Tensor:
     """Return a tensor with so many rows of another's form, whose memory is the next one's when it is gone.
 
-    PyTorch asks for aligned blocks, and for those glibc before 2.38 looks for a hole larger than they are.
+    PyTorch asks for aligned blocks, for which glibc before 2.38 looks for larger holes than those leave behind.
     """
-    shape = (rows, *like.shape[1:])
-    if like.device.type != "cpu":
+    shape, size = (rows, *like.shape[1:]), rows * like[:1].nbytes
+    if like.device.type != "cpu" or not size:
         return like.new_empty(shape)
-    flat = torch.from_numpy(np.empty(rows * like[:1].nbytes, dtype=np.uint8))
-    return flat.view(like.dtype).view(shape)
+    return torch.frombuffer(BYTES(None, size), dtype=like.dtype).view(shape)
 
 
 def joined_rows(parts: Iterable[Tensor], rows: int, spent: Tensor | None = None) -> Tensor:
