@@ -95,6 +95,21 @@ def test_sums_with_the_hidden_states_are_found_by_a_push(family: str, sites: dic
     assert found == sites
 
 
+def test_sums_are_found_where_a_layer_gives_far_more_than_it_gets() -> None:
+    """As SmolLM2's first does: in bfloat16 a push as small as the layer's input would be lost to rounding."""
+    model = FAMILIES["llama"].model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.01)
+    model = model.to(torch.bfloat16)
+    visit = next(iter(walk_layers(model, batches(model, 1))))
+    with watching(visit.layer):
+        assert visit.output(0).square().mean() > 100 * visit.hidden_states[0].square().mean()
+        found = summing_sites(
+            visit.layer, lambda: visit.output(0), list(linear_weights_of(visit.layer)), visit.hidden_states[0]
+        )
+    assert found == {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""}
+
+
 def test_turns_come_in_order_and_see_what_was_changed_before() -> None:
     model = FAMILIES["llama"].model()
     turns = first_turns(model, batches(model, 2))

@@ -78,7 +78,8 @@ def summing_sites(layer: nn.Module, run: Callable[[], Tensor], names: Iterable[s
     inside = [name for name, _ in layer.named_modules() if name]
     before = _inputs(layer, run, inside)
     push = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-    push *= hidden.float().square().mean().sqrt().to(hidden)
+    # As large as what it is added to, or rounding would lose it: a first layer's output may be far above its input.
+    push *= max(states.float().square().mean().sqrt() for states in (hidden, before[OUTPUT])).to(hidden)
     found = {}
     for name in names:
         handle = layer.get_submodule(name).register_forward_hook(_pushing(push))
