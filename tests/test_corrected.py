@@ -19,7 +19,7 @@ from hfcompress.calibration.turn_pass import TurnPass
 from hfcompress.calibration.turns import Turns
 from hfcompress.packed import packed_layers
 from hfcompress.quantization import GPTQ, quantize
-from hfcompress.quantization.drift import correct_drift
+from hfcompress.quantization.drift import DAMPING, correct_drift
 from hfcompress.structure.running import watching
 from hfcompress.structure.stack import linear_weights_of
 from tests.conftest import tiny_llama, token_batches
@@ -169,12 +169,12 @@ def test_the_correction_is_the_damped_least_squares_solution() -> None:
     weight = torch.randn(6, 24, generator=generator)
     hessian = inputs.T @ inputs
     (corrected, other), used = correct_drift([weight, weight], hessian, [lacking.T @ inputs, None])
-    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(24)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(24)
     torch.testing.assert_close(corrected, weight + lacking.T @ inputs @ torch.linalg.inv(damped), rtol=1e-4, atol=1e-4)
     wanted = inputs @ weight.T + lacking
     assert (inputs @ corrected.T - wanted).norm() < (inputs @ weight.T - wanted).norm()
     assert torch.equal(other, weight)
-    assert used == 0.05
+    assert used == DAMPING
     assert correct_drift([weight], hessian, [None]).damping_used == 0
 
 
