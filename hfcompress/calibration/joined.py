@@ -23,7 +23,6 @@ from hfcompress.calibration.parts import (
     row_parts,
     small_modules,
     states_and_rest,
-    unfilled,
 )
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.spent import inputs_are_spent
@@ -218,7 +217,7 @@ class InputPass(ABC):
                 rest, part = found[1], seen.pop()[0]
                 # All come to lie side by side: between them would be gaps where the network held what it needs.
                 length = len(part) // (rows.stop - rows.start)
-                inputs = inputs or [unfilled(part, (one.stop - one.start) * length) for one in parts]
+                inputs = inputs or [part.new_empty((one.stop - one.start) * length, *part.shape[1:]) for one in parts]
                 inputs[index].copy_(part)
                 del found, part
         return inputs, rest

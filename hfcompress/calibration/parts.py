@@ -6,12 +6,10 @@ float32, attention before its last linear layer, or a feed-forward network betwe
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hfcompress.calibration.running import tensors_in
@@ -20,10 +18,6 @@ from hfcompress.structure.stack import LINEAR_TYPES
 PART = 4096  # tokens
 SMALL_PART = 512  # of modules without children: what they hold in float32 stays in the caches
 HIDDEN = "hidden_states"
-# Makes a bytearray that is not filled with zeros first.
-BYTES = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
-    ("PyByteArray_FromStringAndSize", ctypes.pythonapi)
-)
 
 
 def small_modules(layer: nn.Module) -> list[nn.Module]:
@@ -112,24 +106,13 @@ def row_parts(states: Tensor, tokens: int | None = None) -> list[slice]:
     return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
-def unfilled(like: Tensor, rows: int) -> Tensor:
-    """Return a tensor with so many rows of another's form, whose memory is the next one's when it is gone.
-
-    PyTorch asks for aligned blocks, for which glibc before 2.38 looks for larger holes than those leave behind.
-    """
-    shape, size = (rows, *like.shape[1:]), rows * like[:1].nbytes
-    if like.device.type != "cpu" or not size:
-        return like.new_empty(shape)
-    return torch.frombuffer(BYTES(None, size), dtype=like.dtype).view(shape)
-
-
 def joined_rows(parts: Iterable[Tensor], rows: int, spent: Tensor | None = None) -> Tensor:
     """Return parts of so many rows as one tensor: in the place of ``spent`` where they fit there, or in a new one."""
     output, start = spent, 0
     for part in parts:
         form = (part.dtype, (rows, *part.shape[1:]))
         if output is None or not output.is_contiguous() or (output.dtype, output.shape) != form:
-            output = unfilled(part, rows)
+            output = part.new_empty(rows, *part.shape[1:])
         output[start : start + len(part)] = part
         start += len(part)
     assert output is not None
@@ -163,7 +146,7 @@ def _in_parts(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
                 return plain(*args, **kwargs)
             done, rest = found
             if output is None:
-                output = unfilled(done, rows)
+                output = done.new_empty(rows, *done.shape[1:])
             output[part] = done
         return output if rest is None else (output, *rest)
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hfcompress.calibration.attention import fast_attention
 from hfcompress.calibration.parts import replaced_forwards
 from hfcompress.calibration.running import Batch
+from hfcompress.devices import release_freed_memory
 from hfcompress.packed import PackedWeight
 from hfcompress.progress import meter
 from hfcompress.quantization.placing import put_, restore_
@@ -50,6 +51,7 @@ def tune_scales_(
     stay as they are where these gain nothing.  steps: at most so many, of some ``STEP_TOKENS`` tokens, no row twice.
     """
     started = time.perf_counter()
+    release_freed_memory()  # of the layers' turns, whose blocks have other sizes
     rows = max(1, round(STEP_TOKENS * sum(map(rows_of, batches)) / tokens))
     seen, judging = _steps_of(batches, rows)[:steps], portions(unseen, rows)
     answers, scales = Answers(model, batches[0]), TunedScales(_packed(model, planned))
