@@ -8,7 +8,7 @@ linear layer's output arrive unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ def call_order(layer: nn.Module, run: Callable[[], Tensor], names: Iterable[str]
     return [group for group in ordered if group], [name for name in names if name not in once]
 
 
-def summing_sites(layer: nn.Module, run: Callable[[], Tensor], names: Iterable[str], hidden: Tensor) -> dict[str, str]:
+def summing_sites(layer: nn.Module, run: Callable[[], Tensor], names: Sequence[str], hidden: Tensor) -> dict[str, str]:
     """Return, for the linear layers among ``names`` whose output is a summand of hidden states, the site of the sum.
 
     run: runs the layer on one batch and returns its output.  hidden: the layer's input in it, (batch, tokens, size).
@@ -78,18 +78,22 @@ def summing_sites(layer: nn.Module, run: Callable[[], Tensor], names: Iterable[s
     inside = [name for name, _ in layer.named_modules() if name]
     before = _inputs(layer, run, inside)
     push = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-    # As large as what it is added to, or rounding would lose it: a first layer's output may be far above its input.
-    push *= max(states.float().square().mean().sqrt() for states in (hidden, before[OUTPUT])).to(hidden)
-    found = {}
-    for name in names:
-        handle = layer.get_submodule(name).register_forward_hook(_pushing(push))
-        try:
-            after = _inputs(layer, run, inside)
-        finally:
-            handle.remove()
-        sites = [site for site, states in after.items() if _arrived(push, before.get(site), states)]
-        if sites:
-            found[name] = sites[-1]
+    sizes = [states.float().square().mean().sqrt() for states in (hidden, before[OUTPUT])]
+    found: dict[str, str] = {}
+    # A first layer's output may be so far above its input that rounding loses a push of the input's size. A large one
+    # comes second: what it changes beside the sum would be small against it.
+    for size in sizes if sizes[1] > sizes[0] else sizes[:1]:
+        sized = push * size.to(push)
+        for name in names:
+            if name in found:
+                continue
+            handle = layer.get_submodule(name).register_forward_hook(_pushing(sized))
+            try:
+                after = _inputs(layer, run, inside)
+            finally:
+                handle.remove()
+            sites = [site for site, states in after.items() if _arrived(sized, before.get(site), states)]
+            found |= {name: sites[-1]} if sites else {}
     return found
 
 
