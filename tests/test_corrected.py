@@ -43,7 +43,7 @@ def output_error(model: PreTrainedModel, dense: PreTrainedModel, data: list[dict
 def first_turns(model: PreTrainedModel, data: list[dict[str, Tensor]], drifted: bool = False) -> Turns:
     """Return the turns of the first layer; the dense model's hidden states may be others than the model's."""
     visit = next(iter(walk_layers(model, data)))
-    hidden = [states * 1.25 if drifted else states for states in visit.hidden_states]
+    hidden = [states * 1.25 if drifted else states.clone() for states in visit.hidden_states]
     return Turns(visit, list(linear_weights_of(visit.layer)), hidden)
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from hfcompress.calibration import joined, parts, walk_layers
+from hfcompress.calibration.blocks import Blocks
 from hfcompress.calibration.joined import Ground
-from hfcompress.calibration.observe import GRAM, TokenMasks
+from hfcompress.calibration.observe import GRAM, InputHessian, TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.turn_pass import Turn, TurnPass
+from hfcompress.calibration.turns import Turns
 from hfcompress.devices import ENTRY, PAGEMAP, unmap_unchanged
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.stack import linear_weights_of
@@ -41,9 +43,9 @@ def pages_in_memory(tensor: Tensor) -> int:
 def test_what_nothing_reads_again_makes_room(
     family: str, network: str, spent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer's input goes when its last network begins, whose output takes its input's place; nothing else changes.
+    """The layer's input goes when its last network begins, and the network's when all of its last product's is there.
 
-    Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the end.
+    Nothing else changes. Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the end.
     """
     monkeypatch.setattr(parts, "PART", 3 * 12)
     model = FAMILIES[family].model()
@@ -54,15 +56,21 @@ def test_what_nothing_reads_again_makes_room(
         visit = next(iter(walk_layers(model, data)))
         whole = visit.joined_()
         assert whole is not None
-        places: list[bool] = []
-        handle = visit.layer.get_submodule(network).register_forward_hook(
-            lambda module, args, output, places=places: places.append(args[0].data_ptr() == output.data_ptr())
-        )
-        visit.compress_(list(linear_weights_of(visit.layer)), GRAM, lambda found: None)
-        handle.remove()
+        gone = spent and not found  # the second time it has not been learnt
+        given: list[Tensor] = []
+        left: list[bool] = []
+
+        def note(module: nn.Module, args: tuple[Tensor, ...], given: list[Tensor] = given) -> None:
+            given[:] = args
+
+        def look(seen: InputHessian, given: list[Tensor] = given, left: list[bool] = left) -> None:
+            left[:] = [one.untyped_storage().nbytes() > 0 for one in given]
+
+        with visit.layer.get_submodule(network).register_forward_pre_hook(note):
+            visit.compress_(list(linear_weights_of(visit.layer)), GRAM, look)
         found.append([one.hidden for one in visit.batches if one.hidden is not None])
-        assert places[-1] is (spent and not found[1:])  # the second time it has not been learnt
-        assert (whole[2].untyped_storage().nbytes() == 0) is places[-1]
+        assert left == [not gone]
+        assert (whole[2].untyped_storage().nbytes() == 0) is gone
     for states, expected in zip(*found, strict=True):
         assert torch.equal(states, expected)
 
@@ -95,6 +103,38 @@ def test_an_input_that_a_turn_waits_with_is_not_written_over() -> None:
         torch.testing.assert_close(turn_pass.run(LayerCall((), {}, False), hidden), expected)
     assert turn_pass.spent
     torch.testing.assert_close(turns["beside"].found.hessian, inputs.T @ inputs)
+
+
+def test_what_lies_beside_a_spent_input_stays() -> None:
+    """An input that is a part of what is read later keeps its memory."""
+    both = torch.randn(2, 3, 4)
+    turn_pass = TurnPass(Ground(nn.Identity(), {}, [], TokenMasks(None, None)), {}, {}, lambda turn: None)
+    assert not turn_pass._is_spent(both)
+    turn_pass.spent = True
+    assert turn_pass._is_spent(both)
+    assert not turn_pass._is_spent(both[:1])
+
+
+def test_rows_of_batches_lie_side_by_side() -> None:
+    blocks = Blocks(3)
+    given = {name: [torch.randn(5, size) for _ in range(3)] for name, size in (("a", 2), ("b", 4))}
+    kept = {name: [blocks.copy(name, rows) for rows in given[name]] for name in given}
+    for name, rows in kept.items():
+        assert all(torch.equal(one, other) for one, other in zip(rows, given[name], strict=True))
+        assert [one.data_ptr() - rows[0].data_ptr() for one in rows] == [one.nbytes * i for i, one in enumerate(rows)]
+    longer = torch.randn(6, 2)
+    assert torch.equal(blocks.copy("a", longer), longer)
+    assert all(torch.equal(one, other) for one, other in zip(kept["a"], given["a"], strict=True))
+
+
+def test_the_dense_models_states_take_no_room_twice() -> None:
+    """Its output of a layer lies where the layer's input lay."""
+    visit = next(iter(walk_layers(tiny_llama(), token_batches(2, rows=5, length=12))))
+    hidden = [states.clone() for states in visit.hidden_states]
+    expected = [visit.output(index) for index in range(2)]
+    turns = Turns(visit, list(linear_weights_of(visit.layer)), hidden)
+    assert [one.data_ptr() for one in turns.outputs] == [one.data_ptr() for one in hidden]
+    assert all(torch.equal(one, other) for one, other in zip(turns.outputs, expected, strict=True))
 
 
 def test_states_of_all_batches_are_joined_once() -> None:

@@ -75,7 +75,7 @@ def test_one_pass_equals_turn_after_turn(
 
     two = next(iter(walk_layers(other, batches(other, padding))))
     compress = halving(two, turned)
-    for turn in Turns(two, list(linear_weights_of(two.layer)), two.hidden_states):
+    for turn in Turns(two, list(linear_weights_of(two.layer)), [states.clone() for states in two.hidden_states]):
         compress(turn.found)
     two.advance_()
 
@@ -141,7 +141,8 @@ def test_one_pass_is_enough_where_sums_are_plain(family: str) -> None:
     model = case.model()
     for visit in walk_layers(model, [inputs_of(case)] * 2):
         taken: list[str] = []
-        Turns(visit, list(linear_weights_of(visit.layer)), visit.hidden_states).take_(
+        dense = [states.clone() for states in visit.hidden_states]
+        Turns(visit, list(linear_weights_of(visit.layer)), dense).take_(
             lambda turn, taken=taken: taken.extend(turn.found.names)
         )
         assert sorted(taken) == sorted(linear_weights_of(visit.layer))

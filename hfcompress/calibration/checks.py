@@ -117,7 +117,7 @@ def compress_in_turn(
     for visit in walk_layers(model, batches):
         inside = _inside(visit, wanted)
         if visit.index == 0:
-            hidden = visit.hidden_states
+            hidden = [states.clone() for states in visit.hidden_states]
         done: list[InputHessian] = []
 
         def one(turn: Turn, visit: LayerVisit = visit, done: list[InputHessian] = done) -> None:

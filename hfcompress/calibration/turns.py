@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from hfcompress.calibration.blocks import Blocks
 from hfcompress.calibration.experts import in_portions
 from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
 from hfcompress.calibration.joined import Ground
@@ -41,13 +42,13 @@ class _DivergedError(Exception):
 class Turns:
     """The turns of one layer whose linear layers ``names`` are still dense.
 
-    dense_hidden: the layer's input in the dense model, for each batch that reaches it; the list is emptied.
+    dense_hidden: the layer's input in the dense model, for each batch that reaches it; its output is written over it.
     known: the sites of layers met before, by what they are made of; this layer's are added.  outputs: the layer's
     output in the dense model.
     """
 
     def __init__(
-        self, visit: LayerVisit, names: Sequence[str], dense_hidden: list[Tensor], known: KnownSites | None = None
+        self, visit: LayerVisit, names: Sequence[str], dense_hidden: Sequence[Tensor], known: KnownSites | None = None
     ) -> None:
         self.visit, self.layer = visit, visit.layer
         self.linears = [name for name in linear_weights_of(visit.layer) if name in names]
@@ -66,8 +67,9 @@ class Turns:
             watched = {*self.sites.values(), *heads}
             self.dense: list[Rows] = []
             self.outputs: list[Tensor] = []
-            for index in range(len(dense_hidden)):
-                rows = self._rows(index, watched, dense_hidden.pop(0))
+            blocks = Blocks(len(dense_hidden))
+            for index, hidden in enumerate(dense_hidden):
+                rows = self._rows(index, watched, hidden, blocks)
                 self.outputs.append(rows.pop(HIDDEN))
                 self.dense.append(rows)
 
@@ -158,15 +160,18 @@ class Turns:
             raise _DivergedError
         return rows
 
-    def _rows(self, index: int, sites: set[str], hidden: Tensor) -> Rows:
+    def _rows(self, index: int, sites: set[str], hidden: Tensor, blocks: Blocks) -> Rows:
         """Return what the dense model has at some sites in one batch, and as ``HIDDEN`` the output as it is."""
         rows: Rows = {}
 
         def note(name: str, given: Tensor) -> None:
-            rows.setdefault(name, self.visit.rows(index, given))
+            if name not in rows:
+                rows[name] = blocks.copy(name, self.visit.rows(index, given))
 
         with noting_inputs(self.layer, note, sites - {OUTPUT}):
             output = self.visit.output(index, hidden)
+        if (output.dtype, output.shape) == (hidden.dtype, hidden.shape):
+            output = hidden.copy_(output)
         return {**rows, OUTPUT: self.visit.rows(index, output), HIDDEN: output}
 
 
