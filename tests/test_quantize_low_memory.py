@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("forked")
 
 GPTQ = hfcompress.GPTQ(group_size=32)
 AUTO = hfcompress.GPTQ(bits="auto", average_bits=4.5, group_size=32)
-BEST = hfcompress.GPTQ(group_size=32, quality="best", tuning_steps=0)
+BEST = hfcompress.GPTQ(bits=3, group_size=32, quality="best", tuning_steps=0)
 METHODS = {
     "gptq": GPTQ,
     "auto": AUTO,

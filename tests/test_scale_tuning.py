@@ -266,11 +266,26 @@ def test_gradients_are_taken_wherever_it_is_called() -> None:
         quantize(tiny_llama(), TUNED, data(inside))
 
 
-def test_best_tunes_and_fast_does_not() -> None:
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        (GPTQ(bits=3, quality="best"), 32),
+        (GPTQ(bits=2, quality="best"), 32),
+        (GPTQ(bits="auto", average_bits=3.75, quality="best"), 32),
+        (GPTQ(bits="auto", average_bits=4, quality="best"), 0),
+        (GPTQ(bits="auto", megabytes=1, quality="best"), 0),
+        (GPTQ(bits=4, quality="best"), 0),
+        (GPTQ(bits=3), 0),
+        (GPTQ(bits=3, quality="best", tuning_steps=0), 0),
+        (GPTQ(bits=8, tuning_steps=7), 7),
+    ],
+)
+def test_best_tunes_coarse_codes(method: GPTQ, steps: int) -> None:
+    assert method.gradient_steps == steps
+
+
+def test_nothing_is_tuned_without_steps_or_without_rows_to_judge() -> None:
     model = tiny_llama()
-    assert GPTQ(quality="best").gradient_steps > 0
-    assert GPTQ().gradient_steps == GPTQ(quality="best", tuning_steps=0).gradient_steps == 0
-    assert GPTQ(tuning_steps=7).gradient_steps == 7
     assert quantize(tiny_llama(), ROUGH, data(model)).tuning is None
     assert quantize(tiny_llama(), TUNED, data(model)[:1]).tuning is None  # too few rows to hold one back
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -64,9 +65,9 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         self.peak_mib = peak_mib()
 
-    def write(self, folder: Path, package: str) -> None:
-        """Write ``run.json`` beside the checkpoint."""
-        facts = {"seconds": self.seconds, "loaded_mib": self.loaded_mib, "peak_mib": self.peak_mib}
+    def write(self, folder: Path, package: str, **more: Any) -> None:
+        """Write ``run.json`` beside the checkpoint, with ``more`` that the tool tells of its run."""
+        facts = {**more, "seconds": self.seconds, "loaded_mib": self.loaded_mib, "peak_mib": self.peak_mib}
         if self.on_gpu:
             facts["cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
         tool = f"{package} {version(package)}, torch {torch.__version__}"

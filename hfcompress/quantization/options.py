@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 Bits = Literal[2, 3, 4, 8]
 AUTO: Final = "auto"
-TUNING_STEPS = 32
+TUNING_STEPS, TUNED_BELOW = 32, 4  # bits
 CHOICES: tuple[Bits, ...] = (2, 3, 4, 8)
 Order = Literal["stored", "groups", "columns"]
 ScaleSearch = Literal["absmax", "mse", "hessian"]
@@ -130,11 +130,11 @@ class GPTQ(WhileLoading):
     choices: for ``auto``, the numbers of bits to choose from, unless they are all; a head gets the most of them.
     group_size: input columns that share a scale; None is one scale per output row.
     damping: added to the Hessian's diagonal, as a share of its mean.
-    quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one, and all
-    scales tuned in the end. It runs the dense layers, too, and sums up more; ``benchmarks/quantize.py`` measures what
-    that costs and gains.
+    quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
+    the dense layers, too, and sums up more; ``benchmarks/quantize.py`` measures what that costs and gains.
     tuning_steps: gradient steps on all scales, once all layers are done, towards the dense model's output on rows of
-    the calibration data; 32 with ``best``, else none. Not for models whose layers lie on disk.
+    the calibration data; None is 32 with ``best`` and fewer than 4 bits (or ``average_bits``), where they gain most,
+    and else none. Not for models whose layers lie on disk.
     exclude: name patterns (``fnmatch``) of linear layers that stay as they are.
     symmetric: code 0 stands for 0; otherwise each group also has a zero point.
     embeddings, head: round the input embeddings or the output head to nearest too; tied ones go together.
@@ -193,7 +193,8 @@ class GPTQ(WhileLoading):
         """Return how many gradient steps on all scales come after the layers."""
         if self.tuning_steps is not None:
             return self.tuning_steps
-        return TUNING_STEPS if self.quality == "best" else 0
+        bits = self.average_bits if self.bits == AUTO else self.bits
+        return TUNING_STEPS if self.quality == "best" and bits is not None and bits < TUNED_BELOW else 0
 
     @property
     def steps(self) -> Steps:
