@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -19,6 +22,7 @@ from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import HFCompressError
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import render_folder
+from hfcompress.publish.licence import license_of
 from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
 from tests.kinds import encoder, family, wav2vec2
@@ -99,6 +103,36 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path, tokenizer: PreT
     assert "licence is not known" not in card.read_text()
     trainer.create_model_card(license="mit")
     assert ModelCard.load(card).data.license == "mit"
+
+
+@pytest.fixture
+def hub_that_hangs_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub that takes connections and breaks each of them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # closed
+                    return
+                connection.recv(1024)
+                connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        there = partial(hf_hub_download, endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setattr("hfcompress.publish.licence.hf_hub_download", there)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.usefixtures("hub_that_hangs_up")
+def test_a_broken_connection_while_a_licence_is_looked_up_loses_nothing() -> None:
+    """Cards are written at the end of hours of work, when the base model's licence is the one thing to be fetched."""
+    assert license_of("me/base") is None
 
 
 def test_the_card_is_of_the_weights_as_they_are_now(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
