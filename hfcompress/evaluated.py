@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfcompress.callbacks import unwrapped
@@ -47,12 +48,22 @@ def digest_of_model(model: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, module in unwrapped(model).named_modules():
-        for key, tensor in sorted(_computed_with(module).items()):
-            whole = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed leaves an empty one in a sharded one's place
-            held: Tensor = whole.to_local() if hasattr(whole, "to_local") else whole
-            digest.update(f"{name}.{key} {tuple(held.shape)}\n".encode())
-            digest.update(held.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        with align_module_device(module):  # of what lies on disk, for the length of the block
+            for key, tensor in sorted(_computed_with(module).items()):
+                for held in _plain(tensor):
+                    digest.update(f"{name}.{key} {tuple(held.shape)}\n".encode())
+                    digest.update(held.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that hold a tensor's values: of a sharded one those here, of a packed one its parts."""
+    parts: Callable[[], tuple[list[str], Any]] | None = getattr(tensor, "__tensor_flatten__", None)
+    if parts is None:
+        yield getattr(tensor, "ds_tensor", tensor)  # DeepSpeed leaves an empty one in a sharded one's place
+        return
+    for name in parts()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def _computed_with(module: nn.Module) -> dict[str, Tensor]:

@@ -15,11 +15,13 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hfcompress
 from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import HFCompressError
+from hfcompress.evaluated import digest_of_model
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import render_folder
 from hfcompress.publish.licence import license_of
@@ -237,6 +239,26 @@ def test_the_best_weights_have_their_own_metrics_after_a_resume_too(
     logged = {logs["step"]: logs["eval_loss"] for logs in resumed.state.log_history if "eval_loss" in logs}
     assert load_facts(tmp_path / "best").after.metrics == {"loss": pytest.approx(logged[step])}
     assert f"at step {step} of 6" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_weights_on_disk_and_in_parts_are_told_apart_too(tmp_path: Path) -> None:
+    """A model that Transformers left on disk, and weights of a class of tensors as torchao has them."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map={**places, "model.layers": "disk"}, offload_folder=tmp_path / "off"
+    )
+    trainer = CardTrainer(model=model, args=TrainingArguments(**options(tmp_path / "out")), eval_dataset=ROWS)
+    trainer.evaluate()
+    assert trainer.state.log_history[-1]["evaluated_weights"] == digest_of_model(tiny_llama())
+
+    def in_parts(second: float) -> PreTrainedModel:
+        one = tiny_llama()
+        weight = one.model.norm.weight.detach()
+        one.model.norm.weight = nn.Parameter(TwoTensor(weight, weight * second), requires_grad=False)
+        return one
+
+    assert digest_of_model(in_parts(2.0)) == digest_of_model(in_parts(2.0)) != digest_of_model(in_parts(3.0))
 
 
 def test_of_which_weights_is_not_known_without_callback_and_mixin(
