@@ -176,6 +176,35 @@ def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     assert (data.base_model, data.base_model_relation) == ("me/base", "finetune")
 
 
+def test_a_folder_that_has_gone_is_no_id(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name may be a stranger's, whose model this was not made from, and whose licence is another."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    asked: list[str] = []
+    monkeypatch.setattr("hfcompress.publish.trained.license_of", lambda name: asked.append(name) or "mit")
+    tiny_llama().save_pretrained(tmp_path / "models" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = pruning(tmp_path / "out", tokenizer)
+    trainer.model = AutoModelForCausalLM.from_pretrained("models/base")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer.create_model_card()
+    card = tmp_path / "out" / "README.md"
+    assert {"base_model", "base_model_relation", "license"}.isdisjoint(ModelCard.load(card).data.to_dict())
+    assert "`models/base`" in card.read_text()
+    assert asked == []
+    trainer.create_model_card(finetuned_from="models/base")  # whoever says so knows better
+    assert ModelCard.load(card).data.base_model == "models/base"
+    fetched = cache / "models--models--base" / "snapshots" / "0123"
+    fetched.mkdir(parents=True)
+    (fetched / "config.json").write_text("{}")
+    trainer.create_model_card()
+    data = ModelCard.load(card).data
+    assert (data.base_model, data.license) == ("models/base", "mit")
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "quantized": lambda model: hfcompress.quantize(model, hfcompress.RTN(bits=8, group_size=32)),
     "pruned": lambda model: hfcompress.prune(model, hfcompress.Magnitude(sparsity=0.9)),

@@ -29,7 +29,7 @@ from hfcompress.publish.evaluations import Evaluation, last_evaluation
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.licence import license_of, metadata_of
 from hfcompress.publish.loading import TASK_PAGES
-from hfcompress.publish.sharing import local_names
+from hfcompress.publish.sharing import is_cached, local_names
 
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
          "gradient_accumulation_steps", "bf16", "fp16", "temperature", "alpha")  # fmt: skip
@@ -95,7 +95,7 @@ class ModelCardMixin(_Base):
         data = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
         facts = facts_of_trainer(self, folder, name=model_name, data=data)
         if finetuned_from:
-            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from)}
+            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from), "local": []}
         facts["base_model_license"] = license or facts["base_model_license"]
         facts["training"] |= {
             "tags": [*_listed(tags), *(_tags_there(folder) if tags else ())],
@@ -152,6 +152,8 @@ def facts_of_trainer(
     summary = inspect_checkpoint(folder)
     origin = getattr(model.config, "_name_or_path", "")
     base = origin or type(model).__name__
+    # What neither lies here nor was fetched from the Hub was a folder that has gone: its name may be a stranger's id.
+    known = bool(local_names([origin])) or is_cached(origin)
     measured = Measurement(
         parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=found.metrics,
         bytes_on_disk=summary.bytes_on_disk, dtype=str(model.dtype).removeprefix("torch."),
@@ -164,9 +166,9 @@ def facts_of_trainer(
         "task": task_of(type(model)),
         "created": datetime.now(timezone.utc).date().isoformat(),
         "base_model": base,
-        "base_model_license": license_of(origin) if origin else None,
+        "base_model_license": license_of(origin) if known else None,
         "data": None if found.is_of_other_data else data,
-        "local": local_names([origin]) if origin else [base],
+        "local": local_names([origin]) if known else [base],
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {
