@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,6 +336,43 @@ def test_every_evaluated_data_set_is_on_the_card(tmp_path: Path, tokenizer: PreT
         "two_loss": pytest.approx(logged["eval_two_loss"]), "two_pruned_accuracy": 0.5,
     }  # fmt: skip
     assert load_facts(tmp_path / "sets").after.rows is None  # each has its own
+
+
+def test_the_card_of_sharded_weights_is_of_those_that_were_saved(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under FSDP, which CPUs do not have here: the first process cannot save alone what several hold."""
+    trainer = CardTrainer(
+        model=tiny_llama(), args=TrainingArguments(**options(tmp_path / "sharded")), train_dataset=ROWS,
+        eval_dataset=ROWS[:4], processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    plugin = SimpleNamespace(state_dict_type="FULL_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.is_fsdp_enabled = True
+    unsaved = r"not saved there as they are now\. Call trainer\.save_model\(\) in every process before"
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    tiny_llama(seed=5).save_pretrained(tmp_path / "sharded")  # as an earlier training may have left it
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    assert not (tmp_path / "sharded" / "README.md").exists()
+    trainer.save_model()
+    trainer.create_model_card()
+    logged = [logs for logs in trainer.state.log_history if "eval_loss" in logs][-1]
+    assert load_facts(tmp_path / "sharded").after.metrics == {"loss": pytest.approx(logged["eval_loss"])}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+    assert digest_of_model(saved) == digest_of_model(trainer.model)
+    trainer.model.lm_head.weight.data.mul_(2)
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    plugin.state_dict_type = "SHARDED_STATE_DICT"  # with which save_model writes nothing that loads
+    trainer.save_model()
+    with pytest.raises(HFCompressError, match="state_dict_type FULL_STATE_DICT of FSDP"):
+        trainer.create_model_card()
 
 
 UNREADABLE = {

@@ -22,7 +22,7 @@ from hfcompress.checkpoint.files import weights_digest
 from hfcompress.checkpoint.verify import Verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
-from hfcompress.evaluated import OTHER_DATA, note_evaluation
+from hfcompress.evaluated import OTHER_DATA, digest_of_model, note_evaluation
 from hfcompress.packed import packed_layers
 from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.evaluations import Evaluation, last_evaluation
@@ -63,6 +63,14 @@ class ModelCardMixin(_Base):
         known = own.values() if isinstance(own, Mapping) else [own]
         return data is None or isinstance(data, str) or any(data is one for one in known)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save as the Trainer does, and remember where sharded weights went: a card cannot save them again."""
+        without_weights = state_dict is not None and not state_dict  # as DeepSpeed's are that nothing gathers
+        super()._save(output_dir, state_dict)
+        if _is_sharded(self) and self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir)).absolute()
+            self._saved = None if without_weights else (folder, digest_of_model(self.model))
+
     def create_model_card(
         self,
         language: str | None = None,
@@ -79,6 +87,8 @@ class ModelCardMixin(_Base):
 
         The model is saved there first: sizes on a card are those of files, and what lies there may be of an earlier
         training.  A model that is no PreTrainedModel, as one with adapters is not, has the Trainer's own card.
+        Raises HFCompressError where FSDP or DeepSpeed shard the weights and ``save_model`` was not called before, in
+        every process.
         """
         if not self.is_world_process_zero():
             return
@@ -88,10 +98,16 @@ class ModelCardMixin(_Base):
             )
             return
         folder = Path(str(self.args.output_dir))
-        # Saving a sharded model takes all processes, and only this one is here: push_to_hub has saved it just before.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not (sharded and (folder / "config.json").is_file()):
+        if not _is_sharded(self):
             self.save_model(_internal_call=True)
+        elif getattr(self, "_saved", None) != (folder.absolute(), digest_of_model(self.model)):
+            # Saving a sharded model takes all processes, and only this one is here.
+            raise HFCompressError(
+                f"A card of {folder} would tell of other weights than those that were trained: they are sharded, and "
+                "were not saved there as they are now. Call trainer.save_model() in every process before, as "
+                "push_to_hub does, with whole weights: state_dict_type FULL_STATE_DICT of FSDP, or DeepSpeed's "
+                "stage3_gather_16bit_weights_on_model_save."
+            )
         data = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
         facts = facts_of_trainer(self, folder, name=model_name, data=data)
         if finetuned_from:
@@ -106,6 +122,12 @@ class ModelCardMixin(_Base):
         facts["local"] += local_names([finetuned_from, *_listed(dataset_tags), *_listed(dataset)])
         write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Whether several processes hold the weights together: FSDP, DeepSpeed, or Transformers that split them."""
+    split = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or split)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
