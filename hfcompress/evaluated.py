@@ -58,12 +58,13 @@ def digest_of_model(model: Any) -> str:
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the plain tensors that hold a tensor's values: of a sharded one those here, of a packed one its parts."""
-    parts: Callable[[], tuple[list[str], Any]] | None = getattr(tensor, "__tensor_flatten__", None)
+    whole = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed leaves an empty one in a sharded one's place
+    here: Tensor = whole.to_local() if hasattr(whole, "to_local") else whole
+    parts = here.__tensor_flatten__()[0] if hasattr(here, "__tensor_flatten__") else None
     if parts is None:
-        yield getattr(tensor, "ds_tensor", tensor)  # DeepSpeed leaves an empty one in a sharded one's place
-        return
-    for name in parts()[0]:
-        yield from _plain(getattr(tensor, name))
+        yield here
+    for name in parts or ():
+        yield from _plain(getattr(here, name))
 
 
 def _computed_with(module: nn.Module) -> dict[str, Tensor]:

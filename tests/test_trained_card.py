@@ -13,9 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -28,6 +31,8 @@ from hfcompress.publish.card import render_folder
 from hfcompress.publish.licence import license_of
 from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
+from tests.distributed import run_in_two_processes
+from tests.forks import Forks
 from tests.kinds import encoder, family, wav2vec2
 
 pytestmark = pytest.mark.usefixtures("quick_trainers", "forked")
@@ -289,6 +294,23 @@ def test_weights_on_disk_and_in_parts_are_told_apart_too(tmp_path: Path) -> None
         return one
 
     assert digest_of_model(in_parts(2.0)) == digest_of_model(in_parts(2.0)) != digest_of_model(in_parts(3.0))
+
+
+def tell_halves_apart() -> None:
+    """Give each of two processes half of every weight, as FSDP does."""
+    torch.distributed.init_process_group("gloo")
+    model = tiny_llama()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    before = digest_of_model(model)
+    model(**token_batches(1)[0])
+    assert digest_of_model(model) == before != digest_of_model(tiny_llama())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert digest_of_model(model) != before
+
+
+def test_weights_that_several_processes_hold_are_told_apart_too(forks: Forks) -> None:
+    run_in_two_processes(forks, tell_halves_apart)
 
 
 def test_of_which_weights_is_not_known_without_callback_and_mixin(
