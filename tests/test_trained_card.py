@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, constants, hf_hub_download
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -498,6 +498,29 @@ def test_a_model_trained_for_its_grid_is_pushed_once_exported(
     assert facts.after.metrics == {"loss": pytest.approx(trainer.state.log_history[-2]["eval_loss"])}
     assert "quantized" in data.tags
     assert "bits=4" in facts.training["options"]["QuantizeAwareCallback"]
+
+
+def push_from_both(folder: Path, shared: bool) -> None:
+    """Train in two processes and push from each; the Hub cannot be reached, so the first one's saving is all."""
+    constants.HF_HUB_OFFLINE = False
+    args = TrainingArguments(**options(folder, report_to="none"))
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    trainer.train()
+    trainer.is_fsdp_enabled = shared
+    if not trainer.is_world_process_zero():
+        assert hfcompress.push(trainer, "me/small") is None
+    elif shared:
+        with pytest.raises(HFCompressError, match=r"weights are sharded.* Call trainer\.push_to_hub\(\)"):
+            hfcompress.push(trainer, "me/small")
+    else:
+        with saved_for_push(trainer) as saved:
+            assert load_facts(saved).loads_without_hfcompress is True
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "sharded"])
+def test_of_several_processes_the_first_pushes(shared: bool, tmp_path: Path, forks: Forks) -> None:
+    """Transformers saves in the first alone, so that the others had nothing to push, and failed."""
+    run_in_two_processes(forks, push_from_both, tmp_path / "out", shared)
 
 
 KINDS = {"seq2seq-lm": family("t5"), "multiple-choice": encoder(transformers.BertForMultipleChoice),

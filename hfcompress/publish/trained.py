@@ -268,6 +268,11 @@ def saved_for_push(trainer: Any) -> Iterator[Path]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PreTrainedModel):
         raise HFCompressError(f"push needs a PreTrainedModel in the Trainer, not a {type(model).__name__}.")
+    if _is_sharded(trainer):
+        raise HFCompressError(
+            "The weights are sharded, and one process cannot save them alone for push. Call trainer.push_to_hub(), or "
+            "trainer.save_model() in every process, and then push the folder that has them and their card."
+        )
     if _rounds_weights(model):
         raise HFCompressError(
             "The model computes with rounded weights that its files would not hold. Call the callback's "
