@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,22 +16,34 @@ from hfcompress.packed import PackedWeight
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Beside the metrics in ``state.log_history``, which checkpoints keep; the last for data that are not eval_dataset.
+# In an entry of ``state.log_history``, which checkpoints keep; the last for data that are not eval_dataset.
 WEIGHTS, ROWS, OTHER_DATA = "evaluated_weights", "evaluated_rows", "evaluated_other_data"
 
 
 def note_evaluation(trainer: Trainer | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Write beside metrics that were logged last which weights they are of, and of how many rows; return that entry.
+    """Write before metrics that were logged last which weights they are of, and of how many rows; return that entry.
 
+    It has an entry of its own, as the Trainer's card shows all that is in one with metrics as results.
     Several callbacks may ask for it: the first does it.  Where no Trainer has logged the metrics, the result is empty.
     """
     timed = next((name for name in metrics if name.endswith("_runtime")), None)
-    history = [] if trainer is None else trainer.state.log_history
-    logs: dict[str, Any] = next((one for one in reversed(history) if timed in one), {})
-    if trainer is not None and logs and WEIGHTS not in logs:
-        logs[WEIGHTS] = digest_of_model(trainer.model)
-        logs[ROWS] = _rows(trainer.callback_handler.eval_dataloader)
-    return logs
+    history: list[dict[str, Any]] = [] if trainer is None else trainer.state.log_history
+    at = next((at for at in reversed(range(len(history))) if timed in history[at]), None)
+    if trainer is None or at is None:
+        return {}
+    known = note_of(history, at)
+    if known:
+        return known
+    rows = _rows(trainer.callback_handler.eval_dataloader)
+    note = {WEIGHTS: digest_of_model(trainer.model), ROWS: rows, "step": history[at]["step"]}
+    history.insert(at, note)
+    return note
+
+
+def note_of(history: Sequence[dict[str, Any]], at: int) -> dict[str, Any]:
+    """Return what was written of the metrics in an entry of a log; empty where nothing was."""
+    before = history[at - 1] if at else {}
+    return before if WEIGHTS in before else {}
 
 
 def _rows(loader: Any) -> int | None:

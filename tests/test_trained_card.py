@@ -285,7 +285,7 @@ def test_weights_on_disk_and_in_parts_are_told_apart_too(tmp_path: Path) -> None
     )
     trainer = CardTrainer(model=model, args=TrainingArguments(**options(tmp_path / "out")), eval_dataset=ROWS)
     trainer.evaluate()
-    assert trainer.state.log_history[-1]["evaluated_weights"] == digest_of_model(tiny_llama())
+    assert trainer.state.log_history[-2]["evaluated_weights"] == digest_of_model(tiny_llama())
 
     def in_parts(second: float) -> PreTrainedModel:
         one = tiny_llama()
@@ -327,6 +327,18 @@ def test_of_which_weights_is_not_known_without_callback_and_mixin(
             "was not recorded, as our callbacks and `hfcompress.ModelCardMixin` do"
             in (folder / "README.md").read_text()
         )
+
+
+def test_the_trainers_own_card_has_no_results_but_metrics(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A plain Trainer with our callback writes it, from all that its log holds beside a loss."""
+    trainer = pruning(tmp_path / "own", tokenizer, kind=Trainer, eval_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "own" / "README.md").read_text()
+    results = text[text.index("on the evaluation set") :]
+    assert "- Loss: " in results
+    assert "- Sparsity: 0.5" in results
+    assert not any(word in text for word in ("Weights", "Rows"))
 
 
 def test_rows_and_name_are_of_the_data_that_were_evaluated(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -52,9 +52,9 @@ class ModelCardMixin(_Base):
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, Mapping)
         if not several:  # each of several came here alone
-            logs = note_evaluation(self, metrics)
-            if logs and not self._is_own(eval_dataset):
-                logs[OTHER_DATA] = True
+            note = note_evaluation(self, metrics)
+            if note and not self._is_own(eval_dataset):
+                note[OTHER_DATA] = True
         return metrics
 
     def _is_own(self, data: Any) -> bool:
