@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants, hf_hub_download
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hfcompress
 from hfcompress.checkpoint.files import weights_digest
 from hfcompress.errors import HFCompressError
+from hfcompress.evaluated import digest_of_model
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import render_folder
+from hfcompress.publish.licence import license_of
 from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
+from tests.distributed import run_in_two_processes
+from tests.forks import Forks
 from tests.kinds import encoder, family, wav2vec2
 
 pytestmark = pytest.mark.usefixtures("quick_trainers", "forked")
@@ -101,6 +113,36 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path, tokenizer: PreT
     assert ModelCard.load(card).data.license == "mit"
 
 
+@pytest.fixture
+def hub_that_hangs_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub that takes connections and breaks each of them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # closed
+                    return
+                connection.recv(1024)
+                connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        there = partial(hf_hub_download, endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setattr("hfcompress.publish.licence.hf_hub_download", there)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.usefixtures("hub_that_hangs_up")
+def test_a_broken_connection_while_a_licence_is_looked_up_loses_nothing() -> None:
+    """Cards are written at the end of hours of work, when the base model's licence is the one thing to be fetched."""
+    assert license_of("me/base") is None
+
+
 def test_the_card_is_of_the_weights_as_they_are_now(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer = pruning(tmp_path / "twice", tokenizer)
     trainer.train()
@@ -138,6 +180,35 @@ def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     trainer.create_model_card(finetuned_from="me/base")
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.base_model, data.base_model_relation) == ("me/base", "finetune")
+
+
+def test_a_folder_that_has_gone_is_no_id(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name may be a stranger's, whose model this was not made from, and whose licence is another."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    asked: list[str] = []
+    monkeypatch.setattr("hfcompress.publish.trained.license_of", lambda name: asked.append(name) or "mit")
+    tiny_llama().save_pretrained(tmp_path / "models" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = pruning(tmp_path / "out", tokenizer)
+    trainer.model = AutoModelForCausalLM.from_pretrained("models/base")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer.create_model_card()
+    card = tmp_path / "out" / "README.md"
+    assert {"base_model", "base_model_relation", "license"}.isdisjoint(ModelCard.load(card).data.to_dict())
+    assert "`models/base`" in card.read_text()
+    assert asked == []
+    trainer.create_model_card(finetuned_from="models/base")  # whoever says so knows better
+    assert ModelCard.load(card).data.base_model == "models/base"
+    fetched = cache / "models--models--base" / "snapshots" / "0123"
+    fetched.mkdir(parents=True)
+    (fetched / "config.json").write_text("{}")
+    trainer.create_model_card()
+    data = ModelCard.load(card).data
+    assert (data.base_model, data.license) == ("models/base", "mit")
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -205,6 +276,43 @@ def test_the_best_weights_have_their_own_metrics_after_a_resume_too(
     assert f"at step {step} of 6" in (tmp_path / "best" / "README.md").read_text()
 
 
+def test_weights_on_disk_and_in_parts_are_told_apart_too(tmp_path: Path) -> None:
+    """A model that Transformers left on disk, and weights of a class of tensors as torchao has them."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map={**places, "model.layers": "disk"}, offload_folder=tmp_path / "off"
+    )
+    trainer = CardTrainer(model=model, args=TrainingArguments(**options(tmp_path / "out")), eval_dataset=ROWS)
+    trainer.evaluate()
+    assert trainer.state.log_history[-2]["evaluated_weights"] == digest_of_model(tiny_llama())
+
+    def in_parts(second: float) -> PreTrainedModel:
+        one = tiny_llama()
+        weight = one.model.norm.weight.detach()
+        one.model.norm.weight = nn.Parameter(TwoTensor(weight, weight * second), requires_grad=False)
+        return one
+
+    assert digest_of_model(in_parts(2.0)) == digest_of_model(in_parts(2.0)) != digest_of_model(in_parts(3.0))
+
+
+def tell_halves_apart() -> None:
+    """Give each of two processes half of every weight, as FSDP does."""
+    torch.distributed.init_process_group("gloo")
+    model = tiny_llama()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    before = digest_of_model(model)
+    model(**token_batches(1)[0])
+    assert digest_of_model(model) == before != digest_of_model(tiny_llama())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert digest_of_model(model) != before
+
+
+def test_weights_that_several_processes_hold_are_told_apart_too(forks: Forks) -> None:
+    run_in_two_processes(forks, tell_halves_apart)
+
+
 def test_of_which_weights_is_not_known_without_callback_and_mixin(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -219,6 +327,18 @@ def test_of_which_weights_is_not_known_without_callback_and_mixin(
             "was not recorded, as our callbacks and `hfcompress.ModelCardMixin` do"
             in (folder / "README.md").read_text()
         )
+
+
+def test_the_trainers_own_card_has_no_results_but_metrics(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A plain Trainer with our callback writes it, from all that its log holds beside a loss."""
+    trainer = pruning(tmp_path / "own", tokenizer, kind=Trainer, eval_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "own" / "README.md").read_text()
+    results = text[text.index("on the evaluation set") :]
+    assert "- Loss: " in results
+    assert "- Sparsity: 0.5" in results
+    assert not any(word in text for word in ("Weights", "Rows"))
 
 
 def test_rows_and_name_are_of_the_data_that_were_evaluated(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -250,6 +370,43 @@ def test_every_evaluated_data_set_is_on_the_card(tmp_path: Path, tokenizer: PreT
         "two_loss": pytest.approx(logged["eval_two_loss"]), "two_pruned_accuracy": 0.5,
     }  # fmt: skip
     assert load_facts(tmp_path / "sets").after.rows is None  # each has its own
+
+
+def test_the_card_of_sharded_weights_is_of_those_that_were_saved(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under FSDP, which CPUs do not have here: the first process cannot save alone what several hold."""
+    trainer = CardTrainer(
+        model=tiny_llama(), args=TrainingArguments(**options(tmp_path / "sharded")), train_dataset=ROWS,
+        eval_dataset=ROWS[:4], processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    plugin = SimpleNamespace(state_dict_type="FULL_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.is_fsdp_enabled = True
+    unsaved = r"not saved there as they are now\. Call trainer\.save_model\(\) in every process before"
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    tiny_llama(seed=5).save_pretrained(tmp_path / "sharded")  # as an earlier training may have left it
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    assert not (tmp_path / "sharded" / "README.md").exists()
+    trainer.save_model()
+    trainer.create_model_card()
+    logged = [logs for logs in trainer.state.log_history if "eval_loss" in logs][-1]
+    assert load_facts(tmp_path / "sharded").after.metrics == {"loss": pytest.approx(logged["eval_loss"])}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+    assert digest_of_model(saved) == digest_of_model(trainer.model)
+    trainer.model.lm_head.weight.data.mul_(2)
+    with pytest.raises(HFCompressError, match=unsaved):
+        trainer.create_model_card()
+    plugin.state_dict_type = "SHARDED_STATE_DICT"  # with which save_model writes nothing that loads
+    trainer.save_model()
+    with pytest.raises(HFCompressError, match="state_dict_type FULL_STATE_DICT of FSDP"):
+        trainer.create_model_card()
 
 
 UNREADABLE = {
@@ -353,6 +510,29 @@ def test_a_model_trained_for_its_grid_is_pushed_once_exported(
     assert facts.after.metrics == {"loss": pytest.approx(trainer.state.log_history[-2]["eval_loss"])}
     assert "quantized" in data.tags
     assert "bits=4" in facts.training["options"]["QuantizeAwareCallback"]
+
+
+def push_from_both(folder: Path, shared: bool) -> None:
+    """Train in two processes and push from each; the Hub cannot be reached, so the first one's saving is all."""
+    constants.HF_HUB_OFFLINE = False
+    args = TrainingArguments(**options(folder, report_to="none"))
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    trainer.train()
+    trainer.is_fsdp_enabled = shared
+    if not trainer.is_world_process_zero():
+        assert hfcompress.push(trainer, "me/small") is None
+    elif shared:
+        with pytest.raises(HFCompressError, match=r"weights are sharded.* Call trainer\.push_to_hub\(\)"):
+            hfcompress.push(trainer, "me/small")
+    else:
+        with saved_for_push(trainer) as saved:
+            assert load_facts(saved).loads_without_hfcompress is True
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "sharded"])
+def test_of_several_processes_the_first_pushes(shared: bool, tmp_path: Path, forks: Forks) -> None:
+    """Transformers saves in the first alone, so that the others had nothing to push, and failed."""
+    run_in_two_processes(forks, push_from_both, tmp_path / "out", shared)
 
 
 KINDS = {"seq2seq-lm": family("t5"), "multiple-choice": encoder(transformers.BertForMultipleChoice),

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hfcompress.evaluated import OTHER_DATA, ROWS, WEIGHTS, digest_of_model
+from hfcompress.evaluated import OTHER_DATA, ROWS, WEIGHTS, digest_of_model, note_of
 
 _NOT_QUALITY = ("_runtime", "_per_second", "_compilation_time")
 
@@ -30,20 +30,21 @@ class Evaluation:
 def last_evaluation(trainer: Trainer) -> Evaluation:
     """Return the newest metrics of the weights as they are now; none where it is not known that they are of these."""
     history: list[dict[str, Any]] = trainer.state.log_history
-    logged = [logs for logs in reversed(history) if _quality(logs)]
+    logged = [(logs, note_of(history, at)) for at, logs in enumerate(history) if _quality(logs)][::-1]
     now = digest_of_model(trainer.model)
-    of_these = [logs for logs in logged if logs.get(WEIGHTS) == now]
+    of_these = [(logs, note) for logs, note in logged if note.get(WEIGHTS) == now]
     if not of_these:
         return Evaluation({}, _why_none(logged))
-    other = OTHER_DATA in of_these[0]
+    newest, its_note = of_these[0]
+    other = OTHER_DATA in its_note
     metrics: dict[str, float] = {}
     rows = []
-    for logs in of_these:  # several data sets are evaluated one after another
+    for logs, note in of_these:  # several data sets are evaluated one after another
         new = _quality(logs)
-        if (OTHER_DATA in logs) == other and not new.keys() <= metrics.keys():
+        if (OTHER_DATA in note) == other and not new.keys() <= metrics.keys():
             metrics = {**new, **metrics}
-            rows.append(logs[ROWS])
-    told = f"at step {of_these[0]['step']} of {trainer.state.max_steps}{', on data that it was given then' * other}"
+            rows.append(note[ROWS])
+    told = f"at step {newest['step']} of {trainer.state.max_steps}{', on data that it was given then' * other}"
     return Evaluation(metrics, told, rows[0] if len(rows) == 1 else None, other)
 
 
@@ -54,11 +55,11 @@ def _quality(logs: Mapping[str, Any]) -> dict[str, float]:
             and not name.endswith(_NOT_QUALITY)}  # fmt: skip
 
 
-def _why_none(logged: Sequence[Mapping[str, Any]]) -> str:
+def _why_none(logged: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
     if not logged:
         return "the Trainer's log has no evaluation (`eval_...`)"
-    if any(WEIGHTS in logs for logs in logged):
-        return f"the weights have changed since the Trainer evaluated them, last at step {logged[0]['step']}"
+    if any(note for _, note in logged):
+        return f"the weights have changed since the Trainer evaluated them, last at step {logged[0][0]['step']}"
     return (
         "of which weights the evaluations in the Trainer's log are was not recorded, as our callbacks and "
         "`hfcompress.ModelCardMixin` do"

@@ -56,9 +56,9 @@ class Facts:
     ``ScaleTuning`` has it.  structure: kind of unit (heads, neurons) to block to (before, after).  layers: name,
     parameters, nonzero and bytes of each.  inputs: digests of model and data.  training: of a model that no recipe
     made, what its Trainer and callbacks were told, or the words of the command, which are none where calls in Python
-    made it.  local: which names of model and data are none of the Hub's: paths where it was made, and the class of a
-    model that came from nowhere.  weights: a digest of the files that were measured.  None is
-    what is not known.
+    made it.  local: which names of model and data are none of the Hub's: paths where it was made, or that have gone
+    since, and the class of a model that came from nowhere.  weights: a digest of the files that were measured.  None
+    is what is not known.
     """
 
     version: str | None

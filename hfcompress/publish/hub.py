@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
@@ -40,6 +40,20 @@ class Pushed:
     left_out: tuple[str, ...]
 
 
+@overload
+def push(
+    source: str | Path, repo_id: str | None = None, *, private: bool | None = None, revision: str | None = None,
+    create_pr: bool = False, token: str | None = None,
+) -> Pushed: ...  # fmt: skip
+
+
+@overload
+def push(
+    source: Any, repo_id: str | None = None, *, private: bool | None = None, revision: str | None = None,
+    create_pr: bool = False, token: str | None = None,
+) -> Pushed | None: ...  # fmt: skip
+
+
 def push(
     source: Any,
     repo_id: str | None = None,
@@ -48,9 +62,10 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
-) -> Pushed:
+) -> Pushed | None:
     """Upload a checkpoint folder, or a Trainer's model with a card of its training, in one commit.
 
+    Of several processes that train together the first uploads, and the others get None, as from ``push_to_hub``.
     repo_id: None is a Trainer's ``hub_model_id``, or else the name of its ``output_dir``, as for ``push_to_hub``.
     private: of a repository that is made now; one that exists must not be public when True is asked for.  None is a
     Trainer's ``hub_private_repo``, as no token is its ``hub_token``.
@@ -77,6 +92,9 @@ def push(
         args = getattr(source, "args", None)
         private = getattr(args, "hub_private_repo", None) if private is None else private
         token = token or getattr(args, "hub_token", None)
+        is_first = getattr(source, "is_world_process_zero", lambda: True)
+        if not is_first():
+            return None
         with saved_for_push(source) as folder:
             return push(folder, repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
     folder = Path(source).expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HTTPError
 
 
 def license_of(name: str, revision: str | None = None) -> str | None:
@@ -30,8 +31,8 @@ def metadata_of(card: Path) -> ModelCardData | None:
 
 
 def _card_of(name: str, revision: str | None) -> Path | None:
-    """Return the cached or downloaded card of a Hub model.  Missing and out of reach are OSErrors, all of them."""
+    """Return the cached or downloaded card of a Hub model, None where there is none or the Hub is out of reach."""
     try:
         return Path(hf_hub_download(name, "README.md", revision=revision))
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPError):  # what the Hub answered is an OSError, and a broken connection is not
         return None

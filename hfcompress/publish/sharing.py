@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 _ABSOLUTE = re.compile(r"^(?:[/~]|[A-Za-z]:[\\/])")
 
@@ -18,6 +22,16 @@ def is_absolute(path: Any) -> bool:
 def local_names(names: Iterable[Any]) -> list[str]:
     """Return those names of models and data that are paths here and now, and not ids on the Hub."""
     return [str(name) for name in names if name and (is_absolute(name) or os.path.exists(name))]
+
+
+def is_cached(name: str) -> bool:
+    """Whether the Hub's cache has files of a model of this name, as of every one that was opened by its id."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    return any(folder.glob("snapshots/*/*"))
 
 
 def shared_name(path: str) -> str:

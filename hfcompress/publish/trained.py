@@ -22,14 +22,14 @@ from hfcompress.checkpoint.files import weights_digest
 from hfcompress.checkpoint.verify import Verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
-from hfcompress.evaluated import OTHER_DATA, note_evaluation
+from hfcompress.evaluated import OTHER_DATA, digest_of_model, note_evaluation
 from hfcompress.packed import packed_layers
 from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.evaluations import Evaluation, last_evaluation
 from hfcompress.publish.facts import FILE_NAME
 from hfcompress.publish.licence import license_of, metadata_of
 from hfcompress.publish.loading import TASK_PAGES
-from hfcompress.publish.sharing import local_names
+from hfcompress.publish.sharing import is_cached, local_names
 
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
          "gradient_accumulation_steps", "bf16", "fp16", "temperature", "alpha")  # fmt: skip
@@ -52,9 +52,9 @@ class ModelCardMixin(_Base):
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, Mapping)
         if not several:  # each of several came here alone
-            logs = note_evaluation(self, metrics)
-            if logs and not self._is_own(eval_dataset):
-                logs[OTHER_DATA] = True
+            note = note_evaluation(self, metrics)
+            if note and not self._is_own(eval_dataset):
+                note[OTHER_DATA] = True
         return metrics
 
     def _is_own(self, data: Any) -> bool:
@@ -62,6 +62,14 @@ class ModelCardMixin(_Base):
         own = self.eval_dataset
         known = own.values() if isinstance(own, Mapping) else [own]
         return data is None or isinstance(data, str) or any(data is one for one in known)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save as the Trainer does, and remember where sharded weights went: a card cannot save them again."""
+        without_weights = state_dict is not None and not state_dict  # as DeepSpeed's are that nothing gathers
+        super()._save(output_dir, state_dict)
+        if _is_sharded(self) and self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir)).absolute()
+            self._saved = None if without_weights else (folder, digest_of_model(self.model))
 
     def create_model_card(
         self,
@@ -79,6 +87,8 @@ class ModelCardMixin(_Base):
 
         The model is saved there first: sizes on a card are those of files, and what lies there may be of an earlier
         training.  A model that is no PreTrainedModel, as one with adapters is not, has the Trainer's own card.
+        Raises HFCompressError where FSDP or DeepSpeed shard the weights and ``save_model`` was not called before, in
+        every process.
         """
         if not self.is_world_process_zero():
             return
@@ -88,14 +98,20 @@ class ModelCardMixin(_Base):
             )
             return
         folder = Path(str(self.args.output_dir))
-        # Saving a sharded model takes all processes, and only this one is here: push_to_hub has saved it just before.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not (sharded and (folder / "config.json").is_file()):
+        if not _is_sharded(self):
             self.save_model(_internal_call=True)
+        elif getattr(self, "_saved", None) != (folder.absolute(), digest_of_model(self.model)):
+            # Saving a sharded model takes all processes, and only this one is here.
+            raise HFCompressError(
+                f"A card of {folder} would tell of other weights than those that were trained: they are sharded, and "
+                "were not saved there as they are now. Call trainer.save_model() in every process before, as "
+                "push_to_hub does, with whole weights: state_dict_type FULL_STATE_DICT of FSDP, or DeepSpeed's "
+                "stage3_gather_16bit_weights_on_model_save."
+            )
         data = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
         facts = facts_of_trainer(self, folder, name=model_name, data=data)
         if finetuned_from:
-            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from)}
+            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from), "local": []}
         facts["base_model_license"] = license or facts["base_model_license"]
         facts["training"] |= {
             "tags": [*_listed(tags), *(_tags_there(folder) if tags else ())],
@@ -106,6 +122,12 @@ class ModelCardMixin(_Base):
         facts["local"] += local_names([finetuned_from, *_listed(dataset_tags), *_listed(dataset)])
         write_text(folder / FILE_NAME, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         write_model_card(folder, getattr(self, "hub_model_id", None) or self.args.hub_model_id)
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Whether several processes hold the weights together: FSDP, DeepSpeed, or Transformers that split them."""
+    split = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or split)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
@@ -152,6 +174,8 @@ def facts_of_trainer(
     summary = inspect_checkpoint(folder)
     origin = getattr(model.config, "_name_or_path", "")
     base = origin or type(model).__name__
+    # What neither lies here nor was fetched from the Hub was a folder that has gone: its name may be a stranger's id.
+    known = bool(local_names([origin])) or is_cached(origin)
     measured = Measurement(
         parameters=summary.total.parameters, nonzero=summary.total.nonzero, metrics=found.metrics,
         bytes_on_disk=summary.bytes_on_disk, dtype=str(model.dtype).removeprefix("torch."),
@@ -164,9 +188,9 @@ def facts_of_trainer(
         "task": task_of(type(model)),
         "created": datetime.now(timezone.utc).date().isoformat(),
         "base_model": base,
-        "base_model_license": license_of(origin) if origin else None,
+        "base_model_license": license_of(origin) if known else None,
         "data": None if found.is_of_other_data else data,
-        "local": local_names([origin]) if origin else [base],
+        "local": local_names([origin]) if known else [base],
         "recipe": None,
         "seed": trainer.args.seed,
         "training": {
@@ -244,6 +268,11 @@ def saved_for_push(trainer: Any) -> Iterator[Path]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PreTrainedModel):
         raise HFCompressError(f"push needs a PreTrainedModel in the Trainer, not a {type(model).__name__}.")
+    if _is_sharded(trainer):
+        raise HFCompressError(
+            "The weights are sharded, and one process cannot save them alone for push. Call trainer.push_to_hub(), or "
+            "trainer.save_model() in every process, and then push the folder that has them and their card."
+        )
     if _rounds_weights(model):
         raise HFCompressError(
             "The model computes with rounded weights that its files would not hold. Call the callback's "
