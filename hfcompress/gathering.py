@@ -20,7 +20,7 @@ from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import Measurement, describe_machine
 from hfcompress.opening import files_of
 from hfcompress.pruning.oneshot import PruningReport
-from hfcompress.publish.licence import license_of
+from hfcompress.publish.licence import licence_facts
 from hfcompress.publish.sharing import local_names
 from hfcompress.quantization import QuantizationReport
 from hfcompress.recipe import ModelSpec, Recipe
@@ -222,12 +222,12 @@ def layers_of(folder: Path) -> list[dict[str, Any]]:
             for one in layers]  # fmt: skip
 
 
-def base_model(spec: ModelSpec) -> dict[str, str | None]:
+def base_model(spec: ModelSpec) -> dict[str, Any]:
     """Return the name and the licence of the model that a run began with."""
     if is_packaged(spec.id):
         packaged = packaged_model(spec.id)
         return {"base_model": packaged.hub_id, "base_model_license": packaged.license}
-    return {"base_model": spec.id, "base_model_license": license_of(spec.id, spec.revision)}
+    return {"base_model": spec.id, **licence_facts(spec.id, spec.revision)}
 
 
 def benchmark_entry(recipe: Recipe, facts: Mapping[str, Any]) -> str | None:

@@ -45,7 +45,8 @@ def test_what_nothing_reads_again_makes_room(
 ) -> None:
     """The layer's input goes when its last network begins, and the network's when all of its last product's is there.
 
-    Nothing else changes. Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the end.
+    Nothing else changes. Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the
+    end.
     """
     monkeypatch.setattr(parts, "PART", 3 * 12)
     model = FAMILIES[family].model()

@@ -28,7 +28,7 @@ from hfcompress.errors import HFCompressError
 from hfcompress.evaluated import digest_of_model
 from hfcompress.publish import load_facts
 from hfcompress.publish.card import render_folder
-from hfcompress.publish.licence import license_of
+from hfcompress.publish.licence import licence_facts
 from hfcompress.publish.trained import saved_for_push, task_of
 from tests.conftest import tiny_llama, token_batches
 from tests.distributed import run_in_two_processes
@@ -140,7 +140,48 @@ def hub_that_hangs_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("hub_that_hangs_up")
 def test_a_broken_connection_while_a_licence_is_looked_up_loses_nothing() -> None:
     """Cards are written at the end of hours of work, when the base model's licence is the one thing to be fetched."""
-    assert license_of("me/base") is None
+    assert licence_facts("me/base") == {"base_model_license": None}
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("license: mit", {"license": "mit"}),
+        ("license: [mit]", {"license": "mit"}),
+        ("license: [mit, apache-2.0]", {}),  # which of them holds is not for a card to choose
+        (
+            "license: other\nlicense_name: own\nlicense_link: https://example.org/terms",
+            {"license": "other", "license_name": "own", "license_link": "https://example.org/terms"},
+        ),
+        (
+            "license: other\nlicense_link: LICENSE.md",
+            {"license": "other"},
+        ),  # the base's own file
+        ("license: other\nlicense_name: 3", {"license": "other"}),
+    ],
+)
+def test_a_licence_of_its_own_keeps_its_name_and_its_link(
+    head: str, said: dict[str, str], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text(f"---\n{head}\n---\n")
+    trainer = pruning(tmp_path / "out", tokenizer)
+
+    def found() -> dict[str, str]:
+        data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+        return {key: value for key, value in data.items() if key.startswith("license")}
+
+    trainer.create_model_card(finetuned_from=str(tmp_path / "base"))
+    assert found() == said
+    trainer.create_model_card(finetuned_from=str(tmp_path / "base"), license="mit")
+    assert found() == {"license": "mit"}
+
+
+def test_a_file_with_a_licence_is_linked_where_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE.md\n---\n")
+    monkeypatch.setattr("hfcompress.publish.licence.hf_hub_download", lambda *args, **kwargs: tmp_path / "README.md")
+    terms = licence_facts("me/base", "v2")["base_model_license_terms"]
+    assert terms == {"license_link": "https://huggingface.co/me/base/blob/v2/LICENSE.md"}
 
 
 def test_the_card_is_of_the_weights_as_they_are_now(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -189,7 +230,10 @@ def test_a_folder_that_has_gone_is_no_id(
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     asked: list[str] = []
-    monkeypatch.setattr("hfcompress.publish.trained.license_of", lambda name: asked.append(name) or "mit")
+    monkeypatch.setattr(
+        "hfcompress.publish.trained.licence_facts",
+        lambda name: asked.append(name) or {"base_model_license": "mit"},
+    )
     tiny_llama().save_pretrained(tmp_path / "models" / "base")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)

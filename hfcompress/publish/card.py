@@ -156,6 +156,8 @@ def metadata(facts: Facts) -> ModelCardData:
         base_model_relation=base and ("quantized" if "quantized" in tags else "finetune"),
         library_name="transformers",
         license=facts.base_model_license,
+        license_name=facts.base_model_license_terms.get("license_name"),
+        license_link=facts.base_model_license_terms.get("license_link"),
         pipeline_tag=kind,
         tags=list(dict.fromkeys(["hfcompress", *tags, *(facts.training.get("tags") or ())])),
         language=facts.training.get("language"),

@@ -20,7 +20,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "stages": (list,), "loads_without_hfcompress": (bool, _ABSENT), "verification": (dict, _ABSENT),
     "quantization_report": (list, dict, _ABSENT), "pruning_report": (list, _ABSENT), "structure": (dict, _ABSENT),
     "layers": (list, _ABSENT), "inputs": (dict, _ABSENT), "training": (dict, _ABSENT), "tuning": (dict, _ABSENT),
-    "local": (list, _ABSENT), "weights": (str, _ABSENT),
+    "local": (list, _ABSENT), "weights": (str, _ABSENT), "base_model_license_terms": (dict, _ABSENT),
 }  # fmt: skip
 
 
@@ -67,6 +67,7 @@ class Facts:
     created: str | None
     base_model: str
     base_model_license: str | None
+    base_model_license_terms: dict[str, str]
     data: dict[str, Any]
     recipe: dict[str, Any]
     seed: int | None
@@ -158,6 +159,7 @@ def facts_from(values: Any, where: str = FILE_NAME) -> Facts:
         created=values.get("created"),
         base_model=values["base_model"],
         base_model_license=values.get("base_model_license"),
+        base_model_license_terms=values.get("base_model_license_terms") or {},
         data=values.get("data") or {},
         recipe=values.get("recipe") or {},
         seed=values.get("seed"),

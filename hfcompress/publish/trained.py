@@ -27,7 +27,7 @@ from hfcompress.packed import packed_layers
 from hfcompress.publish.card import CARD, write_model_card
 from hfcompress.publish.evaluations import Evaluation, last_evaluation
 from hfcompress.publish.facts import FILE_NAME
-from hfcompress.publish.licence import license_of, metadata_of
+from hfcompress.publish.licence import licence_facts, metadata_of
 from hfcompress.publish.loading import TASK_PAGES
 from hfcompress.publish.sharing import is_cached, local_names
 
@@ -111,8 +111,9 @@ class ModelCardMixin(_Base):
         data = _data_told(_listed(dataset), _listed(dataset_tags), _listed(dataset_args))
         facts = facts_of_trainer(self, folder, name=model_name, data=data)
         if finetuned_from:
-            facts |= {"base_model": finetuned_from, "base_model_license": license_of(finetuned_from), "local": []}
-        facts["base_model_license"] = license or facts["base_model_license"]
+            facts |= {"base_model": finetuned_from, "local": [], **licence_facts(finetuned_from)}
+        if license:
+            facts |= {"base_model_license": license, "base_model_license_terms": None}
         facts["training"] |= {
             "tags": [*_listed(tags), *(_tags_there(folder) if tags else ())],
             "language": language,
@@ -188,7 +189,7 @@ def facts_of_trainer(
         "task": task_of(type(model)),
         "created": datetime.now(timezone.utc).date().isoformat(),
         "base_model": base,
-        "base_model_license": license_of(origin) if known else None,
+        **(licence_facts(origin) if known else {"base_model_license": None}),
         "data": None if found.is_of_other_data else data,
         "local": local_names([origin]) if known else [base],
         "recipe": None,
