@@ -26,6 +26,8 @@ from hfcompress.structure import stack_linears
 ROWS = [
     Row(None, "dense", 16),
     *(Row("hfcompress", "gptq", bits, {"quality": quality}) for bits in (4, 3, 2) for quality in ("fast", "best")),
+    Row("hfcompress", "gptq", 4, {"quality": "best", "tuning_steps": 32}),
+    *(Row("hfcompress", "gptq", bits, {"quality": "best", "tuning_steps": 0}) for bits in (3, 2)),
     *(Row("hfcompress", "gptq", "auto", {"average_bits": average}) for average in (3.75, 3.25)),
     *(Row("hfcompress", "awq", bits) for bits in (4, 3)),
     *(Row("hfcompress", "rtn", bits) for bits in (4, 3, 2)),

@@ -19,7 +19,7 @@ from hfcompress.quantization import GPTQ, quantize
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.tuning import steps
 from hfcompress.quantization.tuning.portions import held_back, portions
-from hfcompress.quantization.tuning.scales import _Values, distances
+from hfcompress.quantization.tuning.scales import TunedScales, _Values, distances
 from tests.conftest import tiny_llama
 from tests.families import FAMILIES, Family, inputs_of
 
@@ -32,7 +32,7 @@ TUNED = replace(ROUGH, tuning_steps=16)
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "STEP_TOKENS", 48)
-    monkeypatch.setattr(steps, "RATE", 1e-2)
+    monkeypatch.setattr(steps, "RATE", 4e-2)
 
 
 def data(model: PreTrainedModel, count: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -97,6 +97,20 @@ def test_scales_have_the_gradient_of_their_product_with_the_codes(symmetric: boo
     assert torch.autograd.gradcheck(lambda one: _Values.apply(codes, one), scale)
 
 
+def test_a_change_is_a_share_of_the_rounding_error() -> None:
+    """One rate is for all bits: a step moves scales of fewer bits farther."""
+    models = {bits: tiny_llama() for bits in (2, 4)}
+    for bits, model in models.items():
+        quantize(model, replace(ROUGH, bits=bits), data(model, 1))
+    layers = [layer for model in models.values() for layer in packed_layers(model).values()]
+    before, scales = [layer.weight_scale.clone() for layer in layers], TunedScales(layers)
+    for change in scales.changes:
+        nn.init.ones_(change)
+    scales.write_()
+    for layer, scale in zip(layers, before):
+        torch.testing.assert_close(layer.weight_scale, scale * {2: 1.25, 4: 1.0625}[layer.bits])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_step_goes_where_plain_autograd_would(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that run once more for their gradients, and logits in chunks, change nothing."""
@@ -114,7 +128,7 @@ def test_a_step_goes_where_plain_autograd_would(family: str, monkeypatch: pytest
     changes, weights = [], {}
     for name, layer in packed_layers(model).items():
         change = torch.zeros_like(layer.weight_scale, requires_grad=True)
-        scale = (layer.weight_scale * (1 + change)).repeat_interleave(layer.columns // change.shape[1], 1)
+        scale = (layer.weight_scale * (1 + change / 4)).repeat_interleave(layer.columns // change.shape[1], 1)
         weights[f"{name}.weight"] = distances(layer) * scale
         changes.append(change)
     seen = batches[0]
@@ -129,7 +143,7 @@ def test_a_step_goes_where_plain_autograd_would(family: str, monkeypatch: pytest
 def test_scales_stay_where_rows_that_no_step_saw_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, tuned = tiny_llama(), tiny_llama()
     quantize(plain, ROUGH, held_back(data(plain))[0])
-    monkeypatch.setattr(steps, "RATE", 3.0)
+    monkeypatch.setattr(steps, "RATE", 12.0)
     report = quantize(tuned, TUNED, data(plain))
     assert report.tuning is not None
     assert not report.tuning.kept

@@ -30,9 +30,10 @@ class _Values(torch.autograd.Function):
 
 
 class TunedScales:
-    """A parameter for each packed layer: by what share its scales change, (rows, groups) float32.
+    """A parameter for each packed layer: how its scales change, (rows, groups) float32, as a share of ``1 / 2**bits``.
 
-    Codes are kept unpacked meanwhile.
+    That is about how far a weight's rounding error is from the weight, so that one rate fits all bits.  Codes are kept
+    unpacked meanwhile.
     """
 
     def __init__(self, layers: Sequence[PackedWeight]) -> None:
@@ -63,7 +64,8 @@ class TunedScales:
 
     def _changed(self, index: int) -> Tensor:
         """Return scales as they would be stored."""
-        return (self.scales[index] * (1 + self.changes[index])).to(self.layers[index].weight_scale.dtype)
+        layer = self.layers[index]
+        return (self.scales[index] * (1 + self.changes[index] / 2**layer.bits)).to(layer.weight_scale.dtype)
 
 
 def distances(layer: PackedWeight) -> Tensor:

@@ -34,7 +34,7 @@ from hfcompress.structure.running import running_still
 from hfcompress.structure.stack import layer_stacks
 
 STEP_TOKENS = 1024
-RATE, WARM_STEPS = 1e-3, 5
+RATE, WARM_STEPS = 0.012, 5  # the rate as a share of 1 / 2**bits of a scale
 
 
 def tune_scales_(
@@ -98,7 +98,7 @@ def _steps_of(batches: Sequence[Batch], rows: int) -> list[list[Batch]]:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Return the share by which a step changes scales: after the first ones half a cosine, down to 0."""
+    """Return by how much a step changes scales: after the first ones half a cosine, down to 0."""
     return RATE * min(1.0, (step + 1) / WARM_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
