@@ -85,10 +85,37 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 class _Kept:
-    """Who has asked for freed memory to be kept, in the whole process."""
+    """Who has asked for freed memory to be kept, in the whole process.  heap: its bytes when holes were looked for."""
 
     depth = 0
     for_good = False
+    heap = 0
+
+
+class _HeapInfo(ctypes.Structure):
+    """``mallinfo2`` of glibc's malloc.h.  arena: bytes of the heap.  keepcost: free ones at its end."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
+    ] + [("keepcost", ctypes.c_size_t)]
+
+
+def give_back_holes() -> None:
+    """Give the pages of freed blocks back to the kernel if the heap has grown since this was called last.
+
+    It grows where a block fits into no hole that others left, and then the holes count as memory in use beside it.
+    While freed memory is kept, what fits into holes finds their pages there; what is free at the heap's end stays.
+    Only on Linux with glibc 2.33 or newer.
+    """
+    mallinfo, trim = _glibc("mallinfo2"), _glibc("malloc_trim")
+    if not _Kept.depth or mallinfo is None or trim is None:
+        return
+    mallinfo.restype = _HeapInfo
+    found = mallinfo()
+    if found.arena > _Kept.heap:
+        trim(ctypes.c_size_t(found.keepcost))
+    _Kept.heap = found.arena
 
 
 def _set_thresholds(from_kernel: int, to_kernel: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from mmap import PAGESIZE
 from pathlib import Path
@@ -14,17 +15,23 @@ from transformers import LlamaForCausalLM
 from hfcompress.calibration import joined, parts, walk_layers
 from hfcompress.calibration.blocks import Blocks
 from hfcompress.calibration.joined import Ground
-from hfcompress.calibration.observe import GRAM, InputHessian, TokenMasks
+from hfcompress.calibration.observe import GRAM, TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.turn_pass import Turn, TurnPass
 from hfcompress.calibration.turns import Turns
-from hfcompress.devices import ENTRY, PAGEMAP, unmap_unchanged
+from hfcompress.devices import ENTRY, PAGEMAP, freed_memory_kept, give_back_holes, unmap_unchanged
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.stack import linear_weights_of
 from tests.conftest import tiny_llama, token_batches
 from tests.families import FAMILIES
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells which pages are in memory.")
+
+
+def resident_mib() -> int:
+    """Return how much memory this process holds."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS:"))) >> 10
 
 
 def pages_in_memory(tensor: Tensor) -> int:
@@ -43,10 +50,9 @@ def pages_in_memory(tensor: Tensor) -> int:
 def test_what_nothing_reads_again_makes_room(
     family: str, network: str, spent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer's input goes when its last network begins, and the network's when all of its last product's is there.
+    """The layer's input goes when its last network begins, whose output takes its input's place; nothing else changes.
 
-    Nothing else changes. Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the
-    end.
+    Where attention and network stand side by side (GPT-NeoX), the layer's input is read at the end.
     """
     monkeypatch.setattr(parts, "PART", 3 * 12)
     model = FAMILIES[family].model()
@@ -57,21 +63,15 @@ def test_what_nothing_reads_again_makes_room(
         visit = next(iter(walk_layers(model, data)))
         whole = visit.joined_()
         assert whole is not None
-        gone = spent and not found  # the second time it has not been learnt
-        given: list[Tensor] = []
-        left: list[bool] = []
-
-        def note(module: nn.Module, args: tuple[Tensor, ...], given: list[Tensor] = given) -> None:
-            given[:] = args
-
-        def look(seen: InputHessian, given: list[Tensor] = given, left: list[bool] = left) -> None:
-            left[:] = [one.untyped_storage().nbytes() > 0 for one in given]
-
-        with visit.layer.get_submodule(network).register_forward_pre_hook(note):
-            visit.compress_(list(linear_weights_of(visit.layer)), GRAM, look)
+        places: list[bool] = []
+        handle = visit.layer.get_submodule(network).register_forward_hook(
+            lambda module, args, output, places=places: places.append(args[0].data_ptr() == output.data_ptr())
+        )
+        visit.compress_(list(linear_weights_of(visit.layer)), GRAM, lambda found: None)
+        handle.remove()
         found.append([one.hidden for one in visit.batches if one.hidden is not None])
-        assert left == [not gone]
-        assert (whole[2].untyped_storage().nbytes() == 0) is gone
+        assert places[-1] is (spent and not found[1:])  # the second time it has not been learnt
+        assert (whole[2].untyped_storage().nbytes() == 0) is places[-1]
     for states, expected in zip(*found, strict=True):
         assert torch.equal(states, expected)
 
@@ -106,16 +106,6 @@ def test_an_input_that_a_turn_waits_with_is_not_written_over() -> None:
     torch.testing.assert_close(turns["beside"].found.hessian, inputs.T @ inputs)
 
 
-def test_what_lies_beside_a_spent_input_stays() -> None:
-    """An input that is a part of what is read later keeps its memory."""
-    both = torch.randn(2, 3, 4)
-    turn_pass = TurnPass(Ground(nn.Identity(), {}, [], TokenMasks(None, None)), {}, {}, lambda turn: None)
-    assert not turn_pass._is_spent(both)
-    turn_pass.spent = True
-    assert turn_pass._is_spent(both)
-    assert not turn_pass._is_spent(both[:1])
-
-
 def test_rows_of_batches_lie_side_by_side() -> None:
     blocks = Blocks(3)
     given = {name: [torch.randn(5, size) for _ in range(3)] for name, size in (("a", 2), ("b", 4))}
@@ -136,6 +126,36 @@ def test_the_dense_models_states_take_no_room_twice() -> None:
     turns = Turns(visit, list(linear_weights_of(visit.layer)), hidden)
     assert [one.data_ptr() for one in turns.outputs] == [one.data_ptr() for one in hidden]
     assert all(torch.equal(one, other) for one, other in zip(turns.outputs, expected, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="The C library does not tell of its heap.")
+def test_holes_go_back_once_a_block_fits_into_none_of_them() -> None:
+    """And only then: what fits into them finds its pages there."""
+
+    def blocks(count: int, mib: int) -> list[Tensor]:
+        return [torch.ones(mib << 18) for _ in range(count)]
+
+    with freed_memory_kept():
+        give_back_holes()
+        kept = blocks(40, 8)
+        del kept[::2]
+        full = resident_mib()
+        give_back_holes()
+        assert full - resident_mib() == pytest.approx(160, abs=16)
+        again = blocks(20, 7)  # an aligned block needs a larger hole
+        assert full - resident_mib() == pytest.approx(20, abs=16)
+        del again
+        give_back_holes()
+        assert full - resident_mib() == pytest.approx(20, abs=16)
+        assert len(kept) == 20
+
+
+def test_holes_are_looked_for_after_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("hfcompress.calibration.walk.give_back_holes", lambda: calls.append(None))
+    model = tiny_llama(layers=3)
+    quantize(model, GPTQ(bits=4, group_size=16), token_batches(4, rows=8, length=12))
+    assert len(calls) == 2  # of the last one nothing goes on
 
 
 def test_states_of_all_batches_are_joined_once() -> None:

@@ -155,21 +155,17 @@ class InputPass(ABC):
             if found is None:
                 return plain(*args, **kwargs)
             inputs, rest = found
-            if self._is_spent(call.states):
-                call.states.untyped_storage().resize_(0)
             self._meet_once_((last,), inputs)
             linear = self.layer.get_submodule(last)
             rows = sum(len(part) for part in inputs)
             outputs = (linear(inputs.pop(0)) for _ in range(len(inputs)))
-            output = joined_rows(outputs, rows)
+            output = joined_rows(outputs, rows, call.states if self._is_spent(call.states) else None)
             return output if rest is None else (output, *rest)
 
         return module, forward
 
     def _is_spent(self, states: Tensor) -> bool:
-        """Tell whether nothing reads states any more, nor what lies beside them."""
-        storage = states.untyped_storage()
-        return self.spent and storage.data_ptr() not in self.kept and storage.nbytes() == states.nbytes
+        return self.spent and states.untyped_storage().data_ptr() not in self.kept
 
     @contextmanager
     def _answering(self, instead: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:

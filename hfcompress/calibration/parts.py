@@ -106,11 +106,12 @@ def row_parts(states: Tensor, tokens: int | None = None) -> list[slice]:
     return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
-def joined_rows(parts: Iterable[Tensor], rows: int) -> Tensor:
-    """Return parts of so many rows as one tensor."""
-    output, start = None, 0
+def joined_rows(parts: Iterable[Tensor], rows: int, spent: Tensor | None = None) -> Tensor:
+    """Return parts of so many rows as one tensor: in the place of ``spent`` where they fit there, or in a new one."""
+    output, start = spent, 0
     for part in parts:
-        if output is None:
+        form = (part.dtype, (rows, *part.shape[1:]))
+        if output is None or not output.is_contiguous() or (output.dtype, output.shape) != form:
             output = part.new_empty(rows, *part.shape[1:])
         output[start : start + len(part)] = part
         start += len(part)

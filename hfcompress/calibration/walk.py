@@ -27,6 +27,7 @@ from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
 from hfcompress.calibration.together import first_rows, fits_joined, join_calls, join_masks
+from hfcompress.devices import give_back_holes
 from hfcompress.packed import unpacked
 from hfcompress.packed.experts import split_experts
 from hfcompress.structure.offload import bring_in_
@@ -209,6 +210,7 @@ def _walk_stack(
         yield visit
         if index + 1 < len(stack):
             visit.advance_()
+            give_back_holes()
 
 
 def token_masks(model: nn.Module, batch: Batch, is_last: bool) -> TokenMasks:
