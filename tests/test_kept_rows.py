@@ -127,6 +127,25 @@ def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> Non
         kept[name]["perplexity"] for name in ("hfcompress gptq best 4 bits", "auto_round autoround 50 4 bits")
     )
     assert f"{ours:.2f} against {theirs:.2f}, {'met' if ours <= theirs else 'missed'}" in " ".join(section.split())
+    peaks = {name: facts.get("peak_mib", 0) for name, facts in kept.items()}
+    fast, best, llmcompressor, gptqmodel, auto_round = (
+        peaks[name]
+        for name in (
+            "hfcompress gptq fast 4 bits",
+            "hfcompress gptq best 4 bits",
+            "llmcompressor gptq 4 bits",
+            "gptqmodel gptq 4 bits",
+            "auto_round autoround 50 4 bits",
+        )
+    )
+    assert (
+        f"`fast` takes {fast:,.0f} MiB where llm-compressor takes {llmcompressor:,.0f} and GPTQModel {gptqmodel:,.0f}, "
+        f"and `best` {best:,.0f} where auto-round takes {auto_round:,.0f}. "
+        f"{'Met' if fast <= min(llmcompressor, gptqmodel) and best <= auto_round else 'Missed'}."
+    ) in " ".join(section.split())
+    for name in ("best 32 4", "best 3", "best 2"):
+        tuning = kept[f"hfcompress gptq {name} bits"]["tuning"]
+        assert f"from {tuning['before']:.4f} to {tuning['after']:.4f}" in section
     floor = json.loads((RESULTS / "quantize/floor.json").read_text(encoding="utf-8"))
     assert f"floor is {floor['operations'] / floor['rate']:.1f} s" in section
     assert f"would be {seconds['llmcompressor gptq 4 bits'] / 5:.1f} s" in section

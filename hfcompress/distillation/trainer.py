@@ -27,8 +27,8 @@ from hfcompress.distillation.terms import LogitTerms, takes_logits, takes_own_ta
 from hfcompress.distillation.tokens import real_tokens
 from hfcompress.outputs import refuse_other_places, require_columns, row_count
 from hfcompress.outputs.trainer import PerItemTrainer
+from hfcompress.publish.mixin import ModelCardMixin
 from hfcompress.publish.reporters import draw_losses_over_steps, send_picture, show_in_notebook
-from hfcompress.publish.trained import ModelCardMixin
 
 
 class DistillationTrainer(ModelCardMixin, ProjectionTrainer, PerItemTrainer):

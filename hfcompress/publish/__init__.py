@@ -5,11 +5,11 @@ from __future__ import annotations
 from hfcompress.publish.card import write_model_card
 from hfcompress.publish.facts import Facts, load_facts
 from hfcompress.publish.hub import Pushed, push
+from hfcompress.publish.mixin import ModelCardMixin
 from hfcompress.publish.plots import plot_size_against_quality
 from hfcompress.publish.report import write_report
 from hfcompress.publish.result import print_result
 from hfcompress.publish.tables import inspection_tables, measurement_table, stage_table
-from hfcompress.publish.trained import ModelCardMixin
 
 __all__ = [
     "Facts",

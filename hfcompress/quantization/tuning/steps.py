@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hfcompress.calibration.attention import fast_attention
 from hfcompress.calibration.parts import replaced_forwards
 from hfcompress.calibration.running import Batch
-from hfcompress.devices import release_freed_memory
+from hfcompress.devices import give_back_holes, release_freed_memory
 from hfcompress.packed import PackedWeight
 from hfcompress.progress import meter
 from hfcompress.quantization.placing import put_, restore_
@@ -78,6 +78,7 @@ def tune_scales_(
                 optimizer.param_groups[0]["lr"] = _rate(step, len(seen))
                 optimizer.step()
                 optimizer.zero_grad()
+                give_back_holes()
                 bar.advance()
             after = average()
     kept = after < before
