@@ -139,8 +139,8 @@ def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> Non
         )
     )
     assert (
-        f"`fast` takes {fast:,.0f} MiB where llm-compressor takes {llmcompressor:,.0f} and GPTQModel {gptqmodel:,.0f}, "
-        f"and `best` {best:,.0f} where auto-round takes {auto_round:,.0f}. "
+        f"`fast` takes {fast:,.0f} MiB where llm-compressor takes {llmcompressor:,.0f} "
+        f"and GPTQModel {gptqmodel:,.0f}, and `best` {best:,.0f} where auto-round takes {auto_round:,.0f}. "
         f"{'Met' if fast <= min(llmcompressor, gptqmodel) and best <= auto_round else 'Missed'}."
     ) in " ".join(section.split())
     for name in ("best 32 4", "best 3", "best 2"):
