@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from mmap import PAGESIZE
 from pathlib import Path
@@ -19,7 +18,7 @@ from hfcompress.calibration.observe import GRAM, TokenMasks
 from hfcompress.calibration.record import LayerCall
 from hfcompress.calibration.turn_pass import Turn, TurnPass
 from hfcompress.calibration.turns import Turns
-from hfcompress.devices import ENTRY, PAGEMAP, freed_memory_kept, give_back_holes, unmap_unchanged
+from hfcompress.devices import ENTRY, PAGEMAP, _glibc, freed_memory_kept, give_back_holes, unmap_unchanged
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.stack import linear_weights_of
 from tests.conftest import tiny_llama, token_batches
@@ -128,7 +127,7 @@ def test_the_dense_models_states_take_no_room_twice() -> None:
     assert all(torch.equal(one, other) for one, other in zip(turns.outputs, expected, strict=True))
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="The C library does not tell of its heap.")
+@pytest.mark.skipif(_glibc("mallinfo2") is None, reason="The C library does not tell of its heap.")
 def test_holes_go_back_once_a_block_fits_into_none_of_them() -> None:
     """And only then: what fits into them finds its pages there."""
 

@@ -1,4 +1,4 @@
-"""With quality="best" the scales are tuned by what the whole model gives, and by nothing else."""
+"""Gradient steps tune scales by what the whole model gives, and by nothing else."""
 
 from __future__ import annotations
 
