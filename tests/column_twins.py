@@ -141,12 +141,12 @@ def test_orders_and_sweeps_go_with_the_kernel(order: str, kernel: list[int], mon
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
-def test_pruning_between_columns_is_left_to_the_loop(pattern: str | None, kernel: list[int]) -> None:
+def test_the_kernel_goes_with_pruning(pattern: str | None, kernel: list[int]) -> None:
     weight, hessian = (one.to(DEVICE) for one in problem(rows=20, columns=96))
     (both,) = gptq_siblings([weight], hessian, 3, 32, prune=SparseGPT(0.5, pattern))
     assert float((both.codes == 0).float().mean()) >= 0.5
-    # The pass in which weights are chosen between columns has none; what is pruned before is only rounded.
-    assert kernel == ([32, 32, 32] * (1 if pattern else 2))
+    # Where weights are chosen between columns it takes those that are chosen from together.
+    assert kernel == ([4] * 24 if pattern else [32] * 3) + [32] * 3
 
 
 def test_one_row_is_enough(kernel: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hfcompress.calibration import integers
 from hfcompress.calibration.hessian import (
-    accumulate_cross_,
+    accumulate_products_,
     accumulate_triangle_,
     mirror_triangle_,
     relative_error,
@@ -95,7 +95,7 @@ def test_products_of_differences_and_inputs_are_as_near() -> None:
     inputs[3, 8], differences[4, 80] = 900.0, 2000.0
     found = torch.zeros(90, 300)
     before = differences.clone()
-    accumulate_cross_(found, differences, inputs)
+    accumulate_products_(torch.zeros(300, 300), inputs, [(found, differences)])
     assert torch.equal(differences, before)
     true = differences.double().T @ inputs.double()
     sizes = [one.double().square().sum(0).sqrt() for one in (differences, inputs)]

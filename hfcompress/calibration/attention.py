@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from hfcompress.devices import vector_bfloat16
 
 QUERIES = 64  # of a head, in a block
-SCORES = 5 << 17  # of a block, which stay in the caches
+SCORES = 5 << 18  # of a block, which stay in the caches
 
 
 def fast_attention() -> AbstractContextManager[Any]:
@@ -102,13 +102,13 @@ def _write_attention_(
     output, query: (n, heads that share keys, tokens, size).  key: (n, size, keys).  value: (n, keys, size).
     """
     tokens, keys = query.shape[2], key.shape[-1]
-    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu_(1)
+    later = query.new_full((QUERIES, QUERIES), -torch.inf).triu_(1)
     for start in range(0, tokens, QUERIES):
         block = query[:, :, start : start + QUERIES]
         seen = start + block.shape[2] if is_causal else keys
         scores = torch.baddbmm(block.new_empty(1), block.flatten(1, 2), key[..., :seen], beta=0, alpha=scale)
         scores = scores.view(*block.shape[:3], seen)
         if is_causal:
-            scores[..., start:].masked_fill_(later[: block.shape[2], : block.shape[2]], -torch.inf)
+            scores[..., start:].add_(later[: block.shape[2], : block.shape[2]])
         probabilities = scores.softmax(-1).flatten(1, 2)
         output[:, :, start : start + QUERIES] = torch.bmm(probabilities, value[:, :seen]).view(*block.shape[:3], -1)

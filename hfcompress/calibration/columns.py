@@ -7,7 +7,7 @@ a fixed order with one Cholesky factor and no inverse: with H = U D U^T, U unit 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,20 +22,12 @@ INNER_BLOCK = 16
 class Rounding(Protocol):
     """Brings columns to a grid.  Tensors are float32, columns first."""
 
-    def begin(self, start: int, target: Tensor) -> None:
-        """Look at a block before its first column is rounded.  target: (columns, out), columns ``start`` and on."""
-
-    def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
-        """Return the values that a column gets.  target: (out,).  pruned: (out,) bool, the values that must be 0."""
-
-
-@runtime_checkable
-class RunRounding(Rounding, Protocol):
-    """A rounding that can take many columns in one call, where nothing has to be chosen between them."""
-
     @property
     def run_length(self) -> int | None:
-        """How many columns at the most; None where columns have to be taken one by one."""
+        """How many columns it takes in one call at the most; None is as many as suit a loop over them."""
+
+    def begin(self, start: int, target: Tensor) -> None:
+        """Look at a block before its first column is rounded.  target: (columns, out), columns ``start`` and on."""
 
     def round_run_(
         self, start: int, target: Tensor, unit: Tensor, values: Tensor, error: Tensor, pruned: Tensor | None
@@ -46,6 +38,38 @@ class RunRounding(Rounding, Protocol):
         room for what was minus what is; values become what is.  unit: (columns, columns), rows as in the factor.
         pruned: (columns, out) bool, the values that must be 0.
         """
+
+
+def in_turn_(
+    target: Tensor, unit: Tensor, values: Tensor, error: Tensor, became: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Go through columns one by one, and let each one's error reach those after it; see ``Rounding.round_run_``.
+
+    became: gets a column's place here and its target, and returns what becomes of it.  Values are not changed.
+    """
+    columns = zip(target.unbind(), unit.unbind(), values.unbind(), error.unbind())
+    for column, (wanted, reach, before, lost) in enumerate(columns):
+        torch.sub(before, became(column, wanted), out=lost)
+        if column + 1 < len(target):
+            target[column + 1 :].addr_(reach[column + 1 :], lost)
+
+
+class _Unrounded:
+    """Leaves columns what they have come to, but for what is pruned."""
+
+    run_length = None
+
+    def begin(self, start: int, target: Tensor) -> None:
+        pass
+
+    def round_run_(
+        self, start: int, target: Tensor, unit: Tensor, values: Tensor, error: Tensor, pruned: Tensor | None
+    ) -> None:
+        def became(column: int, wanted: Tensor) -> Tensor:
+            return wanted if pruned is None else wanted.masked_fill_(pruned[column], 0)
+
+        in_turn_(target, unit, values, error, became)
+        values.copy_(target)
 
 
 class Selection(Protocol):
@@ -106,7 +130,8 @@ def _multiple(period: int, size: int) -> int:
 class _Columns:
     """A weight on its way through the loop.  values, error, pruned: (in, out); error is what was minus what is.
 
-    runs: takes ``step`` columns in one call, where there is such a rounding.
+    period: how many columns are chosen from together between others; None where nothing is chosen so.
+    looks: whether anything wants to see a block before its first column is done.
     """
 
     def __init__(
@@ -121,11 +146,11 @@ class _Columns:
         self.error = torch.zeros_like(self.values)
         zeros = self.values == 0 if zeros is None else zeros.T.clone(memory_format=torch.contiguous_format)
         self.pruned = zeros if selection is not None or bool(zeros.any()) else None
-        self.unit, self.rounding, self.selection = factor.unit, rounding, selection
-        period = 1 if selection is None or selection.period is None else selection.period
-        between = selection is not None and selection.period is not None
-        self.runs = rounding if isinstance(rounding, RunRounding) and rounding.run_length and not between else None
-        self.step = _multiple(period, INNER_BLOCK if self.runs is None else self.runs.run_length or INNER_BLOCK)
+        self.unit, self.selection = factor.unit, selection
+        self.rounding: Rounding = rounding or _Unrounded()
+        self.period = None if selection is None else selection.period
+        self.looks = rounding is not None or (selection is not None and self.period is None)
+        self.step = _multiple(self.period or 1, self.rounding.run_length or INNER_BLOCK)
 
     def compress_block_(self, start: int, stop: int) -> None:
         """Compress columns ``start`` to ``stop``; the columns before them are done.
@@ -143,42 +168,35 @@ class _Columns:
     def _compress_run_(self, first: int, target: Tensor) -> None:
         """Compress columns ``first`` and on, whose errors reach each other only."""
         last = first + len(target)
-        if self.runs is not None:
-            run = slice(first, last)
+        size = self.period or len(target)
+        for start in range(first, last, size):
+            stop = min(start + size, last)
+            run, rest = slice(start, stop), target[start - first :]
+            self._choose_group_(run, rest[:size])
             gone = None if self.pruned is None else self.pruned[run]
-            self.runs.round_run_(first, target, self.unit[run, run], self.values[run], self.error[run], gone)
-            return
-        for column in range(first, last):
-            rest = target[column - first :]
-            self._choose_group_(column, rest)
-            self._compress_column_(column, rest[0])
-            if column + 1 < last:
-                rest[1:].addr_(self.unit[column, column + 1 : last], self.error[column])
+            self.rounding.round_run_(start, rest[:size], self.unit[run, run], self.values[run], self.error[run], gone)
+            if stop < last:
+                rest[size:].addmm_(self.unit[run, stop:last].T, self.error[run])
 
     def _begin_block_(self, start: int, target: Tensor) -> None:
         """Choose what goes from a whole block, and let the rounding look at what stays of it."""
-        if self.selection is None and self.rounding is None:
+        if not self.looks:
             return
         block = slice(start, start + len(target))
         gone = None if self.pruned is None else self.pruned[block]
         moved = self._moved(start, target)
         if self.selection is not None and gone is not None:
-            if self.selection.period is None:
+            if self.period is None:
                 gone |= self.selection.choose(start, moved)
-            elif self.rounding is not None:
+            else:
                 # Groups are chosen when it is their turn; until then the rounding's scale relies on today's choice.
                 gone = gone | self.selection.choose(start, moved)
-        if self.rounding is not None:
-            self.rounding.begin(start, moved if gone is None else moved.masked_fill(gone, 0))
+        self.rounding.begin(start, moved if gone is None else moved.masked_fill(gone, 0))
 
-    def _choose_group_(self, column: int, rest: Tensor) -> None:
-        """Choose what goes from the group of columns that begins here.  rest: the columns from ``column`` on."""
-        if self.selection is None or self.pruned is None or self.selection.period is None:
-            return
-        period = self.selection.period
-        if column % period == 0:
-            moved = self._moved(column, rest[:period])
-            self.pruned[column : column + period] |= self.selection.choose(column, moved)
+    def _choose_group_(self, run: slice, target: Tensor) -> None:
+        """Choose what goes from a group of columns, where that is done between others."""
+        if self.selection is not None and self.pruned is not None and self.period is not None:
+            self.pruned[run] |= self.selection.choose(run.start, self._moved(run.start, target))
 
     def _moved(self, start: int, target: Tensor) -> Tensor:
         """Return columns as Optimal Brain Surgeon has them once all before ``start`` are done.
@@ -187,15 +205,6 @@ class _Columns:
         by the solution of X U = target - values for the block of U that lies between these columns.
         """
         block = slice(start, start + len(target))
-        shift = target - self.values[block]
-        shift = torch.linalg.solve_triangular(self.unit[block, block].T, shift, upper=False, unitriangular=True)
-        return shift.add_(self.values[block])
-
-    def _compress_column_(self, column: int, target: Tensor) -> None:
-        gone = None if self.pruned is None else self.pruned[column]
-        if self.rounding is not None:
-            target = self.rounding.round(column, target, gone)
-        elif gone is not None:
-            target.masked_fill_(gone, 0)
-        torch.sub(self.values[column], target, out=self.error[column])
-        self.values[column] = target
+        inverse = torch.eye(len(target), device=target.device)  # one of a small block is made faster than X is solved
+        inverse = torch.linalg.solve_triangular(self.unit[block, block], inverse, upper=True, unitriangular=True)
+        return self.values[block].addmm(inverse.T, target - self.values[block])

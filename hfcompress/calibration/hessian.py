@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from hfcompress.calibration.integers import (
     NARROW_STRIP,
     TOKENS,
+    RoundedRows,
     add_integer_cross_,
     add_integer_triangle_,
     integers_pay,
 )
-from hfcompress.devices import matrix_tiles
+from hfcompress.devices import matrix_tiles, vector_bfloat16
 
 # Rows of a triangle's strip; matrix tiles (AMX) want wider ones.
 STRIP = 512 if matrix_tiles() else NARROW_STRIP
@@ -25,10 +27,10 @@ SQUARED_ROWS = 512
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Let float32 matrix products on the CPU read their operands as bfloat16 and add up in float32.
+    """Let oneDNN do float32 matrix products on the CPU; it may read operands as bfloat16, and adds up in float32.
 
-    Exact for operands that hold bfloat16 values, and about eight times faster on CPUs with matrix tiles (AMX).  oneDNN
-    takes float32 operands that way there alone: with AVX512_BF16 it multiplies them as they are.
+    With matrix tiles (AMX) it does: about eight times faster, and exact for operands that hold bfloat16 values.  With
+    AVX512_BF16 alone it multiplies them as they are, twice as fast as MKL, whose AVX512 is for Intel's CPUs.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
@@ -40,9 +42,20 @@ def bfloat16_products() -> Iterator[None]:
 
 
 def products_of(states: Tensor) -> AbstractContextManager[None]:
-    """Return ``bfloat16_products`` where the CPU is made for it and products of these states lose nothing."""
-    exact = states.dtype == torch.bfloat16 and states.device.type == "cpu" and matrix_tiles()
-    return bfloat16_products() if exact else nullcontext()
+    """Return ``bfloat16_products`` where the CPU is made for it and float32 products of these states lose nothing."""
+    whole = states.dtype == torch.bfloat16 if matrix_tiles() else float32_stays()
+    return bfloat16_products() if whole and states.device.type == "cpu" else nullcontext()
+
+
+@cache
+def float32_stays() -> bool:
+    """Tell whether oneDNN multiplies float32 matrices as they are where this CPU has instructions for bfloat16."""
+    if not vector_bfloat16():
+        return False
+    one = torch.arange(1.0, 256 * 256 + 1).div_(7).frac_().view(256, 256)
+    with bfloat16_products():
+        found = one @ one
+    return torch.allclose(found.double(), one.double() @ one.double(), rtol=1e-5, atol=0)
 
 
 def accumulate_hessian_(hessian: Tensor, inputs: Tensor) -> None:
@@ -58,18 +71,42 @@ def accumulate_hessian_(hessian: Tensor, inputs: Tensor) -> None:
 def accumulate_triangle_(hessian: Tensor, inputs: Tensor) -> None:
     """Add the lower triangle of the Gram matrix of one batch; ``mirror_triangle_`` makes the sum whole at last.
 
-    Done in strips of ``STRIP`` rows, each up to its last diagonal element, so a little above the diagonal is added
-    too: at 1536 columns some 60% of all products, or 67% with wide strips.  Where integers are the fast way, inputs
-    are rounded to them (see ``hfcompress.calibration.integers``).  Arguments as in ``accumulate_hessian_``.
+    Done in strips of some rows, each up to its last diagonal element, so a little above the diagonal is added too: at
+    1536 columns some 60% of all products, or 67% with wide strips.  Where integers are the fast way, inputs are
+    rounded to them (see ``hfcompress.calibration.integers``).  Arguments as in ``accumulate_hessian_``.
     """
-    for part in inputs.split(TOKENS):
-        if integers_pay(part) and add_integer_triangle_(hessian, part):
-            continue
-        rows = part.float()
-        with products_of(part):
-            for first in range(0, len(hessian), STRIP):
-                last = first + STRIP
-                hessian[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+    accumulate_products_(hessian, inputs, [])
+
+
+def accumulate_products_(hessian: Tensor, inputs: Tensor, crosses: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add the lower triangle of the Gram matrix of one batch, and products of what outputs lack and these inputs.
+
+    crosses: each a sum (out, in) float32, changed in place, and the differences (tokens, out), which are rounded where
+    the inputs are.  Other arguments as in ``accumulate_triangle_``.
+    """
+    for start in range(0, len(inputs), TOKENS):
+        part = inputs[start : start + TOKENS]
+        rounded = RoundedRows.of(part) if integers_pay(part) else None
+        if rounded is None:
+            _add_triangle_(hessian, part)
+        else:
+            add_integer_triangle_(hessian, rounded)
+        for total, differences in crosses:
+            lacking = differences[start : start + TOKENS]
+            whole = None if rounded is None else RoundedRows.of(lacking)
+            if rounded is not None and whole is not None:
+                add_integer_cross_(total, whole, rounded)
+                continue
+            with products_of(part):
+                total.addmm_(lacking.float().T, part.float())
+
+
+def _add_triangle_(hessian: Tensor, inputs: Tensor) -> None:
+    rows = inputs.float()
+    with products_of(inputs):
+        for first in range(0, len(hessian), STRIP):
+            last = first + STRIP
+            hessian[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
 
 
 def mirror_triangle_(hessian: Tensor) -> Tensor:
@@ -80,18 +117,6 @@ def mirror_triangle_(hessian: Tensor) -> Tensor:
         block = hessian[first:last, first:last]
         block.copy_(block.tril() + block.tril(-1).T)
     return hessian
-
-
-def accumulate_cross_(total: Tensor, differences: Tensor, inputs: Tensor) -> None:
-    """Add the product of what outputs lack and inputs, of one batch; rounded where the inputs' Gram matrix is.
-
-    total: (out, in) float32, changed in place.  differences: (tokens, out).  inputs: (tokens, in).
-    """
-    for lacking, part in zip(differences.split(TOKENS), inputs.split(TOKENS)):
-        if integers_pay(part) and add_integer_cross_(total, lacking, part):
-            continue
-        with products_of(part):
-            total.addmm_(lacking.float().T, part.float())
 
 
 def accumulate_squares_(squares: Tensor, inputs: Tensor) -> None:
@@ -131,5 +156,7 @@ def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
         last = first + STRIP
         columns = hessian[:last, first:last].clone()
         columns[:first] *= 2  # what is left out below the diagonal
-        total += float((matrix[:, :last] @ columns).mul_(matrix[:, first:last]).sum(dtype=torch.float64))
+        with products_of(hessian):
+            product = matrix[:, :last] @ columns
+        total += float(product.mul_(matrix[:, first:last]).sum(dtype=torch.float64))
     return total

@@ -49,12 +49,16 @@ class _Whole:
     codes: Tensor
     step: Tensor
 
-    def add_product_(self, other: _Whole, total: Tensor) -> None:
-        """Add the sum over tokens of one's columns times another's.  total: (size, the other's size) float32."""
+    def add_product_(self, other: _Whole, total: Tensor) -> Tensor:
+        """Add the sum over tokens of one's columns times another's, and return that of their codes.
+
+        total: (size, the other's size) float32.
+        """
         # PyTorch 2.13 gives wrong products where all of the left matrix is a single row.
         codes = self.codes if self.codes.shape[1] > 1 else F.pad(self.codes, (0, 1))
         product = torch._int_mm(codes.T, other.codes)[: len(self.step)]
         total.addcmul_(product * self.step.unsqueeze(1), other.step)
+        return product
 
     def product(self, other: _Whole) -> Tensor:
         """Return that sum alone."""
@@ -62,21 +66,29 @@ class _Whole:
         self.add_product_(other, total)
         return total
 
+    def squares(self) -> Tensor:
+        """Return the sum of each column's squared codes, (size,) float32."""
+        parts = self.codes.split(BUFFERED_ROWS)
+        return torch.stack([part.float().square_().sum(0) for part in parts]).sum(0)
+
     def columns(self, start: int, stop: int) -> _Whole:
         """Return some of the columns."""
         return _Whole(self.codes[:, start:stop], self.step[start:stop])
 
 
-@dataclass(frozen=True)
-class _Rounded:
-    """Rows (tokens, size) as ``coarse``, and for the columns ``rest``, which have outliers, ``fine`` in addition."""
+class RoundedRows:
+    """Rows (tokens, size) as ``coarse``, and the columns that have outliers by ``finer`` in addition.
 
-    coarse: _Whole
-    rest: Tensor
-    fine: _Whole
+    squares: (size,) float32, the sums of squared codes where they are known already.
+    """
+
+    def __init__(self, rows: Tensor, coarse: _Whole) -> None:
+        self.rows, self.coarse = rows, coarse
+        self.squares: Tensor | None = None
+        self._finer: tuple[Tensor, _Whole] | None = None
 
     @classmethod
-    def of(cls, rows: Tensor) -> _Rounded | None:
+    def of(cls, rows: Tensor) -> RoundedRows | None:
         """Return rows rounded; None where a value is not finite."""
         step = _largest(rows) / LARGEST_CODE
         if not bool(step.isfinite().all()):
@@ -85,15 +97,19 @@ class _Rounded:
         codes = torch.empty(rows.shape, dtype=torch.int8)
         times = step.reciprocal()
         buffer = torch.empty(min(BUFFERED_ROWS, len(rows)), rows.shape[1])
-        squares = torch.zeros_like(step)
         for part, whole in zip(rows.split(BUFFERED_ROWS), codes.split(BUFFERED_ROWS)):
-            rounded = buffer[: len(part)].copy_(part).mul_(times).round_()
-            whole.copy_(rounded)
-            squares += rounded.square_().sum(0)
-        rest = ((squares > 0) & (squares * LARGEST_NOISE < len(rows) / 12)).nonzero().squeeze(-1)
-        left = rows[:, rest].float().mul_(times[rest]).sub_(codes[:, rest])
-        fine = _Whole(left.mul_(FINER).round_().to(torch.int8), step[rest] / FINER)
-        return cls(_Whole(codes, step), rest, fine)
+            whole.copy_(buffer[: len(part)].copy_(part).mul_(times).round_())
+        return cls(rows, _Whole(codes, step))
+
+    def finer(self) -> tuple[Tensor, _Whole]:
+        """Return which columns have outliers, and what their codes leave of them in finer steps."""
+        if self._finer is None:
+            codes, step = self.coarse.codes, self.coarse.step
+            squares = self.coarse.squares() if self.squares is None else self.squares
+            rest = ((squares > 0) & (squares * LARGEST_NOISE < len(codes) / 12)).nonzero().squeeze(-1)
+            left = self.rows[:, rest].float().mul_(step[rest].reciprocal()).sub_(codes[:, rest])
+            self._finer = rest, _Whole(left.mul_(FINER).round_().to(torch.int8), step[rest] / FINER)
+        return self._finer
 
 
 def _largest(rows: Tensor) -> Tensor:
@@ -105,41 +121,39 @@ def _largest(rows: Tensor) -> Tensor:
     return torch.stack(parts).amax(0).view(torch.bfloat16).float()
 
 
-def add_integer_triangle_(hessian: Tensor, rows: Tensor) -> bool:
-    """Add the lower triangle of the Gram matrix of rounded rows; where they cannot be rounded, only return False.
+def add_integer_triangle_(hessian: Tensor, rounded: RoundedRows) -> None:
+    """Add the lower triangle of the Gram matrix of rounded rows, at most ``TOKENS``.
 
-    hessian: (in, in) float32, changed in place, above the diagonal as well.  rows: (tokens, in), at most ``TOKENS``.
+    hessian: (in, in) float32, changed in place, above the diagonal as well.
     """
-    rounded = _Rounded.of(rows)
-    if rounded is None:
-        return False
-    coarse, rest, fine = rounded.coarse, rounded.rest, rounded.fine
-    for first in range(0, len(hessian), NARROW_STRIP):
-        last = first + NARROW_STRIP
-        coarse.columns(first, last).add_product_(coarse.columns(0, last), hessian[first:last, :last])
+    coarse, squares = rounded.coarse, []
+    size = len(hessian)
+    strip = -(-size // -(-size // NARROW_STRIP))  # all about as wide
+    for first in range(0, size, strip):
+        last = first + strip
+        codes = coarse.columns(first, last).add_product_(coarse.columns(0, last), hessian[first:last, :last])
+        squares.append(codes.diagonal(first).float())
+    rounded.squares = torch.cat(squares)
+    rest, fine = rounded.finer()
     if len(rest):
         mixed = fine.product(coarse)
         hessian.index_add_(1, rest, mixed.T)
         mixed.index_add_(1, rest, fine.product(fine))
         hessian.index_add_(0, rest, mixed)
-    return True
 
 
-def add_integer_cross_(total: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Add ``left.T @ right`` of rounded rows; where they cannot be rounded, only return False.
+def add_integer_cross_(total: Tensor, left: RoundedRows, right: RoundedRows) -> None:
+    """Add ``left.T @ right`` of rounded rows, at most ``TOKENS``.
 
     Both sides' rounding errors have nothing to do with each other, so they add none in the mean.
-    total: (out, in) float32, changed in place.  left: (tokens, out).  right: (tokens, in), at most ``TOKENS``.
+    total: (left's size, right's size) float32, changed in place.
     """
-    one, other = _Rounded.of(left), _Rounded.of(right)
-    if one is None or other is None:
-        return False
-    one.coarse.add_product_(other.coarse, total)
-    if len(other.rest):
-        total.index_add_(1, other.rest, one.coarse.product(other.fine))
-    if len(one.rest):
-        mixed = one.fine.product(other.coarse)
-        if len(other.rest):
-            mixed.index_add_(1, other.rest, one.fine.product(other.fine))
-        total.index_add_(0, one.rest, mixed)
-    return True
+    left.coarse.add_product_(right.coarse, total)
+    (left_rest, left_fine), (rest, fine) = left.finer(), right.finer()
+    if len(rest):
+        total.index_add_(1, rest, left.coarse.product(fine))
+    if len(left_rest):
+        mixed = left_fine.product(right.coarse)
+        if len(rest):
+            mixed.index_add_(1, rest, left_fine.product(fine))
+        total.index_add_(0, left_rest, mixed)

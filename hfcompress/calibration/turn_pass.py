@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
+from hfcompress.calibration.hessian import accumulate_products_, mirror_triangle_
 from hfcompress.calibration.integers import TOKENS
 from hfcompress.calibration.joined import Ground, InputPass, outputs_of
 from hfcompress.calibration.observe import InputHessian
@@ -165,8 +165,8 @@ class TurnPass(InputPass):
                     torch.zeros(states.shape[-1], inputs.shape[-1], device=inputs.device) for states in (inputs, own)
                 )
             for chunk, states in zip(inputs.split(TOKENS), own.split(TOKENS)):
-                accumulate_triangle_(hessian, chunk)
-                accumulate_cross_(cross, _rows_from(dense, tokens, len(chunk)).float() - states.float(), chunk)
+                lacking = _rows_from(dense, tokens, len(chunk)).float() - states.float()
+                accumulate_products_(hessian, chunk, [(cross, lacking)])
                 tokens += len(chunk)
         found = InputHessian(group, mirror_triangle_(hessian), tokens)
         sited = group[0] in self.sites

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hfcompress.calibration.blocks import Blocks
 from hfcompress.calibration.experts import in_portions
-from hfcompress.calibration.hessian import accumulate_cross_, accumulate_triangle_, mirror_triangle_
+from hfcompress.calibration.hessian import accumulate_products_, mirror_triangle_
 from hfcompress.calibration.joined import Ground
 from hfcompress.calibration.observe import InputHessian, refuse_non_finite, tensor_key
 from hfcompress.calibration.running import watching
@@ -129,13 +129,14 @@ class Turns:
                     continue
                 inputs = rows[head]
                 tokens += len(inputs)
-                accumulate_triangle_(_total(sums, "hessian", inputs, inputs), inputs)
+                crosses = []
                 if len(sites) < len(group):
                     lacking = dense[head].float() - inputs.float()
-                    accumulate_cross_(_total(sums, "lacking", inputs, inputs), lacking, inputs)
+                    crosses.append((_total(sums, "lacking", inputs, inputs), lacking))
                 for name, site in sites.items():
                     drift = dense[site].float() - rows[site].float()
-                    accumulate_cross_(_total(sums, f"drift {name}", drift, inputs), drift, inputs)
+                    crosses.append((_total(sums, f"drift {name}", drift, inputs), drift))
+                accumulate_products_(_total(sums, "hessian", inputs, inputs), inputs, crosses)
         found = InputHessian(tuple(group), mirror_triangle_(sums.get("hessian", torch.empty(0, 0))), tokens)
         refuse_non_finite(self.visit.name, [found])
         return Turn(found, sums.get("lacking"), {name: sums[f"drift {name}"] for name in sites if tokens})

@@ -1,6 +1,6 @@
 """GPTQ's loop over columns as a Triton kernel; import it only where Triton is installed.
 
-Its twin is the loop over columns in ``hfcompress.calibration.columns`` with ``GroupRounding.round``. Rows of a weight
+Its twin is what ``GroupRounding`` does with ``in_turn_`` of ``hfcompress.calibration.columns``. Rows of a weight
 do not depend on each other, so each program takes some of them through all columns of a run: the columns that are
 not rounded yet stay in registers, and each column's error is added to them at once.  No GPU has run it so far; the
 tests interpret it and compile it.
@@ -77,7 +77,7 @@ def round_run_(
     pruned: Tensor | None,
     grid: ColumnGrid,
 ) -> None:
-    """Round a run of columns to their grids; see ``RunRounding``.
+    """Round a run of columns to their grids; see ``Rounding``.
 
     scale, zero: (columns, out) float32, whose rows may lie anywhere.  codes: (columns, out) int8, is filled.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hfcompress.calibration import ColumnPruning, compress_columns, factor_hessian
+from hfcompress.calibration.columns import in_turn_
 from hfcompress.calibration.hessian import relative_error
 from hfcompress.quantization.gptq import GPTQResult
 from hfcompress.quantization.grids import dequantized
@@ -62,10 +63,25 @@ class _OutputGroups:
         self.scales: list[Tensor] = []
         self.points: list[Tensor] = []
 
+    run_length = None
+
     def begin(self, start: int, target: Tensor) -> None:
         """Nothing is known of a block before its columns come."""
 
-    def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
+    def round_run_(
+        self, start: int, target: Tensor, unit: Tensor, values: Tensor, error: Tensor, pruned: Tensor | None
+    ) -> None:
+        """Round columns, and note how they are stored; see ``Rounding``."""
+        found: list[Tensor] = []
+
+        def became(column: int, wanted: Tensor) -> Tensor:
+            found.append(self._rounded(wanted, None if pruned is None else pruned[column]))
+            return found[-1]
+
+        in_turn_(target, unit, values, error, became)
+        torch.stack(found, out=values)
+
+    def _rounded(self, target: Tensor, pruned: Tensor | None) -> Tensor:
         """Return the values (out,) that a column gets, and note how they are stored."""
         kept = target if pruned is None else target.masked_fill(pruned, 0)
         found = round_to_nearest(

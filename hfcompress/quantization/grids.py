@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Rounded(NamedTuple):
 
 
 SHRINK_FACTORS = tuple(1.1 - 0.025 * step for step in range(25))
+SEARCHED = 1 << 21  # weights whose scales are searched at once
 
 
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,32 +66,55 @@ def search_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dt
     The grid is the absmax scale times each of ``SHRINK_FACTORS``.  columns: (in, out) float32, one group of input
     columns.  importance: (in,), the weight of an error in each column.  Returns (out,) float32.
     """
+    return torch.cat([_searched_scale(part, importance, bits, dtype) for part in _parts(columns)])
+
+
+def _parts(columns: Tensor) -> tuple[Tensor, ...]:
+    """Return so many output rows each that what is held of them is small."""
+    return columns.split(max(1, SEARCHED // len(columns)), 1)
+
+
+def _searched_scale(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     low, high = code_range(bits)
     widest = _widest(columns, bits, 0).squeeze(0)
-    best = storable_scale(widest, dtype)
-    smallest = torch.full_like(best, torch.inf)
+    shrunk = columns.new_tensor(SHRINK_FACTORS).unsqueeze(1) * widest
+    scales = storable_scale(shrunk, dtype)
+    errors = torch.empty_like(scales)
     steps, nearest = torch.empty_like(columns), torch.empty_like(columns)
-    for factor in SHRINK_FACTORS:
-        scale = storable_scale(widest * factor, dtype)
+    for scale, error in zip(scales.unbind(), errors.unbind()):
         torch.div(columns, scale, out=steps)
         torch.round(steps, out=nearest).clamp_(low, high).sub_(steps).square_()
-        error = torch.mv(nearest.T, importance) * scale.square()
-        better = error < smallest
-        smallest = torch.where(better, error, smallest)
-        best = torch.where(better, scale, best)
-    return best
+        torch.mv(nearest.T, importance, out=error)
+    errors.mul_(scales.square())
+    return _best(errors, scales, storable_scale(widest, dtype))
 
 
-def affine_grid(columns: Tensor, bits: int, dtype: torch.dtype, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+def _best(errors: Tensor, choices: Tensor, otherwise: Tensor) -> Tensor:
+    """Return each row's choice with the smallest error, the first of several; another where none is finite.
+
+    errors, choices: (choices, out).  otherwise: (out,).
+    """
+    smallest, place = errors.nan_to_num(nan=torch.inf).min(0)
+    return torch.where(smallest < torch.inf, choices.gather(0, place.unsqueeze(0)).squeeze(0), otherwise)
+
+
+def affine_grid(columns: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return scale and zero point that spread the codes from the smallest to the largest value of each output row.
 
-    The zero point is a code, so 0 stays exactly 0.  columns: (in, out) float32.  shrink: of the spread, towards 0.
+    The zero point is a code, so 0 stays exactly 0.  columns: (in, out) float32.
     Returns (out,) float32 each; the zero point holds whole numbers.
     """
+    scale, zero = _affine_grids(columns, bits, dtype, (1.0,))
+    return scale[0], zero[0]
+
+
+def _affine_grids(columns: Tensor, bits: int, dtype: torch.dtype, shrink: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return what ``affine_grid`` does for spreads shrunk towards 0, (factors, out) each."""
     low, high = code_range(bits)
+    factors = columns.new_tensor(shrink).unsqueeze(1)
     lowest, highest = columns.amin(0).clamp_max_(0), columns.amax(0).clamp_min_(0)
-    scale = storable_scale((highest - lowest) * (shrink / (2**bits - 1)), dtype)
-    return scale, (low - lowest * shrink / scale).round_().clamp_(low, high)
+    scale = storable_scale((highest - lowest) * (factors / (2**bits - 1)), dtype)
+    return scale, (low - lowest * factors / scale).round_().clamp_(low, high)
 
 
 def search_affine(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -98,15 +123,20 @@ def search_affine(columns: Tensor, importance: Tensor, bits: int, dtype: torch.d
     Searched as ``search_scale`` does, over spreads shrunk by ``SHRINK_FACTORS``; the same arguments.
     Returns (out,) float32 each.
     """
+    found = [_searched_affine(part, importance, bits, dtype) for part in _parts(columns)]
+    scales, zeros = zip(*found)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _searched_affine(columns: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     low, high = code_range(bits)
-    best, best_zero = affine_grid(columns, bits, dtype)
-    smallest = torch.full_like(best, torch.inf)
-    for factor in SHRINK_FACTORS:
-        scale, zero = affine_grid(columns, bits, dtype, factor)
-        steps = columns / scale
-        nearest = (steps + zero).round_().clamp_(low, high).sub_(zero)
-        error = torch.mv(nearest.sub_(steps).square_().T, importance) * scale.square()
-        better = error < smallest
-        smallest = torch.where(better, error, smallest)
-        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
-    return best, best_zero
+    scales, zeros = _affine_grids(columns, bits, dtype, SHRINK_FACTORS)
+    errors = torch.empty_like(scales)
+    steps, nearest = torch.empty_like(columns), torch.empty_like(columns)
+    for scale, zero, error in zip(scales.unbind(), zeros.unbind(), errors.unbind()):
+        torch.div(columns, scale, out=steps)
+        torch.add(steps, zero, out=nearest).round_().clamp_(low, high).sub_(zero).sub_(steps).square_()
+        torch.mv(nearest.T, importance, out=error)
+    errors.mul_(scales.square())
+    scale, zero = affine_grid(columns, bits, dtype)
+    return _best(errors, scales, scale), _best(errors, zeros, zero)

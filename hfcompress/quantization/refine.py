@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfcompress.calibration.hessian import products_of
 from hfcompress.packed.packing import code_range
 from hfcompress.quantization.grids import Rounded, dequantized, storable_scale
 
@@ -54,7 +55,8 @@ class _Refinement:
     def sweep_(self) -> None:
         """Go once through all codes, group by group, and through each group's scale after its codes."""
         # Made anew each time: rounding errors of the updates would add up.
-        self.gradient = (self.values - self.goal) @ self.hessian
+        with products_of(self.hessian):
+            self.gradient = (self.values - self.goal) @ self.hessian
         for group in range(self.scale.shape[1]):
             start, stop = group * self.size, (group + 1) * self.size
             for first in range(start, stop, BLOCK):
@@ -83,7 +85,8 @@ class _Refinement:
             local.addr_(curvature[column], step)
         self.values[:, block] += moved.T
         self.codes[:, block] = codes.T
-        self.gradient.addmm_(moved.T, self.hessian[block])
+        with products_of(self.hessian):
+            self.gradient.addmm_(moved.T, self.hessian[block])
 
     def _refit_scale_(self, group: int, block: slice) -> None:
         """Set a group's scale in each row to the best one for its codes, as it is stored."""
@@ -100,4 +103,5 @@ class _Refinement:
         step.masked_fill_(~better.unsqueeze(1), 0)
         self.scale[:, group] = torch.where(better, scale, self.scale[:, group])
         self.values[:, block] += step
-        self.gradient.addmm_(step, self.hessian[block])
+        with products_of(self.hessian):
+            self.gradient.addmm_(step, self.hessian[block])

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hfcompress.calibration.columns import in_turn_
 from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import absmax_scale, affine_grid, dequantized, search_affine, search_scale
+from hfcompress.quantization.grids import absmax_scale, affine_grid, search_affine, search_scale
 from hfcompress.quantization.options import ScaleSearch
 
 KERNEL_COLUMNS = 128  # that one call of the kernel takes; a tile of so many has to fit into registers
@@ -84,7 +85,6 @@ class GroupRounding:
         self.grid, self.strength = grid, strength
         self.range = code_range(grid.bits)
         self.codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
-        self.rounded = torch.empty(rows, dtype=torch.float32, device=weight.device)
         self.scales: list[Tensor] = [] if fixed is None else fixed.scales
         self.zeros: list[Tensor | None] = [] if fixed is None else fixed.zeros
         self.places: list[int] | None = None if fixed is None else fixed.places.tolist()
@@ -96,37 +96,42 @@ class GroupRounding:
             self.scales.append(scale)
             self.zeros.append(zero)
 
-    def round(self, column: int, target: Tensor, pruned: Tensor | None) -> Tensor:
-        """Return the values (out,) that a column gets, and note their codes."""
-        place = -1 if self.places is None else self.places[column]
-        scale, zero = self.scales[place], self.zeros[place]
-        torch.div(target, scale, out=self.rounded)
-        if zero is None:
-            self.rounded.round_().clamp_(*self.range)
-        else:
-            self.rounded.add_(zero).round_().clamp_(*self.range).sub_(zero)
-        if pruned is not None:
-            self.rounded.masked_fill_(pruned, 0)
-        self.codes[column] = self.rounded if zero is None else self.rounded + zero
-        return dequantized(self.rounded, scale, self.grid.dtype)
-
     @property
     def run_length(self) -> int | None:
-        """How many columns ``round_run_`` takes; None where there is no kernel."""
+        """How many columns the kernel takes; None where there is no kernel."""
         return KERNEL_COLUMNS if kernel_runs_on(self.codes.device) else None
 
     def round_run_(
         self, start: int, target: Tensor, unit: Tensor, values: Tensor, error: Tensor, pruned: Tensor | None
     ) -> None:
-        """Round columns ``start`` and on by the kernel; see ``RunRounding``."""
-        from hfcompress.quantization.column_kernel import round_run_
-
+        """Round columns ``start`` and on, and note their codes; see ``Rounding``."""
         stop = start + len(target)
         scale, zero = self._of_columns(self.scales, start, stop), None
         zeros = [one for one in self.zeros if one is not None]
         if zeros:
             zero = self._of_columns(zeros, start, stop)
-        round_run_(target, unit, values, error, self.codes[start:stop], scale, zero, pruned, self.grid)
+        if kernel_runs_on(target.device):
+            from hfcompress.quantization.column_kernel import round_run_
+
+            round_run_(target, unit, values, error, self.codes[start:stop], scale, zero, pruned, self.grid)
+            return
+        steps = torch.empty_like(target)
+        columns = list(zip(steps.unbind(), scale.unbind(), [None] * len(target) if zero is None else zero.unbind()))
+
+        def became(column: int, wanted: Tensor) -> Tensor:
+            step, own, shift = columns[column]
+            torch.div(wanted, own, out=step)
+            if shift is None:
+                step.round_().clamp_(*self.range)
+            else:
+                step.add_(shift).round_().clamp_(*self.range).sub_(shift)
+            if pruned is not None:
+                step.masked_fill_(pruned[column], 0)
+            return (step * own).to(self.grid.dtype)
+
+        in_turn_(target, unit, values, error, became)
+        values.copy_((steps * scale).to(self.grid.dtype))
+        self.codes[start:stop] = steps if zero is None else steps.add_(zero)
 
     def _of_columns(self, found: list[Tensor], start: int, stop: int) -> Tensor:
         """Return what belongs to each column, (columns, out); one row in memory where all share it."""
