@@ -27,6 +27,7 @@ from tests.families import FAMILIES
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells which pages are in memory.")
 
+NAMED = (("a", 1, 2), ("b", 2, 4))  # names, tokens for a row, and sizes
 # Prints how many MiB a process holds less than when its heap was full: once its holes have gone back, once blocks lie
 # in holes again (an aligned block needs a larger one), and once those are freed without the heap having grown.
 HOLES = """
@@ -130,15 +131,24 @@ def test_an_input_that_a_turn_waits_with_is_not_written_over() -> None:
 
 
 def test_rows_of_batches_lie_side_by_side() -> None:
-    blocks = Blocks(3)
-    given = {name: [torch.randn(5, size) for _ in range(3)] for name, size in (("a", 2), ("b", 4))}
+    """As many fit in as the batches have tokens, whichever is the largest, and where padding is left out, too."""
+    tokens = [10, 4, 6, 2]
+    blocks = Blocks(tokens)
+    given = {name: [torch.randn(count // share, size) for count in tokens] for name, share, size in NAMED}
     kept = {name: [blocks.copy(name, rows) for rows in given[name]] for name in given}
     for name, rows in kept.items():
         assert all(torch.equal(one, other) for one, other in zip(rows, given[name], strict=True))
-        assert [one.data_ptr() - rows[0].data_ptr() for one in rows] == [one.nbytes * i for i, one in enumerate(rows)]
-    longer = torch.randn(6, 2)
-    assert torch.equal(blocks.copy("a", longer), longer)
-    assert all(torch.equal(one, other) for one, other in zip(kept["a"], given["a"], strict=True))
+        sizes = [one.nbytes for one in rows]
+        assert [one.data_ptr() - rows[0].data_ptr() for one in rows] == [sum(sizes[:i]) for i in range(len(rows))]
+        assert rows[0].untyped_storage().nbytes() == sum(sizes)
+
+
+def test_rows_that_are_more_than_expected_begin_a_block() -> None:
+    blocks = Blocks([3, 3, 3])
+    given = [torch.randn(count, 2) for count in (3, 7, 5)]
+    kept = [blocks.copy("a", rows) for rows in given]
+    assert all(torch.equal(one, other) for one, other in zip(kept, given, strict=True))
+    assert [one.untyped_storage().nbytes() // 8 for one in kept] == [9, 14, 14]
 
 
 def test_the_dense_models_states_take_no_room_twice() -> None:

@@ -223,6 +223,17 @@ def test_a_local_base_model_is_no_id_wherever_the_card_is_rendered(
     assert (data.base_model, data.base_model_relation) == ("me/base", "finetune")
 
 
+def test_a_models_own_tags_are_on_its_card(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As ``push_to_hub`` has them, also where a card is made or pushed in other ways."""
+    trainer = pruning(tmp_path / "out", tokenizer)
+    trainer.model.add_model_tags(["mine", "pruned"])
+    with saved_for_push(trainer) as folder:
+        pushed = ModelCard.load(folder / "README.md").data.tags
+    assert [pushed.count(tag) for tag in ("hfcompress", "mine", "pruned")] == [1, 1, 1]
+    trainer.create_model_card(tags="another")
+    assert {"mine", "another"} <= {*ModelCard.load(tmp_path / "out" / "README.md").data.tags}
+
+
 def test_a_folder_that_has_gone_is_no_id(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ class Turns:
             watched = {*self.sites.values(), *heads}
             self.dense: list[Rows] = []
             self.outputs: list[Tensor] = []
-            blocks = Blocks(len(dense_hidden))
+            blocks = Blocks([hidden.shape[:2].numel() for hidden in dense_hidden])
             for index, hidden in enumerate(dense_hidden):
                 rows = self._rows(index, watched, hidden, blocks)
                 self.outputs.append(rows.pop(HIDDEN))

@@ -99,7 +99,7 @@ class ModelCardMixin(_Base):
         if license:
             facts |= {"base_model_license": license, "base_model_license_terms": None}
         facts["training"] |= {
-            "tags": [*_listed(tags), *(_tags_there(folder) if tags else ())],
+            "tags": [*facts["training"]["tags"], *_listed(tags), *(_tags_there(folder) if tags else ())],
             "language": language,
             "tasks": _listed(tasks),
             "datasets": _listed(dataset_tags) or _listed(dataset),

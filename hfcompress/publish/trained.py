@@ -88,6 +88,7 @@ def facts_of_trainer(
         "seed": trainer.args.seed,
         "training": {
             "techniques": [name for name, was in techniques.items() if was],
+            "tags": list(getattr(model, "model_tags", None) or ()),
             "evaluated": found.told,
             "options": _told(trainer, telling, teacher),
         },
