@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from transformers import (
 )
 
 from hfcompress.calibration import accumulate_hessian_, walk_layers
-from hfcompress.calibration.hessian import bfloat16_products
+from hfcompress.calibration import hessian as hessian_module
+from hfcompress.calibration.hessian import bfloat16_products, float32_stays, products_of, relative_error
 from hfcompress.errors import ModelError
 from hfcompress.structure.stack import layer_stacks
 from tests.conftest import VOCABULARY_SIZE, tiny_bert, tiny_llama, token_batches
@@ -347,6 +349,65 @@ def test_accumulated_products_are_exact_to_float32(dtype: torch.dtype) -> None:
     accumulate_hessian_(hessian, inputs[100:])
     expected = torch.eye(48).double() + inputs.double().T @ inputs.double()
     torch.testing.assert_close(hessian.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_it_is_found_out_whether_float32_products_stay_exact(rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with instructions for bfloat16 alone, where oneDNN could use them for float32 operands one day."""
+    plain = torch.Tensor.__matmul__
+
+    @contextmanager
+    def products() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            if rounds:
+                patch.setattr(
+                    torch.Tensor, "__matmul__", lambda a, b: plain(a.bfloat16().float(), b.bfloat16().float())
+                )
+            yield
+
+    monkeypatch.setattr(hessian_module, "bfloat16_products", products)
+    monkeypatch.setattr(hessian_module, "vector_bfloat16", lambda: True)
+    assert float32_stays.__wrapped__() is not rounds
+    monkeypatch.setattr(hessian_module, "vector_bfloat16", lambda: False)
+    assert float32_stays.__wrapped__() is False
+
+
+@pytest.mark.parametrize(
+    ("tiles", "stays", "dtype", "device", "expected"),
+    [
+        (True, False, torch.bfloat16, "cpu", True),
+        (True, False, torch.float32, "cpu", False),
+        (False, True, torch.bfloat16, "cpu", True),
+        (False, True, torch.float32, "cpu", True),
+        (False, False, torch.bfloat16, "cpu", False),
+        (False, True, torch.float32, "meta", False),
+    ],
+)
+def test_products_go_another_way_only_where_they_lose_nothing(
+    tiles: bool, stays: bool, dtype: torch.dtype, device: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hessian_module, "matrix_tiles", lambda: tiles)
+    monkeypatch.setattr(hessian_module, "float32_stays", lambda: stays)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with products_of(torch.empty(2, 2, dtype=dtype, device=device)):
+        assert (torch.backends.mkldnn.matmul.fp32_precision != before) is expected
+
+
+def test_a_reported_error_is_exact_to_float32() -> None:
+    """Its sum cancels: the error lies where the inputs hardly go, as that of GPTQ does."""
+    torch.manual_seed(0)
+    inputs = torch.randn(900, 300) @ (torch.randn(300, 300) * torch.logspace(0, -2, 300).unsqueeze(1))
+    gram, weight = inputs.T @ inputs, torch.randn(40, 300)
+    sizes, directions = torch.linalg.eigh(gram.double())
+    changed = weight + (torch.randn(40, 300).double() @ (directions / sizes.sqrt()) @ directions.T).float()
+
+    def expected(form: torch.dtype) -> float:
+        lost, there, seen = ((one.to(form)).double() for one in (weight - changed, weight, gram))
+        return float((lost @ seen * lost).sum() / (there @ seen * there).sum())
+
+    exact = expected(torch.float32)
+    assert relative_error(weight, changed, gram) ** 2 == pytest.approx(exact, rel=1e-3)
+    assert expected(torch.bfloat16) != pytest.approx(exact, rel=1e-1)
 
 
 def test_the_matmul_precision_is_put_back_after_an_error() -> None:

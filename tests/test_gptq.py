@@ -13,7 +13,14 @@ from hfcompress.calibration.hessian import relative_error
 from hfcompress.errors import ModelError
 from hfcompress.packed import code_range
 from hfcompress.quantization.gptq import GPTQResult, gptq, gptq_siblings, round_columns
-from hfcompress.quantization.grids import SHRINK_FACTORS, absmax_scale, search_scale, storable_scale
+from hfcompress.quantization.grids import (
+    SHRINK_FACTORS,
+    absmax_scale,
+    affine_grid,
+    search_affine,
+    search_scale,
+    storable_scale,
+)
 from hfcompress.quantization.rtn import round_to_nearest
 
 GRIDS = [(2, 32), (3, 16), (4, 8), (4, 32), (4, None), (8, None)]
@@ -262,6 +269,39 @@ def test_searched_scales_are_the_best_of_their_grid_and_beat_absmax() -> None:
     widest = absmax_scale(weight[:, :32], 4, torch.float32).squeeze(1)
     assert bool((error(best) <= error(widest) * 1.0001).all())
     assert float(error(best).sum()) < 0.97 * float(error(widest).sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_row_gets_the_best_factor_however_many_are_searched_at_once(
+    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = problem()
+    columns, importance = weight.T[:32].contiguous(), hessian.diagonal()[:32].clone()
+    columns[:, 3] = 0
+    low, high = code_range(3)
+    errors, scales = [], []
+    for factor in SHRINK_FACTORS:
+        if symmetric:
+            scale = storable_scale(factor * absmax_scale(columns, 3, torch.float32, dim=0).squeeze(0), torch.bfloat16)
+            zero = torch.zeros_like(scale)
+        else:
+            scale, zero = affine_grid(factor * columns, 3, torch.bfloat16)
+        codes = ((columns / scale).round() if symmetric else (columns / scale + zero).round()).clamp(low, high) - zero
+        errors.append(importance.double() @ (codes.double() * scale.double() - columns.double()).square())
+        scales.append(scale)
+    smallest = torch.stack(errors).amin(0)
+    found = []
+    for at_once in (1 << 21, 5 * 32):
+        monkeypatch.setattr("hfcompress.quantization.grids.SEARCHED", at_once)
+        if symmetric:
+            found.append(search_scale(columns, importance, 3, torch.bfloat16))
+        else:
+            found.append(search_affine(columns, importance, 3, torch.bfloat16)[0])
+    assert torch.equal(*found)
+    chosen = torch.stack(errors).gather(0, (torch.stack(scales) == found[0]).int().argmax(0, keepdim=True)).squeeze(0)
+    assert bool((torch.stack(scales) == found[0]).any(0).all())
+    torch.testing.assert_close(chosen, smallest, rtol=1e-4, atol=0)
+    assert found[0][3] == 1  # of a row of zeros
 
 
 def test_scales_are_never_zero_in_their_dtype() -> None:

@@ -160,3 +160,20 @@ def test_matrix_tiles_are_faster_still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integers, "matrix_tiles", lambda: False)
     assert integers.integers_are_fast()
     assert integers.integers_pay(correlated())
+
+
+def test_inputs_are_rounded_once_for_all_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, differences = correlated(), [torch.randn(5000, size) for size in (40, 50)]
+    alone = []
+    for one in differences:
+        hessian, cross = torch.zeros(300, 300), torch.zeros(one.shape[1], 300)
+        accumulate_products_(hessian, inputs, [(cross, one)])
+        alone.append(cross)
+    widths: list[int] = []
+    real = integers.RoundedRows.of
+    monkeypatch.setattr(integers.RoundedRows, "of", lambda rows: widths.append(rows.shape[1]) or real(rows))
+    together, hessian = [torch.zeros_like(one) for one in alone], torch.zeros(300, 300)
+    accumulate_products_(hessian, inputs, list(zip(together, differences)))
+    assert widths == [300, 40, 50] * 2  # of 5000 rows
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert torch.equal(mirror_triangle_(hessian), gram(inputs))
