@@ -205,6 +205,7 @@ class _Columns:
         by the solution of X U = target - values for the block of U that lies between these columns.
         """
         block = slice(start, start + len(target))
-        inverse = torch.eye(len(target), device=target.device)  # one of a small block is made faster than X is solved
+        # The inverse of a small block is made faster than X is solved.
+        inverse = torch.eye(len(target), dtype=target.dtype, device=target.device)
         inverse = torch.linalg.solve_triangular(self.unit[block, block], inverse, upper=True, unitriangular=True)
         return self.values[block].addmm(inverse.T, target - self.values[block])

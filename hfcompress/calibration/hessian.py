@@ -52,7 +52,7 @@ def float32_stays() -> bool:
     """Tell whether oneDNN multiplies float32 matrices as they are where this CPU has instructions for bfloat16."""
     if not vector_bfloat16():
         return False
-    one = torch.arange(1.0, 256 * 256 + 1).div_(7).frac_().view(256, 256)
+    one = torch.arange(1, 256 * 256 + 1, dtype=torch.float32, device="cpu").div_(7).frac_().view(256, 256)
     with bfloat16_products():
         found = one @ one
     return torch.allclose(found.double(), one.double() @ one.double(), rtol=1e-5, atol=0)

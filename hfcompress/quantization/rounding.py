@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfcompress.calibration.columns import in_turn_
 from hfcompress.packed.packing import code_range
-from hfcompress.quantization.grids import absmax_scale, affine_grid, search_affine, search_scale
+from hfcompress.quantization.grids import absmax_scale, affine_grid, dequantized, search_affine, search_scale
 from hfcompress.quantization.options import ScaleSearch
 
 KERNEL_COLUMNS = 128  # that one call of the kernel takes; a tile of so many has to fit into registers
@@ -130,7 +130,7 @@ class GroupRounding:
             return (step * own).to(self.grid.dtype)
 
         in_turn_(target, unit, values, error, became)
-        values.copy_((steps * scale).to(self.grid.dtype))
+        values.copy_(dequantized(steps, scale, self.grid.dtype))
         self.codes[start:stop] = steps if zero is None else steps.add_(zero)
 
     def _of_columns(self, found: list[Tensor], start: int, stop: int) -> Tensor:
