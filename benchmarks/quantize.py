@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM
 
 from hfcompress.structure import stack_linears
 
+LEARNT = ", rounding learnt"
 ROWS = [
     Row(None, "dense", 16),
     *(Row("hfcompress", "gptq", bits, {"quality": quality}) for bits in (4, 3, 2) for quality in ("fast", "best")),
     Row("hfcompress", "gptq", 4, {"quality": "best", "tuning_steps": 32}),
     *(Row("hfcompress", "gptq", bits, {"quality": "best", "tuning_steps": 0}) for bits in (3, 2)),
+    *(Row("hfcompress", "gptq", bits, {"quality": "best", "rounding_steps": 60}, note=LEARNT) for bits in (4, 3, 2)),
     *(Row("hfcompress", "gptq", "auto", {"average_bits": average}) for average in (3.75, 3.25)),
     *(Row("hfcompress", "awq", bits) for bits in (4, 3)),
     *(Row("hfcompress", "rtn", bits) for bits in (4, 3, 2)),
@@ -38,7 +40,7 @@ ROWS = [
     Row("gptqmodel", "gptq"),
     Row("torchao", "int8", 8),
     Row("auto_round", "rtn"),
-    Row("auto_round", "autoround", options={"iterations": 50}),
+    *(Row("auto_round", "autoround", bits, {"iterations": 50}) for bits in (4, 3, 2)),
 ]
 
 

@@ -19,11 +19,12 @@ def main() -> None:
     parser = grid_arguments(__doc__, METHODS, bits=lambda text: text if text == "auto" else int(text))
     parser.add_argument("--quality", help="preset of GPTQ")
     parser.add_argument("--tuning_steps", type=int, help="of GPTQ, instead of the preset's")
+    parser.add_argument("--rounding_steps", type=int, help="of GPTQ with the preset best")
     parser.add_argument("--average_bits", type=float, help="with --bits auto")
     parser.add_argument("--batch-size", type=int, required=True)
     options = parser.parse_args()
 
-    given = {name: getattr(options, name) for name in ("quality", "average_bits", "tuning_steps")}
+    given = {name: getattr(options, name) for name in ("quality", "average_bits", "tuning_steps", "rounding_steps")}
     chosen = {name: value for name, value in given.items() if value is not None}
     method = METHODS[options.method](bits=options.bits, group_size=options.group_size, **chosen)
     rows = calibration_rows(options.tokens).to(options.device)

@@ -102,12 +102,17 @@ def _inside(visit: LayerVisit, names: Iterable[str]) -> list[str]:
 
 
 def compress_in_turn(
-    model: nn.Module, names: Iterable[str], batches: Sequence[Batch], compress: Callable[[LayerVisit, Turn], None]
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    compress: Callable[[LayerVisit, Turn], None],
+    finish: Callable[[LayerVisit, Sequence[Tensor]], None] | None = None,
 ) -> Iterator[LayerVisit]:
     """Walk through a model and have its linear layers ``names`` compressed in the order in which they run.
 
-    compress: gets every turn, whose linear layers it replaces.  Yields every layer after that. The dense model, whose
-    hidden states are kept beside, has a decoder see its encoder as it is by then. Raises ModelError as
+    compress: gets every turn, whose linear layers it replaces.  finish: gets every layer with compressed ones once all
+    are, and its output in the dense model for each batch that reaches it.  Yields every layer after that. The dense
+    model, whose hidden states are kept beside, has a decoder see its encoder as it is by then. Raises ModelError as
     ``observe_layers`` does.
     """
     wanted = list(names)
@@ -125,7 +130,9 @@ def compress_in_turn(
             done.append(turn.found)
 
         if hidden:
-            hidden = _take_turns(Turns(visit, inside, hidden, known), one)
+            hidden = _take_turns(Turns(visit, inside, hidden, known), one, stay=finish is not None)
+            if finish is not None and inside:
+                finish(visit, hidden)
         warned = warned or _warn_about_few_tokens(visit, done)
         _check_all_seen(visit, inside, done)
         experts.count(visit.name, visit.layer, inside, done)
@@ -133,12 +140,12 @@ def compress_in_turn(
     experts.warn()
 
 
-def _take_turns(turns: Turns, compress: Callable[[Turn], None]) -> list[Tensor]:
+def _take_turns(turns: Turns, compress: Callable[[Turn], None], stay: bool) -> list[Tensor]:
     """Have a layer's linear layers compressed in turn; return its output in the dense model, for each batch.
 
     What else the turns hold, the states inside the layer, is gone with this call: it is the most of all memory.
     """
-    turns.take_(compress)
+    turns.take_(compress, stay)
     return turns.outputs
 
 

@@ -48,16 +48,21 @@ def join_calls(calls: Sequence[LayerCall], sizes: Sequence[int]) -> LayerCall | 
 
 def first_rows(call: LayerCall, rows: int, count: int = 1) -> LayerCall:
     """Return a joined call of so many rows for the first ``count`` of them alone."""
-    args, kwargs = (_first_rows(values, rows, count) for values in (call.args, call.kwargs))
+    return some_rows(call, rows, slice(0, count))
+
+
+def some_rows(call: LayerCall, rows: int, chosen: slice) -> LayerCall:
+    """Return a call of so many rows for some of them alone."""
+    args, kwargs = (_some_rows(values, rows, chosen) for values in (call.args, call.kwargs))
     return LayerCall(args, kwargs, call.by_keyword)
 
 
-def _first_rows(value: Any, rows: int, count: int) -> Any:
+def _some_rows(value: Any, rows: int, chosen: slice) -> Any:
     if isinstance(value, Tensor):
-        return value[:count] if value.dim() and len(value) == rows else value
+        return value[chosen] if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
-        return {key: _first_rows(item, rows, count) for key, item in value.items()}
-    return type(value)(_first_rows(item, rows, count) for item in value) if isinstance(value, (tuple, list)) else value
+        return {key: _some_rows(item, rows, chosen) for key, item in value.items()}
+    return type(value)(_some_rows(item, rows, chosen) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 class _UnlikeError(Exception):

@@ -73,17 +73,17 @@ class Turns:
                 self.outputs.append(rows.pop(HIDDEN))
                 self.dense.append(rows)
 
-    def take_(self, compress: Callable[[Turn], None]) -> None:
+    def take_(self, compress: Callable[[Turn], None], stay: bool = False) -> None:
         """Have the linear layers compressed turn by turn, in one pass over all batches where that can be.
 
-        compress: replaces a turn's linear layers.  The hidden states are advanced after one pass.
+        compress: replaces a turn's linear layers.  stay: do not advance the hidden states, as one pass would.
         """
         # With nothing to compress, what the layer gives is not known yet: it may be another one when the walk goes on.
-        if not (self.groups and self._take_joined_(compress)):
+        if not (self.groups and self._take_joined_(compress, stay)):
             for turn in self:
                 compress(turn)
 
-    def _take_joined_(self, compress: Callable[[Turn], None]) -> bool:
+    def _take_joined_(self, compress: Callable[[Turn], None], stay: bool) -> bool:
         """Return False, with nothing done, where one pass is not possible."""
         seen = {name for rows in self.dense for name in rows}
         fits = not self.late and fit_one_pass(self.groups, self.sites)
@@ -103,7 +103,9 @@ class Turns:
                 return False
             dense = {name: [rows.pop(name) for rows in self.dense] for name in seen}
             turns = TurnPass(Ground(self.layer, linears, self.groups, masks), self.sites, dense, checked)
-            self.visit.take_(turns.run(call, hidden))
+            output = turns.run(call, hidden.clone() if stay else hidden)
+            if not stay:
+                self.visit.take_(output)
         return True
 
     def __iter__(self) -> Iterator[Turn]:

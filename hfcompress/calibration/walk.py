@@ -26,7 +26,7 @@ from hfcompress.calibration.parts import by_parts
 from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
-from hfcompress.calibration.together import first_rows, fits_joined, join_calls, join_masks
+from hfcompress.calibration.together import first_rows, fits_joined, join_calls, join_masks, some_rows
 from hfcompress.devices import give_back_holes
 from hfcompress.packed import unpacked
 from hfcompress.packed.experts import split_experts
@@ -66,6 +66,19 @@ class LayerVisit:
         """Run the layer as it is on one of the batches that reach it, for other hidden states if they are given."""
         own, call, _ = self._reached()[index]
         return call.run(self.layer, own if hidden is None else hidden)
+
+    def portion(self, index: int, rows: slice, states: Tensor | None = None) -> Tensor:
+        """Run the layer as it is on some rows of a batch that reaches it, and return real tokens, (tokens, size).
+
+        states: the layer's output for the batch, of which that is the part; None runs the layer, with gradients where
+        they are wanted.
+        """
+        own, call, masks = self._reached()[index]
+        if states is None:
+            found = some_rows(call, len(own), rows).run(self.layer, own[rows])
+        else:
+            found = states[rows]
+        return real_tokens(found, masks.of_rows(rows.start, len(found)).own)
 
     def _reached(self) -> list[tuple[Tensor, LayerCall, TokenMasks]]:
         return [

@@ -75,6 +75,7 @@ def quantize(
     which the dense weights are kept until the end, unless layers were on disk: then load it again.
     """
     started = time.perf_counter()
+    _check_gradients(method)
     batches: Sequence[Batch] = []
     if method.needs_calibration:
         batches = batches_for(model, type(method).__name__, calibration, processor)
@@ -160,6 +161,16 @@ def _put_bytes_(put: Callable[[str, nn.Module], None], layer: nn.Module, row: Qu
     return row
 
 
+def _check_gradients(method: Method) -> None:
+    """Raise ModelError where gradients are needed that cannot be had."""
+    given = isinstance(method, GPTQ) and (method.gradient_steps or method.rounding_steps)
+    if given and torch.is_inference_mode_enabled():
+        raise ModelError(
+            "Codes and scales are learnt by gradients: call quantize outside torch.inference_mode(), or give "
+            "tuning_steps=0 and rounding_steps=0."
+        )
+
+
 def _held_back(method: Method, batches: Sequence[Batch], streamed: bool) -> tuple[Sequence[Batch], Sequence[Batch]]:
     """Return the batches for the layers, and rows that judge how scales are tuned then: none where they are not."""
     if not (isinstance(method, GPTQ) and method.gradient_steps):
@@ -168,10 +179,6 @@ def _held_back(method: Method, batches: Sequence[Batch], streamed: bool) -> tupl
         raise ModelError(
             f"tuning_steps={method.tuning_steps} runs the dense model at every step, but some of its layers lie on "
             "disk. Leave tuning_steps out, or load the model whole."
-        )
-    if torch.is_inference_mode_enabled():
-        raise ModelError(
-            "Scales are tuned by gradients: call quantize outside torch.inference_mode(), or give tuning_steps=0."
         )
     return (batches, []) if streamed else held_back(batches)
 

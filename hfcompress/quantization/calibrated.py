@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from hfcompress.quantization.options import GPTQ
 from hfcompress.quantization.placing import Rows, pack_, row_of
 from hfcompress.quantization.planned import PlannedLinear
 from hfcompress.quantization.report import QuantizedLinear
+from hfcompress.quantization.tuning import LearntRounding, learn_rounding_
 
 
 def calibrated(
@@ -29,7 +31,10 @@ def calibrated(
     batches: Sequence[Mapping[str, Any]],
     prune: ColumnPruning | None,
 ) -> Iterator[tuple[str, Rows]]:
-    """Round layer by layer; with ``quality="best"`` each linear layer makes up for what the model lacks by then."""
+    """Round layer by layer; with ``quality="best"`` each linear layer makes up for what the model lacks by then.
+
+    With ``rounding_steps`` the codes of a layer of the stack then learn from what it gives.
+    """
     by_name = {one.name: one for one in planned}
     rows: Rows = []
 
@@ -44,13 +49,28 @@ def calibrated(
         missing = {one.name: turn.missing(one.name.removeprefix(f"{visit.name}."), one.weight) for one in siblings}
         rows.extend(_round_siblings_(model, siblings, turn.found, method, prune, missing))
 
+    def learning(visit: LayerVisit, outputs: Sequence[Tensor]) -> None:
+        inside = [by_name[row.name] for row in rows]
+        started = time.perf_counter()
+        found = learn_rounding_(visit, inside, outputs, method.rounding_steps, zeros_stay=prune is not None)
+        if found is not None:
+            each = (time.perf_counter() - started) / len(rows)
+            rows[:] = [_with_learnt(row, found, each) for row in rows]
+
     if method.quality == "best":
-        visits = compress_in_turn(model, by_name, batches, correcting)
+        visits = compress_in_turn(model, by_name, batches, correcting, learning if method.rounding_steps else None)
     else:
         visits = compress_layers(model, by_name, batches, GRAM, as_they_are)
     for visit in visits:
         yield visit.name, rows.copy()
         rows.clear()
+
+
+def _with_learnt(row: QuantizedLinear, found: LearntRounding, seconds: float) -> QuantizedLinear:
+    """Return a row that says what was learnt after it was made.  seconds: of that, what is this row's share."""
+    return replace(
+        row, output_error_before=found.before, output_error_after=found.after, seconds=row.seconds + seconds
+    )
 
 
 def _round_siblings_(

@@ -132,6 +132,8 @@ class GPTQ(WhileLoading):
     damping: added to the Hessian's diagonal, as a share of its mean.
     quality: ``best`` has every linear layer make up for what the model before it lacks against the dense one. It runs
     the dense layers, too, and sums up more; ``benchmarks/quantize.py`` measures what that costs and gains.
+    rounding_steps: with ``best``, gradient steps on codes and scales of each layer of the stacks as soon as its linear
+    layers are rounded, towards what it gives in the dense model (as AutoRound, arXiv 2309.05516).
     tuning_steps: gradient steps on all scales, once all layers are done, towards the dense model's output on rows of
     the calibration data; None is 32 with ``best`` and fewer than 4 bits (or ``average_bits``), where they gain most,
     and else none. Not for models whose layers lie on disk.
@@ -164,9 +166,15 @@ class GPTQ(WhileLoading):
     scale: ScaleSearch = "hessian"
     order: Order = "stored"
     sweeps: Annotated[int, Field(ge=0, le=20)] = 0
+    rounding_steps: Annotated[int, Field(ge=0, le=10_000)] = 0
     tuning_steps: Annotated[int, Field(ge=0, le=10_000)] | None = None
 
     def __post_init__(self) -> None:
+        if self.rounding_steps and self.quality != "best":
+            raise ValueError(
+                f"rounding_steps={self.rounding_steps} goes with quality='best', which runs the dense layers that "
+                "rounding is learnt from"
+            )
         targets = {"average_bits": self.average_bits, "megabytes": self.megabytes}
         given = [f"{name}={value:g}" for name, value in targets.items() if value is not None]
         if self.bits == AUTO:

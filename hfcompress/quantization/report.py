@@ -15,7 +15,9 @@ class QuantizedLinear:
     where no Hessian is taken: SmoothQuant's is that of the smoothed weight.
     damping: what the Hessian needed, as a share of its mean diagonal; None without a Hessian, and for AWQ.
     tokens: calibration tokens that the layer saw.  scaled: whether its inputs' scales moved into what is before it, as
-    AWQ does where it finds something that can take them; None for methods that do not.
+    AWQ does where it finds something that can take them; None for methods that do not.  output_error_before,
+    output_error_after: of the whole layer of the stack that it is in, before and after rounding was learnt there, see
+    ``LearntRounding``; ``relative_error`` is that of before. None where nothing was to be learnt.
     """
 
     name: str
@@ -27,6 +29,8 @@ class QuantizedLinear:
     tokens: int
     seconds: float
     scaled: bool | None = None
+    output_error_before: float | None = None
+    output_error_after: float | None = None
 
 
 @dataclass(frozen=True)

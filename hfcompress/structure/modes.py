@@ -56,3 +56,16 @@ def _own_precision(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = wrapped
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Keep gradients from a module's own parameters for a while."""
+    wanting = [one for one in module.parameters() if one.requires_grad]
+    try:
+        for one in wanting:
+            one.requires_grad_(False)
+        yield
+    finally:
+        for one in wanting:
+            one.requires_grad_(True)

@@ -30,6 +30,7 @@ from hfcompress.quantization.report import ScaleTuning
 from hfcompress.quantization.tuning.answers import Answers
 from hfcompress.quantization.tuning.portions import portions, rows_of
 from hfcompress.quantization.tuning.scales import TunedScales
+from hfcompress.structure.modes import frozen
 from hfcompress.structure.running import running_still
 from hfcompress.structure.stack import layer_stacks
 
@@ -67,7 +68,7 @@ def tune_scales_(
         totals, counts = zip(*map(distance, judging))
         return float(sum(map(float, totals)) / sum(counts))
 
-    with meter("Tuning scales", len(seen)) as bar, running_still(model), _frozen(model), fast_attention():
+    with meter("Tuning scales", len(seen)) as bar, running_still(model), frozen(model), fast_attention():
         before = average()
         optimizer = torch.optim.Adam(scales.changes)
         with scales.in_force(), _checkpointed(model):
@@ -120,19 +121,6 @@ def dense_again(model: nn.Module, planned: Sequence[PlannedLinear]) -> Iterator[
     finally:
         for name, module in packed.items():
             put_(model, name, module)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep gradients from the model's own parameters."""
-    wanting = [one for one in model.parameters() if one.requires_grad]
-    try:
-        for one in wanting:
-            one.requires_grad_(False)
-        yield
-    finally:
-        for one in wanting:
-            one.requires_grad_(True)
 
 
 @contextmanager
