@@ -232,6 +232,23 @@ def test_a_card_says_what_tuning_the_scales_did(measure: str, kept: bool, said: 
     assert f"Then 32 gradient steps tuned all scales and {said}" in " ".join(card_of(tmp_path, values).split())
 
 
+def test_a_card_says_what_learnt_rounding_did_to_whole_layers(tmp_path: Path) -> None:
+    values = measurements()
+    first = dict(values["quantization_report"][0])
+    errors = {"encoder.layer.0": (0.2, 0.1), "encoder.layer.1": (0.4, 0.3), "encoder.layer.12": (0.9, 0.8)}
+    values["quantization_report"] = [
+        {**first, "name": f"{layer}.{one}", "output_error_before": before, "output_error_after": after}
+        for layer, (before, after) in errors.items()
+        for one in ("dense.0", "query", "key")[: 1 if layer.endswith("12") else 3]
+    ]
+    said = " ".join(card_of(tmp_path, values).split())
+    assert "Then rounding was learnt from what whole layers give, in 3 of them" in said
+    assert "went from 0.4000 to 0.3000 in the median. The errors of single linear layers are those before" in said
+    for row in values["quantization_report"]:
+        row["output_error_before"] = row["output_error_after"] = None
+    assert "learnt" not in card_of(tmp_path, values)
+
+
 def test_each_stage_that_prunes_has_its_table_and_its_panel(tmp_path: Path) -> None:
     def report(zeros: int) -> PruningReport:
         rows = [PrunedLayer(f"model.layers.{at}.q_proj", zeros + at, 100, zeros / 1000, None, 0, 1.0) for at in (0, 1)]

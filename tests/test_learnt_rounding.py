@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
 
 import hfcompress
+from hfcompress.calibration.parts import row_parts
+from hfcompress.calibration.running import watching
+from hfcompress.calibration.walk import walk_layers
 from hfcompress.errors import ModelError
 from hfcompress.packed import PackedWeight, packed_layers
 from hfcompress.packed.weight import values_of
@@ -25,7 +29,7 @@ from hfcompress.quantization.tuning import learning
 from hfcompress.quantization.tuning.codes import LearntCodes, _Rounded
 from hfcompress.quantization.tuning.scales import distances
 from hfcompress.structure import stack_linears
-from tests.conftest import tiny_llama
+from tests.conftest import VOCABULARY_SIZE, tiny_llama
 from tests.families import FAMILIES
 from tests.test_scale_tuning import data, many_inputs
 
@@ -112,29 +116,59 @@ def test_what_is_reported_is_what_rows_that_no_step_saw_give() -> None:
     assert row.output_error_after == pytest.approx(first_layer_error(learnt, dense, batches[15:]), rel=1e-4)
 
 
+class Rows:
+    """A visit of batches of so many rows of 12 tokens each, of which some are padding."""
+
+    def __init__(self, sizes: Sequence[int], padded: Sequence[tuple[int, int]] = (), cut: bool = True) -> None:
+        self.outputs = [torch.ones(size, 12, 8) for size in sizes]
+        for index, row in padded:
+            self.outputs[index][row] = 0
+        self.cut = cut
+
+    def parts(self, index: int, tokens: int) -> list[slice]:
+        states = self.outputs[index]
+        return row_parts(states, tokens) if self.cut else [slice(0, len(states))]
+
+    def part_of(self, index: int, rows: slice, states: Tensor) -> Tensor:
+        return states[rows][states[rows].any(-1)]
+
+    def portions(self) -> tuple[list[learning.Portion], list[learning.Portion]]:
+        return learning._portions(self, self.outputs)
+
+
 def rows_in(portions: Iterable[learning.Portion]) -> list[tuple[int, int]]:
     return [(one.batch, row) for one in portions for row in range(one.rows.start, one.rows.stop)]
 
 
 def test_rows_of_the_check_are_in_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "STEP_TOKENS", 40)  # of rows of 12 tokens, four
-    seen, judging = learning._portions([torch.zeros(40, 12, 8), torch.zeros(27, 12, 8)])
+    monkeypatch.setattr(learning, "STEP_TOKENS", 48)
+    seen, judging = Rows([40, 27]).portions()
     assert sorted(rows_in([*seen, *judging])) == [(0, row) for row in range(40)] + [(1, row) for row in range(27)]
     assert rows_in(judging) == [(1, 20), (1, 21), (1, 22), (1, 23)]
-    steps = list(learning._steps_of(seen, 15))
-    assert [len(step) for step in steps[:13]].count(1) >= 12  # the portion of three rows is joined with another
-    assert {row for step in steps for row in rows_in(step)} == {*rows_in(seen)}
-    assert learning._portions([torch.zeros(4, 12, 8)])[1] == []
+    steps = list(learning._steps_of(seen, 16))
+    assert [len(step) for step in steps] == [1] * 16
+    assert sorted(rows_in(one for step in steps for one in step)) == sorted(rows_in(seen))
+
+
+def test_few_rows_are_cut_so_that_some_judge() -> None:
+    seen, judging = Rows([4]).portions()  # of 48 tokens, far less than a step
+    assert (rows_in(seen), rows_in(judging)) == ([(0, 0), (0, 1)], [(0, 2), (0, 3)])
+    assert Rows([1]).portions()[1] == []
+    assert Rows([4], cut=False).portions()[1] == []
+    assert rows_in(Rows([4, 4], cut=False).portions()[1]) == [(1, row) for row in range(4)]
+    assert rows_in(Rows([1, 1, 1], padded=[(2, 0)]).portions()[1]) == [(1, 0)]  # padding judges nothing
 
 
 def test_a_step_takes_several_small_batches_and_no_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "STEP_TOKENS", 100)
-    seen, judging = learning._portions([torch.zeros(1, 12, 8)] * 6)
+    seen, judging = Rows([1] * 6).portions()
     assert rows_in(judging) == [(5, 0)]
     assert [sorted(rows_in(step)) for step in learning._steps_of(seen, 3)] == [[(row, 0) for row in range(5)]] * 3
-    monkeypatch.setattr(learning, "STEP_TOKENS", 20)
-    assert [len(step) for step in learning._steps_of(seen, 5)] == [2] * 5
-    assert len({row for step in list(learning._steps_of(seen, 5))[:2] for row in rows_in(step)}) == 4
+    monkeypatch.setattr(learning, "STEP_TOKENS", 24)
+    steps = [rows_in(step) for step in learning._steps_of(seen, 40)]
+    assert {len({*step}) for step in steps} == {2}
+    monkeypatch.setattr(learning, "STEP_TOKENS", 2)
+    assert {len(step) for step in learning._steps_of(seen, 5)} == {1}  # a batch that cannot be cut is one step
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -157,9 +191,11 @@ def test_rounding_passes_gradients_on_and_scales_get_theirs(symmetric: bool) -> 
         torch.testing.assert_close(one, other)
 
 
-def test_nothing_is_learnt_before_the_first_step() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_nothing_is_learnt_before_the_first_step(bits: int, symmetric: bool) -> None:
     model, dense = tiny_llama(), tiny_llama()
-    quantize(model, GIVEN, data(model))
+    quantize(model, replace(GIVEN, bits=bits, symmetric=symmetric), data(model))
     layers = packed_layers(model)
     before = copy.deepcopy(model.state_dict())
     learnt = LearntCodes([(layer, dense.get_submodule(name).weight) for name, layer in layers.items()], False)
@@ -205,6 +241,22 @@ def test_pruned_weights_stay_zero() -> None:
     assert all(not layer.dequantize()[zeros[name]].any() for name, layer in packed_layers(model).items())
 
 
+@pytest.mark.parametrize("zeros_stay", [False, True])
+def test_no_gradient_moves_zeros_that_stay(zeros_stay: bool) -> None:
+    model, dense = tiny_llama(), tiny_llama()
+    hfcompress.prune(dense, hfcompress.Magnitude(sparsity=0.3))
+    model.load_state_dict(dense.state_dict())
+    quantize(model, GIVEN, data(model))
+    layers = packed_layers(model)
+    learnt = LearntCodes([(layer, dense.get_submodule(name).weight) for name, layer in layers.items()], zeros_stay)
+    for positions in learnt.positions:
+        positions.grad = torch.ones_like(positions)
+    learnt.hold_fixed_()
+    for positions, (name, layer) in zip(learnt.positions, layers.items()):
+        zeros = distances(layer) == 0 if zeros_stay else dense.get_submodule(name).weight == 0
+        assert torch.equal(positions.grad == 0, zeros)
+
+
 def test_a_pattern_pruned_in_the_same_pass_stays() -> None:
     model = tiny_llama()
     report = quantize(model, LEARNT, data(model), prune=hfcompress.SparseGPT(pattern="2:4"))
@@ -213,13 +265,16 @@ def test_a_pattern_pruned_in_the_same_pass_stays() -> None:
         assert ((layer.dequantize() != 0).view(-1, 4).sum(1) <= 2).all()
 
 
-def test_padding_counts_neither_in_steps_nor_in_the_check() -> None:
+@pytest.mark.parametrize("tokens", [24, 384])
+def test_padding_counts_neither_in_steps_nor_in_the_check(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "STEP_TOKENS", tokens)
     states, reports = [], []
     for filling in (0, 9):
         model, batches = tiny_llama(), data(tiny_llama())
         for batch in batches:
-            batch["attention_mask"][::2, 8:] = 0
-            batch["input_ids"][::2, 8:] = filling
+            batch["attention_mask"][1, 8:] = 0
+            batch["attention_mask"][2, 3:] = 0
+            batch["input_ids"][batch["attention_mask"] == 0] = filling
         reports.append([replace(row, seconds=0) for row in quantize(model, LEARNT, batches).rows])
         states.append(model.state_dict())
     assert reports[0] == reports[1]
@@ -241,12 +296,56 @@ def test_batches_of_another_size_make_the_same_steps(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("_spoilt")
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_layers_of_every_family_learn(family: str) -> None:
+def test_layers_of_every_family_learn(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "STEP_TOKENS", 200)
     spec = FAMILIES[family]
     model = spec.model()
     report = quantize(model, replace(LEARNT, rounding_steps=10), many_inputs(spec, 24))
     assert all(row.output_error_after <= row.output_error_before for row in report.rows)
-    assert any(row.output_error_after < row.output_error_before for row in report.rows)
+    for stack in spec.stacks:
+        inside = [row for row in report.rows if row.name.startswith(f"{stack}.")]
+        assert any(row.output_error_after < row.output_error_before for row in inside)
+
+
+def bloom() -> PreTrainedModel:
+    """Return a model whose layers are given the heads of all rows in one dimension."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY_SIZE, hidden_size=32, n_layer=2, n_head=4)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "whisper", "bloom"])
+def test_parts_of_a_batch_give_what_the_batch_gives(family: str) -> None:
+    """Whether a layer's call can be cut or not: what else it is given belongs to some rows or to all."""
+    spec = FAMILIES["llama" if family == "bloom" else family]
+    model, batches = bloom() if family == "bloom" else spec.model(), many_inputs(spec, 2)
+    for batch in batches:
+        for name in ("attention_mask", "decoder_attention_mask"):
+            if name in batch:
+                batch[name] = batch[name].clone()
+                batch[name][0, -3:] = 0
+    cut = set()
+    for visit in walk_layers(model, batches):
+        with watching(visit.layer):
+            for index in range(len(visit.hidden_states)):
+                whole, parts = visit.output(index), visit.parts(index, 1)
+                cut.add(len(parts))
+                each = [visit.part_output(index, rows) for rows in parts]
+                torch.testing.assert_close(torch.cat(each), visit.rows(index, whole))
+                for rows, one in zip(parts, each):
+                    torch.testing.assert_close(visit.part_of(index, rows, whole), one)
+    assert cut == {1 if family == "bloom" else 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_learns_as_much(dtype: torch.dtype) -> None:
+    shares = []
+    for one in (torch.float32, dtype):
+        model = tiny_llama().to(one)
+        row = quantize(model, LEARNT, data(model, 64)).rows[0]
+        shares.append(row.output_error_after / row.output_error_before)
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)
+    assert shares[1] < 0.98
 
 
 def test_nothing_else_is_touched() -> None:
@@ -317,7 +416,14 @@ def test_fast_has_nothing_to_learn_from() -> None:
 
 def test_one_row_alone_learns_nothing_as_none_could_judge() -> None:
     model = tiny_llama()
-    report = quantize(model, LEARNT, data(model, 1))
+    row = {name: one[:1] for name, one in data(model, 1)[0].items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = quantize(model, LEARNT, [row])
+    said = [str(one.message) for one in caught if "is not learnt" in str(one.message)]
+    assert said[0].startswith(
+        "The rounding of model.layers.0 is not learnt: its calibration data cannot be cut in two"
+    )
     assert {(row.output_error_before, row.output_error_after) for row in report.rows} == {(None, None)}
 
 

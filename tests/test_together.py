@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
 
 from hfcompress.calibration import InputHessian, InputSquares, LayerVisit, parts, together, walk_layers
 from hfcompress.calibration.observe import GRAM, SQUARES, Statistic, TokenMasks
@@ -20,6 +20,7 @@ from hfcompress.pruning.oneshot import SparseGPT, Wanda, prune
 from hfcompress.quantization import GPTQ, quantize
 from hfcompress.structure.running import watching
 from hfcompress.structure.stack import linear_weights_of
+from tests.conftest import VOCABULARY_SIZE
 from tests.families import FAMILIES, inputs_of
 
 Batches = list[dict[str, Tensor]]
@@ -397,6 +398,20 @@ def test_calls_that_do_not_fit_together_are_not_joined() -> None:
     assert together.join_calls([call(mask), call(mask, causal=False)], [2, 2]) is None
     masks = [TokenMasks(torch.ones(2, 4), None), TokenMasks(torch.ones(2, 5), None)]
     assert together.join_masks(masks, [2, 2]) is None
+    heads = [LayerCall((), {"alibi": torch.ones(8, 1, 4)}, True)] * 2  # four of each row
+    assert together.join_calls(heads, [2, 2]) is None
+
+
+@pytest.mark.usefixtures("few_tokens_are_fine")
+@pytest.mark.parametrize("quality", ["fast", "best"])
+def test_heads_of_rows_in_one_dimension_are_those_of_each_batch(quality: Any) -> None:
+    """Bloom's layers are given alibi for (rows * heads), alike in batches of the same shape."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY_SIZE, hidden_size=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    report = quantize(model, GPTQ(bits=4, group_size=8, quality=quality), batches(model)[:2])
+    assert len(report.rows) == 8
+    assert all(row.tokens == 96 and row.relative_error < 0.3 for row in report.rows)
 
 
 def test_forwards_are_put_back_after_an_error() -> None:

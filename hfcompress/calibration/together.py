@@ -48,21 +48,16 @@ def join_calls(calls: Sequence[LayerCall], sizes: Sequence[int]) -> LayerCall | 
 
 def first_rows(call: LayerCall, rows: int, count: int = 1) -> LayerCall:
     """Return a joined call of so many rows for the first ``count`` of them alone."""
-    return some_rows(call, rows, slice(0, count))
-
-
-def some_rows(call: LayerCall, rows: int, chosen: slice) -> LayerCall:
-    """Return a call of so many rows for some of them alone."""
-    args, kwargs = (_some_rows(values, rows, chosen) for values in (call.args, call.kwargs))
+    args, kwargs = (_first_rows(values, rows, count) for values in (call.args, call.kwargs))
     return LayerCall(args, kwargs, call.by_keyword)
 
 
-def _some_rows(value: Any, rows: int, chosen: slice) -> Any:
+def _first_rows(value: Any, rows: int, count: int) -> Any:
     if isinstance(value, Tensor):
-        return value[chosen] if value.dim() and len(value) == rows else value
+        return value[:count] if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
-        return {key: _some_rows(item, rows, chosen) for key, item in value.items()}
-    return type(value)(_some_rows(item, rows, chosen) for item in value) if isinstance(value, (tuple, list)) else value
+        return {key: _first_rows(item, rows, count) for key, item in value.items()}
+    return type(value)(_first_rows(item, rows, count) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 class _UnlikeError(Exception):
@@ -95,7 +90,9 @@ def _joined_tensors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     if all(tensor.dim() and len(tensor) == size for tensor, size in zip(tensors, sizes)):
         # One row for all batches may be a view of many, such as rotary embeddings of positions.
         return torch.cat(list(tensors))
-    if all(tensor is first or torch.equal(tensor, first) for tensor in tensors):
+    # What has rows or heads of rows in one dimension, as alibi has in Bloom, is no batch's but its own.
+    shared = first.dim() < 3 or len(first) == 1
+    if shared and all(tensor is first or torch.equal(tensor, first) for tensor in tensors):
         return first
     raise _UnlikeError
 

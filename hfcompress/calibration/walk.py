@@ -22,11 +22,11 @@ from hfcompress.calibration.observe import (
     real_tokens,
     refuse_non_finite,
 )
-from hfcompress.calibration.parts import by_parts
-from hfcompress.calibration.record import LayerCall, RecordedBatch, record_stack, stacks_in_order
+from hfcompress.calibration.parts import RowCall, by_parts, row_parts
+from hfcompress.calibration.record import HIDDEN, LayerCall, RecordedBatch, hidden_of, record_stack, stacks_in_order
 from hfcompress.calibration.running import Batch, watching
 from hfcompress.calibration.sites import call_order
-from hfcompress.calibration.together import first_rows, fits_joined, join_calls, join_masks, some_rows
+from hfcompress.calibration.together import first_rows, fits_joined, join_calls, join_masks
 from hfcompress.devices import give_back_holes
 from hfcompress.packed import unpacked
 from hfcompress.packed.experts import split_experts
@@ -67,18 +67,35 @@ class LayerVisit:
         own, call, _ = self._reached()[index]
         return call.run(self.layer, own if hidden is None else hidden)
 
-    def portion(self, index: int, rows: slice, states: Tensor | None = None) -> Tensor:
-        """Run the layer as it is on some rows of a batch that reaches it, and return real tokens, (tokens, size).
+    def parts(self, index: int, tokens: int) -> list[slice]:
+        """Return rows of a batch that the layer can run on alone, about so many tokens each; all where it cannot."""
+        own = self._reached()[index][0]
+        return [slice(0, len(own))] if self._row_call(index) is None else row_parts(own, tokens)
 
-        states: the layer's output for the batch, of which that is the part; None runs the layer, with gradients where
-        they are wanted.
+    def part_output(self, index: int, rows: slice) -> Tensor:
+        """Run the layer as it is on one of a batch's ``parts``, with gradients where they are wanted; (tokens, size).
+
+        Padding is dropped.
         """
-        own, call, masks = self._reached()[index]
-        if states is None:
-            found = some_rows(call, len(own), rows).run(self.layer, own[rows])
-        else:
-            found = states[rows]
-        return real_tokens(found, masks.of_rows(rows.start, len(found)).own)
+        call = self._row_call(index)
+        output = self.output(index) if call is None else hidden_of(call.run(self.layer, rows))
+        return self._real_part(index, rows, output)
+
+    def part_of(self, index: int, rows: slice, states: Tensor) -> Tensor:
+        """Return what is one of a batch's ``parts`` of the layer's output, (tokens, size), padding dropped."""
+        return self._real_part(index, rows, states[rows])
+
+    def _real_part(self, index: int, rows: slice, states: Tensor) -> Tensor:
+        masks = self._reached()[index][2]
+        whole = len(states) == len(self._reached()[index][0])
+        return real_tokens(states, (masks if whole else masks.of_rows(rows.start, len(states))).own)
+
+    def _row_call(self, index: int) -> RowCall | None:
+        """Return a batch's call, or None where its rows cannot be told apart."""
+        own, call, _ = self._reached()[index]
+        if not call.by_keyword:
+            return RowCall.of((own, *call.args), call.kwargs, len(own))
+        return None if call.args else RowCall.of((), {HIDDEN: own, **call.kwargs}, len(own))
 
     def _reached(self) -> list[tuple[Tensor, LayerCall, TokenMasks]]:
         return [

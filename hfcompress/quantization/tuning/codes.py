@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from hfcompress.packed import PackedWeight
 from hfcompress.packed.packing import pack_codes
 from hfcompress.packed.weight import values_of
-from hfcompress.quantization.tuning.scales import TunedScales, distances
+from hfcompress.quantization.tuning.scales import TunedScales, computing_with, distances
 
 # Where a weight begins, as a share of the way from its code to the dense weight, or to the point half a code from it,
 # where rounding changes: a step that is not meant must not change what GPTQ has weighed.
@@ -54,25 +56,31 @@ class Learnt(NamedTuple):
     scale: Tensor
 
 
-class LearntCodes(TunedScales):
-    """Beside the scales' changes a parameter for each packed layer: where its weights lie on the grid before rounding.
+class LearntCodes:
+    """Two parameters for each packed layer: its scales' changes, and where its weights lie on the grid.
 
     layers: each with its dense weight.  positions: (rows, columns) float32, in steps of the grid, 0 for what stands
     for 0.  ``fixed`` are zeros that stay: of weights that are 0, and all of them where ``zeros_stay``.
     """
 
     def __init__(self, layers: Sequence[tuple[PackedWeight, Tensor]], zeros_stay: bool) -> None:
-        super().__init__([layer for layer, _ in layers])
+        self.layers = [layer for layer, _ in layers]
+        self.scales = TunedScales(self.layers)
         self.ends, self.positions, self.fixed = [], [], []
-        for (layer, weight), scale in zip(layers, self.scales):
+        for (layer, weight), scale in zip(layers, self.scales.scales):
             codes, points = distances(layer), layer.zero_point()
-            lowest = torch.full(scale.shape, -(2 ** (layer.bits - 1)), dtype=codes.dtype, device=scale.device)
-            low = lowest if points is None else lowest - points
-            self.ends.append((low, low + 2**layer.bits - 1))
+            middle = torch.zeros(scale.shape, dtype=codes.dtype, device=scale.device)
+            middle = middle if points is None else middle - points
+            half = 2 ** (layer.bits - 1)
+            self.ends.append((middle - half, middle + (half - 1)))
             dense = weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1)
             beside = (dense.view(codes.shape) - codes).nan_to_num_(0.0).clamp_(-0.5, 0.5)
             self.positions.append(nn.Parameter(codes + TOWARDS_DENSE * beside))
             self.fixed.append((codes == 0) if zeros_stay else (codes == 0) & (weight == 0))
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Have the layers compute with what has been learnt by then, through which gradients go."""
+        return computing_with(self.layers, [partial(self._values, index) for index in range(len(self.layers))])
 
     def hold_fixed_(self) -> None:
         """Take away the gradients of weights that stay 0."""
@@ -84,7 +92,7 @@ class LearntCodes(TunedScales):
     def now(self) -> list[Learnt]:
         """Return what has been learnt by now."""
         return [
-            Learnt(_round(positions, *ends), self._changed(index))
+            Learnt(_round(positions, *ends), self.scales.changed(index))
             for index, (positions, ends) in enumerate(zip(self.positions, self.ends))
         ]
 
@@ -97,6 +105,6 @@ class LearntCodes(TunedScales):
             layer.weight_packed.copy_(pack_codes(stored.view(codes.shape).to(torch.int8), layer.bits))
             layer.weight_scale.copy_(scale)
 
-    def _values(self, index: int, codes: Tensor) -> Tensor:
-        values: Tensor = _Rounded.apply(self.positions[index], self._changed(index), *self.ends[index])
+    def _values(self, index: int) -> Tensor:
+        values: Tensor = _Rounded.apply(self.positions[index], self.scales.changed(index), *self.ends[index])
         return values

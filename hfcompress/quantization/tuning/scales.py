@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,31 +41,38 @@ class TunedScales:
         self.scales = [layer.weight_scale.float() for layer in layers]
         self.changes = [nn.Parameter(torch.zeros_like(scale)) for scale in self.scales]
 
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
+    def in_force(self) -> AbstractContextManager[None]:
         """Have the layers compute with changed scales, through which gradients go."""
-        try:
-            for index, layer in enumerate(self.layers):
-                layer.__dict__["dequantize"] = partial(self._values, index, distances(layer))
-            yield
-        finally:
-            for layer in self.layers:
-                layer.__dict__.pop("dequantize", None)
+        return computing_with(
+            self.layers, [partial(self._values, index, distances(layer)) for index, layer in enumerate(self.layers)]
+        )
 
     @torch.no_grad()
     def write_(self) -> None:
         """Give the layers the changed scales."""
         for index, layer in enumerate(self.layers):
-            layer.weight_scale.copy_(self._changed(index))
+            layer.weight_scale.copy_(self.changed(index))
 
     def _values(self, index: int, codes: Tensor) -> Tensor:
-        values: Tensor = _Values.apply(codes, self._changed(index))
+        values: Tensor = _Values.apply(codes, self.changed(index))
         return values
 
-    def _changed(self, index: int) -> Tensor:
+    def changed(self, index: int) -> Tensor:
         """Return scales as they would be stored."""
         layer = self.layers[index]
         return (self.scales[index] * (1 + self.changes[index] / 2**layer.bits)).to(layer.weight_scale.dtype)
+
+
+@contextmanager
+def computing_with(layers: Sequence[PackedWeight], values: Sequence[Callable[[], Tensor]]) -> Iterator[None]:
+    """Have packed layers compute with what functions return in the place of their matrices."""
+    try:
+        for layer, function in zip(layers, values):
+            layer.__dict__["dequantize"] = function
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("dequantize", None)
 
 
 def distances(layer: PackedWeight) -> Tensor:
