@@ -150,9 +150,17 @@ def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> Non
         f"and GPTQModel {gptqmodel:,.0f}, and `best` {best:,.0f} where auto-round takes {auto_round:,.0f}. "
         f"{'Met' if fast <= min(llmcompressor, gptqmodel) and best <= auto_round else 'Missed'}."
     ) in " ".join(section.split())
-    for name in ("best 32 4", "best 3", "best 2"):
-        tuning = kept[f"hfcompress gptq {name} bits"]["tuning"]
+    learnt = {bits: kept[f"hfcompress gptq best 60 {bits} bits, rounding learnt"] for bits in (2, 3)}
+    plain = {bits: kept[f"hfcompress gptq best {bits} bits"] for bits in (2, 3)}
+    for facts in (kept["hfcompress gptq best 32 4 bits"], *plain.values(), *learnt.values()):
+        tuning = facts["tuning"]
         assert f"from {tuning['before']:.4f} to {tuning['after']:.4f}" in section
+    for bits, facts in learnt.items():
+        gain = f"{facts['perplexity']:.2f} instead of {plain[bits]['perplexity']:.2f}, for"
+        assert f"{gain} {facts['seconds'] - plain[bits]['seconds']:.0f} s more" in " ".join(section.split())
+        assert facts["perplexity"] < plain[bits]["perplexity"]
+    theirs = kept["auto_round autoround 50 2 bits"]
+    assert f"has {theirs['perplexity']:.2f} with 2 bits in {theirs['seconds']:.1f} s" in section
     floor = json.loads((RESULTS / "quantize/floor.json").read_text(encoding="utf-8"))
     assert f"floor is {floor['operations'] / floor['rate']:.1f} s" in section
     assert f"would be {seconds['llmcompressor gptq 4 bits'] / 5:.1f} s" in section
