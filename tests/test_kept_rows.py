@@ -159,6 +159,12 @@ def test_the_table_of_quantization_is_of_the_kept_rows(distill_sst2: Any) -> Non
         gain = f"{facts['perplexity']:.2f} instead of {plain[bits]['perplexity']:.2f}, for"
         assert f"{gain} {facts['seconds'] - plain[bits]['seconds']:.0f} s more" in " ".join(section.split())
         assert facts["perplexity"] < plain[bits]["perplexity"]
+    none = kept["hfcompress gptq best 60 4 bits, rounding learnt"]
+    assert f"gains nothing: {none['perplexity']:.2f} in {none['seconds']:.1f} s" in section
+    chosen, alike = (kept[f"hfcompress gptq {name} bits"] for name in ("3.25 auto", "fast 3"))
+    assert f"gives {chosen['perplexity']:.2f}, where 3 bits for all" in section
+    assert f"give {alike['perplexity']:.2f}." in section
+    assert chosen["size_mib"] == pytest.approx(alike["size_mib"], rel=1e-3)
     theirs = kept["auto_round autoround 50 2 bits"]
     assert f"has {theirs['perplexity']:.2f} with 2 bits in {theirs['seconds']:.1f} s" in section
     floor = json.loads((RESULTS / "quantize/floor.json").read_text(encoding="utf-8"))
