@@ -339,6 +339,7 @@ def test_a_failure_puts_the_experts_back() -> None:
 
 VARIANTS: dict[str, tuple[Any, Any]] = {
     "best": (hfcompress.GPTQ(group_size=16, quality="best"), None),
+    "learnt": (hfcompress.GPTQ(group_size=16, quality="best", rounding_steps=4), None),
     "order and sweeps": (hfcompress.GPTQ(group_size=16, order="groups", sweeps=2), None),
     "absmax, per row": (hfcompress.GPTQ(group_size=None, scale="absmax"), None),
     "pruned": (hfcompress.GPTQ(group_size=16), hfcompress.SparseGPT(sparsity=0.5, pattern="2:4")),

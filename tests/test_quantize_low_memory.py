@@ -29,6 +29,7 @@ METHODS = {
     "gptq": GPTQ,
     "auto": AUTO,
     "best": BEST,
+    "learnt": replace(BEST, rounding_steps=4),
     "rtn": hfcompress.RTN(bits=4, group_size=32),
     "awq": hfcompress.AWQ(bits=4, group_size=32),
     "w8a8": hfcompress.RTN(activations=8),
