@@ -54,11 +54,15 @@ class LearntRounding(NamedTuple):
 def learn_rounding_(
     visit: LayerVisit, planned: Sequence[PlannedLinear], outputs: Sequence[Tensor], steps: int, zeros_stay: bool
 ) -> LearntRounding | None:
-    """Learn codes and scales of packed linear layers in one layer; None, with a warning, where no rows could judge.
+    """Learn codes and scales of packed linear layers in one layer.
 
+    None where there are none, or, with a warning, where no rows could judge.
     planned: of these linear layers, with the dense ones.  outputs: of the layer in the dense model, for each batch.
     zeros_stay: no code that is 0 becomes another one.
     """
+    packed = _packed(visit, planned)
+    if not packed:
+        return None
     seen, judging = _portions(visit, outputs)
     if not judging:
         warnings.warn(
@@ -67,7 +71,7 @@ def learn_rounding_(
             stacklevel=2,
         )
         return None
-    learnt = LearntCodes(_packed(visit, planned), zeros_stay)
+    learnt = LearntCodes(packed, zeros_stay)
 
     def error(portion: Portion) -> Tensor:
         wanted = visit.part_of(portion.batch, portion.rows, outputs[portion.batch]).float()
